@@ -1,0 +1,3 @@
+"""VIMPAC: video pre-training by block-masked token prediction and contrastive learning."""
+
+__version__ = "0.1.0"
