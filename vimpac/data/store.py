@@ -1,0 +1,432 @@
+"""Token ids on disk: flat little-endian uint16 shards, a JSON list beside each, and one `store.json`.
+
+store.json              format, version, settings, shards, failed videos; written last: a folder that has it is complete
+tokenizer.safetensors   the tokenizer, so that the ids can be decoded
+shard-RRRRR-KKKKK.bin   number K of rank R: per video the ids [views, frames, h, w], nothing between videos
+shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids, frames); renamed after its .bin,
+                        so its presence means the shard is whole and a killed run resumes behind it
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import zlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from vimpac.data.atomic import TEMPORARY, publish, write_text
+from vimpac.data.video import View
+from vimpac.errors import InputError
+
+FORMAT = "vimpac-tokens"
+VERSION = 1
+INDEX = "store.json"
+TOKENIZER = "tokenizer.safetensors"
+SHARD_BYTES = 64 << 20
+SHARD_SECONDS = 60.0
+VERIFY_ON_OPEN_BYTES = 1 << 30
+OPEN_SHARDS = 512  # half of the usual limit of 1024 descriptors a process
+
+_ID = np.dtype("<u2")
+
+
+@dataclass(frozen=True)
+class TokenizerInfo:
+    """What identifies the tokenizer behind the ids. stride: pixels a token covers along each side."""
+
+    name: str
+    vocab_size: int
+    stride: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class StoreSettings:
+    """What every video of a store shares. fps: frames kept per second; frame_size: pixels a side."""
+
+    tokenizer: TokenizerInfo
+    fps: float
+    frame_size: int
+    views: tuple[View, ...] = (View(),)
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Tokens a frame: (h, w)."""
+        side = self.frame_size // self.tokenizer.stride
+        return side, side
+
+    def to_json(self) -> dict:
+        return json.loads(json.dumps(asdict(self)))
+
+    @classmethod
+    def from_json(cls, fields: Mapping) -> StoreSettings:
+        return cls(
+            tokenizer=TokenizerInfo(**fields["tokenizer"]),
+            fps=fields["fps"],
+            frame_size=fields["frame_size"],
+            views=tuple(View(**view) for view in fields["views"]),
+        )
+
+    def difference(self, other: StoreSettings) -> str:
+        """`fps 2.0, not 4.0`-like list of the fields in which self differs from other; empty when equal."""
+        mine, theirs = (_flat(settings.to_json()) for settings in (self, other))
+        return ", ".join(f"{key} {mine[key]}, not {theirs[key]}" for key in mine if mine[key] != theirs[key])
+
+
+def _flat(settings: dict) -> dict:
+    tokenizer = {f"tokenizer {key}": value for key, value in settings["tokenizer"].items()}
+    views = " ".join(f"×{v['resize']:g} {v['crop']}{' flipped' * v['flip']};" for v in settings["views"])
+    return tokenizer | {"fps": settings["fps"], "frame size": settings["frame_size"], "views": views.rstrip(";")}
+
+
+class StoreWriter:
+    """Appends videos to one rank's shards. Any number of ranks may write into one folder at the same time.
+
+    A shard closes at `shard_bytes`, or after `shard_seconds` so that a killed run loses little; what is in finished
+    shards (of any rank) is in `done`. Raises InputError if the folder's shards were written with other settings.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        settings: StoreSettings,
+        rank: int = 0,
+        shard_bytes: int = SHARD_BYTES,
+        shard_seconds: float = SHARD_SECONDS,
+    ):
+        self.folder, self.settings, self.rank = Path(folder), settings, rank
+        self.shard_bytes, self.shard_seconds = shard_bytes, shard_seconds
+        self.folder.mkdir(parents=True, exist_ok=True)
+        shards = _finished_shards(self.folder)
+        for path, shard in shards.items():
+            _check_settings(path, shard, settings)
+        self.done = {video["name"] for shard in shards.values() for video in shard["videos"]}
+        numbers = [int(path.stem.split("-")[2]) for path in shards if path.stem.startswith(f"shard-{rank:05d}-")]
+        self._number = max(numbers, default=-1) + 1
+        self._file = None
+
+    def add(self, name: str, ids: np.ndarray) -> None:
+        """Writes one video. ids: [views, frames, h, w] integers below the vocabulary size, frames ≥ 1."""
+        expected = (len(self.settings.views), *self.settings.grid)
+        if ids.ndim != 4 or (len(ids), *ids.shape[2:]) != expected or not ids.shape[1]:
+            raise ValueError(f"ids of {name} have shape {ids.shape}, expected [views, frames, h, w] with {expected}")
+        if ids.min() < 0 or ids.max() >= self.settings.tokenizer.vocab_size:
+            raise ValueError(f"ids of {name} lie outside 0..{self.settings.tokenizer.vocab_size - 1}")
+        if name in self.done:
+            raise ValueError(f"{name} is already in {self.folder}")
+        if self._file is None:
+            self._open_shard()
+        data = _bytes_of(np.ascontiguousarray(ids, _ID))
+        self._file.write(data)
+        self._crc = zlib.crc32(data, self._crc)
+        self._videos.append({"name": name, "offset": self._bytes // _ID.itemsize, "frames": ids.shape[1]})
+        self._bytes += len(data)
+        self.done.add(name)
+        if self._bytes >= self.shard_bytes or time.monotonic() - self._opened >= self.shard_seconds:
+            self._close_shard()
+
+    def close(self) -> None:
+        """Finishes the open shard, if any. The folder becomes a store with `finish_store`."""
+        if self._file is not None:
+            self._close_shard()
+
+    def _open_shard(self) -> None:
+        self._path = self.folder / f"shard-{self.rank:05d}-{self._number:05d}.bin"
+        self._file = open(_temporary(self._path), "wb")  # noqa: SIM115, closed by _close_shard
+        self._bytes, self._crc, self._videos, self._opened = 0, 0, [], time.monotonic()
+
+    def _close_shard(self) -> None:
+        self._file.close()
+        publish(_temporary(self._path), self._path)
+        shard = {"settings": self.settings.to_json(), "bytes": self._bytes, "crc32": self._crc, "videos": self._videos}
+        write_text(self._path.with_suffix(".json"), json.dumps(shard))
+        self._file = None
+        self._number += 1
+
+
+def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) -> None:
+    """Turns the finished shards of all ranks into a store by writing `store.json`; failed: reason by video name.
+
+    Call it once, after every rank has closed its writer. Raises InputError if there is no shard.
+    """
+    folder, failed = Path(folder), failed or {}
+    shards = _finished_shards(folder)
+    if not shards:
+        raise InputError(f"{folder} has no finished shard, so there is nothing to make a store of")
+    settings = StoreSettings.from_json(next(iter(shards.values()))["settings"])
+    for path, shard in shards.items():
+        _check_settings(path, shard, settings)
+    index = {
+        "format": FORMAT,
+        "version": VERSION,
+        **settings.to_json(),
+        "shards": sorted(path.stem for path in shards),
+        "videos": sum(len(shard["videos"]) for shard in shards.values()),
+        "failed": [{"name": name, "reason": reason} for name, reason in sorted(failed.items())],
+    }
+    write_text(folder / INDEX, json.dumps(index, indent=1))
+    _remove_leftovers(folder)
+
+
+class TokenStore:
+    """Random access to the ids of a finished store. Videos are ordered by name, however they were sharded.
+
+    Safe to fork, to pickle and to share between threads: reads name their position, and nothing is memory-mapped.
+
+    tokenizer  TokenizerInfo        names   list of paths relative to the videos folder
+    fps        frames a second      frames  int32 [n], frames of each video
+    grid       (h, w) tokens        views   tuple of View
+    failed     {name: reason} of the videos that could not be tokenized
+    """
+
+    def __init__(self, folder: str | Path, verify: bool | None = None):
+        """verify: check every checksum now (None: if the store is at most 1 GiB). Raises InputError for a folder
+        that is missing, unfinished, of another format version, or that has a missing, truncated or damaged shard."""
+        self.folder = Path(folder)
+        index = _read_index(self.folder)
+        self.settings = StoreSettings.from_json(index)
+        self.tokenizer, self.fps = self.settings.tokenizer, self.settings.fps
+        self.frame_size, self.grid, self.views = self.settings.frame_size, self.settings.grid, self.settings.views
+        self.failed = {entry["name"]: entry["reason"] for entry in index["failed"]}
+        self._paths = [str(self.folder / f"{name}.bin") for name in index["shards"]]
+        self._open: dict[int, _Descriptor] = {}
+        self._load(index)
+        if verify or (verify is None and self.nbytes <= VERIFY_ON_OPEN_BYTES):
+            self.verify()
+
+    def _load(self, index: dict) -> None:
+        shards = [_read_shard(Path(path)) for path in self._paths]
+        for path, shard in zip(self._paths, shards, strict=True):
+            _check_layout(path, shard, self.settings)
+        videos = sorted((v["name"], n, v["offset"], v["frames"]) for n, s in enumerate(shards) for v in s["videos"])
+        if len(videos) != index["videos"]:
+            raise InputError(
+                f"{self.folder / INDEX} counts {index['videos']} videos, but its shards hold {len(videos)}; "
+                "tokenize again into a new folder"
+            )
+        self.names = [video[0] for video in videos]
+        table = np.array([video[1:] for video in videos], np.int64).reshape(-1, 3)
+        self._shard, self._offset, self.frames = table[:, 0], table[:, 1], table[:, 2].astype(np.int32)
+        self._sizes, self._crcs = [s["bytes"] for s in shards], [s["crc32"] for s in shards]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all shards."""
+        return sum(self._sizes)
+
+    def verify(self) -> None:
+        """Reads every shard and compares its checksum; raises InputError that names the first damaged one."""
+        for path, expected in zip(self._paths, self._crcs, strict=True):
+            crc = 0
+            with open(path, "rb") as file:
+                while chunk := file.read(1 << 20):
+                    crc = zlib.crc32(chunk, crc)
+            if crc != expected:
+                raise InputError(
+                    f"{path} is damaged: its crc32 is {crc:08x}, {expected:08x} was recorded when it was "
+                    "written; tokenize again into a new folder"
+                )
+
+    def read(self, video: int, start: int = 0, length: int | None = None, view: int = 0) -> np.ndarray:
+        """uint16 [length, h, w] of one video, to its end if length is None. IndexError outside the video."""
+        length = int(self.frames[video]) - start if length is None else length
+        return self.read_clips(np.array([video]), np.array([start]), length, view)[0]
+
+    def read_clips(
+        self,
+        videos: np.ndarray,
+        starts: np.ndarray,
+        length: int,
+        view: int | np.ndarray = 0,
+        out: np.ndarray | None = None,
+        fill: int | None = None,
+    ) -> np.ndarray:
+        """uint16 [n, length, h, w]: clip i is frames starts[i] … starts[i] + length - 1 of videos[i], seen in view[i].
+
+        videos, starts: int [n]; view: int or int [n]; out: contiguous uint16 [n, length, h, w] to read into.
+        Frames past a video's end become `fill`; without fill they are an IndexError, as is a start outside the video.
+        """
+        videos, starts = np.asarray(videos, np.int64), np.asarray(starts, np.int64)
+        out = self._output(out, len(videos), length)
+        self._check_bounds(videos, starts, length, view, fill)
+        frame = self.grid[0] * self.grid[1]
+        frames = self.frames[videos]
+        kept = np.minimum(frames - starts, length)
+        if fill is not None and (kept < length).any():
+            out[np.arange(length) >= kept[:, None]] = fill
+        positions = (self._offset[videos] + (np.asarray(view) * frames + starts) * frame) * _ID.itemsize
+        ends = np.arange(len(videos)) * length + kept
+        self._read_rows(out, self._shard[videos], positions, length * frame * _ID.itemsize, ends * frame * _ID.itemsize)
+        return out
+
+    def _read_rows(self, out, shards, positions, row_bytes: int, ends) -> None:
+        """The loop of read_clips: one system call a clip, so what is in it is what a clip costs."""
+        data, opened, preadv = _bytes_of(out), self._open, os.preadv
+        begin = 0
+        for shard, position, end in zip(shards.tolist(), positions.tolist(), ends.tolist(), strict=True):
+            descriptor = opened.get(shard) or self._open_shard(shard)
+            if preadv(descriptor.number, (data[begin:end],), position) != end - begin:
+                raise InputError(f"{self._paths[shard]} was cut short since it was opened; tokenize again")
+            begin += row_bytes
+
+    def _output(self, out: np.ndarray | None, n: int, length: int) -> np.ndarray:
+        shape = (n, length, *self.grid)
+        if out is None:
+            return np.empty(shape, _ID)
+        if out.shape != shape or out.dtype != _ID or not out.flags.c_contiguous:
+            raise ValueError(f"out is {out.dtype} {out.shape}, expected a contiguous uint16 {shape}")
+        return out
+
+    def _check_bounds(self, videos, starts, length: int, view, fill) -> None:
+        if length < 1:
+            raise IndexError(f"clip length {length}, expected at least 1 frame")
+        _check_range("video", videos, len(self))
+        _check_range("view", np.atleast_1d(view), len(self.views))
+        _check_range("start frame", starts, self.frames[videos])
+        if fill is None:
+            _check_range("end frame", starts + length - 1, self.frames[videos])
+
+    def _open_shard(self, shard: int) -> _Descriptor:
+        # A thread that still reads from an evicted descriptor holds a reference to it, so it stays open that long.
+        while len(self._open) >= OPEN_SHARDS:
+            self._open.pop(next(iter(self._open)), None)
+        descriptor = self._open[shard] = _Descriptor(self._paths[shard])
+        return descriptor
+
+    def close(self) -> None:
+        """Closes the shards' files; a later read opens them again."""
+        self._open.clear()
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_open": {}}
+
+
+class _Descriptor:
+    """An open file, closed when nobody refers to it any more. Positioned reads make it safe to share and to fork."""
+
+    __slots__ = ("number",)
+
+    def __init__(self, path: str):
+        self.number = os.open(path, os.O_RDONLY)
+
+    def __del__(self, close=os.close):
+        if hasattr(self, "number"):
+            close(self.number)
+
+
+def read_settings(folder: str | Path) -> StoreSettings:
+    """The settings of a finished store, without opening its shards. Raises InputError if it is not one."""
+    return StoreSettings.from_json(_read_index(Path(folder)))
+
+
+def finished_settings(folder: str | Path) -> StoreSettings | None:
+    """The settings that a finished or partly written store's shards share; None when there is no finished shard."""
+    for shard in _finished_shards(Path(folder)).values():
+        return StoreSettings.from_json(shard["settings"])
+    return None
+
+
+def _read_index(folder: Path) -> dict:
+    if not folder.is_dir():
+        raise InputError(
+            f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`"
+        )
+    if not (folder / INDEX).is_file():
+        if any(folder.glob("shard-*")):
+            raise InputError(
+                f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it"
+            )
+        raise InputError(f"{folder} is not a token store (no {INDEX}); make one with `vimpac tokenize VIDEOS OUT`")
+    index = _read_json(folder / INDEX)
+    if index.get("format") != FORMAT:
+        raise InputError(f"{folder / INDEX} has format {index.get('format')!r}, expected {FORMAT!r}")
+    if index.get("version") != VERSION:
+        raise InputError(
+            f"{folder} is a store of version {index.get('version')}, this program reads version {VERSION}; "
+            "tokenize the videos again, or use the program that wrote it"
+        )
+    missing = {"tokenizer", "fps", "frame_size", "views", "shards", "videos", "failed"} - index.keys()
+    if missing:
+        raise InputError(f"{folder / INDEX} lacks {', '.join(sorted(missing))}; tokenize the videos again")
+    return index
+
+
+def _read_shard(path: Path) -> dict:
+    """The JSON beside the shard `path`, after checking that both files are there and the size is the recorded one."""
+    sidecar = path.with_suffix(".json")
+    for file in (sidecar, path):
+        if not file.is_file():
+            raise InputError(
+                f"{file} is missing from the store; copy the whole store again, or tokenize into a new folder"
+            )
+    shard = _read_json(sidecar)
+    if path.stat().st_size != shard["bytes"]:
+        raise InputError(
+            f"{path} is truncated or overwritten: it has {path.stat().st_size} bytes, {shard['bytes']} were "
+            "written; copy it again, or tokenize into a new folder"
+        )
+    return shard
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{path} is damaged, it is not JSON ({error}); tokenize again into a new folder") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path} holds a {type(value).__name__}, expected an object; tokenize again into a new folder")
+    return value
+
+
+def _finished_shards(folder: Path) -> dict[Path, dict]:
+    """Shard contents by the path of the .bin, for every shard that was written to its end, sorted."""
+    paths = sorted(path.with_suffix(".bin") for path in folder.glob("shard-?????-?????.json"))
+    return {path: _read_shard(path) for path in paths}
+
+
+def _check_layout(path: str, shard: dict, settings: StoreSettings) -> None:
+    """Videos must lie one behind the other and fill the shard, or the list does not belong to these bytes."""
+    height, width = settings.grid
+    sizes = np.array([v["frames"] for v in shard["videos"]], np.int64) * len(settings.views) * height * width
+    ends = np.cumsum(sizes)
+    offsets = np.array([v["offset"] for v in shard["videos"]], np.int64)
+    if not np.array_equal(offsets, ends - sizes) or (len(ends) and ends[-1] * _ID.itemsize != shard["bytes"]):
+        raise InputError(f"{path}: the video list beside it does not fit it; tokenize again into a new folder")
+
+
+def _check_settings(path: Path, shard: dict, settings: StoreSettings) -> None:
+    if difference := StoreSettings.from_json(shard["settings"]).difference(settings):
+        raise InputError(f"{path} was written with {difference}; use the same settings, or another output folder")
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Removes what killed runs left: temporary files, and shards whose JSON was never written."""
+    for path in folder.glob(f"*{TEMPORARY}"):
+        path.unlink()
+    for path in folder.glob("shard-?????-?????.bin"):
+        if not path.with_suffix(".json").exists():
+            path.unlink()
+
+
+def _check_range(what: str, values: np.ndarray, end) -> None:
+    bad = (values < 0) | (values >= end)
+    if bad.any():
+        first = int(bad.argmax())
+        limit = int(np.broadcast_to(end, values.shape)[first])
+        raise IndexError(f"{what} {int(values[first])} of clip {first} is outside 0..{limit - 1}")
+
+
+def _bytes_of(array: np.ndarray) -> memoryview:
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _temporary(path: Path) -> Path:
+    return path.with_name(path.name + TEMPORARY)
