@@ -1,0 +1,152 @@
+"""Weights in and out: released checkpoints in, safetensors with the config inside in and out."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from vimpac.config import ModelConfig
+from vimpac.data.atomic import replacing
+from vimpac.errors import InputError
+from vimpac.model import ClassificationModel, PretrainModel
+from vimpac.model.positions import interpolate_state
+
+FORMAT = "vimpac-model"
+VERSION = 1
+POSITIONS = "backbone.positions."
+
+
+def save_model(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer: Mapping | None = None) -> None:
+    """Write weights and config as one safetensors file, atomically.
+
+    tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
+    """
+    header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
+    if isinstance(model, ClassificationModel):
+        header["classes"] = model.classifier.out_features
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    with replacing(Path(path)) as temporary:
+        save_file(tensors, temporary, metadata)
+
+
+def load_model(
+    path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
+) -> PretrainModel | ClassificationModel:
+    """Read what `save_model` wrote (float32, on the CPU).
+
+    grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
+    Raises InputError for a missing or broken file, another format or version, or another tokenizer.
+    """
+    header, state = read_model_file(path)
+    trained_on = (header["tokenizer"] or {}).get("digest")
+    if tokenizer_digest and trained_on and trained_on != tokenizer_digest:
+        raise InputError(
+            f"{path} was trained on tokenizer {trained_on[:12]}…, the store was made with {tokenizer_digest[:12]}…: "
+            "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
+        )
+    config = ModelConfig(**header["config"])
+    if grid is not None:
+        config = dataclasses.replace(config, grid=tuple(grid))
+        state = interpolate_state(state, config.grid, POSITIONS)
+    classes = header.get("classes")
+    model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
+    model.load_state_dict(state)
+    return model
+
+
+def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load_model`."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"cannot read model {path}: {error}; expected a model.safetensors of a run") from None
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        raise InputError(
+            f"{path} is not a model of this program: format {metadata.get('format')!r} version "
+            f"{metadata.get('version')!r}, expected {FORMAT!r} version {VERSION}"
+        )
+    return json.loads(metadata["header"]), state
+
+
+def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> PretrainModel | ClassificationModel:
+    """The released program's weights as a model.
+
+    state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
+    is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
+    Positions of another grid are interpolated to config.grid.
+    Raises InputError when names or shapes do not fit the config.
+    """
+    released = {name.removeprefix("module."): x for name, x in state_dict.items()}
+    classes = len(released["cls_fc.bias"]) if "cls_fc.bias" in released else None
+    model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
+    names = released_names(model)
+    missing = sorted({r for parts in names.values() for r in parts} - released.keys())
+    unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - IGNORED)
+    if missing or unknown:
+        raise InputError(
+            f"checkpoint does not fit {config.layout=} {config.layers=}: missing {missing[:5]}, unexpected {unknown[:5]} "
+            f"({len(missing)} and {len(unknown)} in all)"
+        )
+    state = {ours: torch.cat([released[name] for name in parts]) for ours, parts in names.items()}
+    state[POSITIONS + "cls"] = state[POSITIONS + "cls"].reshape(-1)
+    state = interpolate_state(state, config.grid, POSITIONS)
+    own = model.state_dict()
+    wrong = [f"{name} {tuple(x.shape)} instead of {tuple(own[name].shape)}" for name, x in state.items() if x.shape != own[name].shape]
+    if wrong:
+        raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])}")
+    model.load_state_dict({**own, **state})  # batch-norm statistics that a checkpoint lacks keep their start values
+    return model
+
+
+IGNORED = {"mlm_head.decoder.weight", "mlm_head.decoder.bias"}  # tied to the embedding and to mlm_head.bias
+
+
+def released_names(model: nn.Module) -> dict[str, list[str]]:
+    """For each of our tensors, the released tensors whose concatenation it is."""
+    names = {
+        "backbone.embedding.weight": ["backbone.embedding.weight"],
+        "backbone.cls": ["backbone.cls_param"],
+        "backbone.positions.cls": ["backbone.positional_embedding.cls_pos_embedding"],
+        "backbone.positions.time": ["backbone.positional_embedding.temporal_pos_embedding"],
+        "backbone.positions.height": ["backbone.positional_embedding.height_pos_embedding"],
+        "backbone.positions.width": ["backbone.positional_embedding.width_pos_embedding"],
+        **_both("backbone.embedding_norm", "backbone.ln_pre"),
+    }
+    if model.config.norm == "pre":
+        names |= _both("backbone.final_norm", "backbone.ln_post")
+    for i, layer in enumerate(model.backbone.layers):
+        ours, theirs = f"backbone.layers.{i}", f"backbone.transformer.resblocks.{i}"
+        for j, block in enumerate(layer.attention):
+            a, b = f"{ours}.attention.{j}", f"{theirs}.attention_blocks.{j}"
+            for kind in ("weight", "bias"):  # q of each axis, then k, then v: heads of an axis are neighbours
+                names[f"{a}.qkv.{kind}"] = [
+                    f"{b}.attentions.{axis}.attention.{part}.{kind}"
+                    for part in ("query", "key", "value")
+                    for axis in range(len(block.axes))
+                ]
+            names |= _both(f"{a}.project", f"{b}.output.dense") | _both(f"{a}.norm", f"{b}.output.LayerNorm")
+        names |= _both(f"{ours}.mlp.expand", f"{theirs}.mlp.c_fc") | _both(f"{ours}.mlp.project", f"{theirs}.mlp.c_proj")
+        names |= _both(f"{ours}.mlp.norm", f"{theirs}.ln")
+    if isinstance(model, ClassificationModel):
+        return names | _both("classifier", "cls_fc")
+    names |= _both("token_head.dense", "mlm_head.transform.0") | _both("token_head.norm", "mlm_head.transform.2")
+    names["token_head.bias"] = ["mlm_head.bias"]
+    last = len(model.cls_head.hidden)
+    for i in range(last):
+        names |= _both(f"cls_head.hidden.{i}.linear", f"cls_head.mlp.linear_{i}")
+        names |= _both(f"cls_head.hidden.{i}.norm", f"cls_head.mlp.bn_{i}")
+    return names | {"cls_head.out.weight": [f"cls_head.mlp.linear_{last}.weight"]}
+
+
+def _both(ours: str, theirs: str) -> dict[str, list[str]]:
+    return {f"{ours}.{kind}": [f"{theirs}.{kind}"] for kind in ("weight", "bias")}

@@ -1,0 +1,91 @@
+"""Heads on the backbone (section A.2): tokens, contrastive features; and batch norm over all ranks."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vimpac.model.backbone import NORM_EPS, init_weights
+
+
+class TokenHead(nn.Module):
+    """Hidden states → logits over ids (Eq. 16, 17). The decoder is the embedding, which the backbone owns."""
+
+    def __init__(self, embedding: nn.Embedding):
+        super().__init__()
+        ids, width = embedding.weight.shape
+        self.dense = nn.Linear(width, width)
+        self.norm = nn.LayerNorm(width, eps=NORM_EPS)
+        self.bias = nn.Parameter(torch.zeros(ids))
+        self._embedding = (embedding,)  # in a tuple: a reference, not a second registration of its weight
+        self.apply(init_weights)
+
+    @property
+    def decoder(self) -> Tensor:
+        """Weight of the output layer [V + 5, C], tied to the embedding."""
+        return self._embedding[0].weight
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """Eq. 16: [..., C] → [..., C]."""
+        return self.norm(F.gelu(self.dense(hidden)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Hidden states [..., C] → logits [..., V + 5]."""
+        return F.linear(self.transform(hidden), self.decoder, self.bias)
+
+
+class ContrastiveHead(nn.Module):
+    """[CLS] [B, C] → features [B, head_out] (Eq. 18): linear, batch norm, ReLU, …, last linear without bias."""
+
+    def __init__(self, width: int, layers: int, hidden: int, out: int):
+        super().__init__()
+        sizes = [width] + [hidden] * (layers - 1)
+        self.hidden = nn.ModuleList(
+            nn.ModuleDict({"linear": nn.Linear(a, b), "norm": BatchNorm(b)}) for a, b in zip(sizes, sizes[1:], strict=False)
+        )
+        self.out = nn.Linear(sizes[-1], out, bias=False)
+        self.apply(init_weights)
+
+    def forward(self, cls: Tensor) -> Tensor:
+        for block in self.hidden:
+            cls = F.relu(block["norm"](block["linear"](cls)))
+        return self.out(cls)
+
+
+class BatchNorm(nn.BatchNorm1d):
+    """Batch norm whose statistics span the ranks of the default process group while training, on any device.
+
+    (torch's SyncBatchNorm runs on GPUs only.) Every rank holds the same number of rows. Statistics are float32.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
+            return super().forward(x.float()).to(x.dtype)
+        x32 = x.float()
+        ranks = dist.get_world_size()
+        mean = _AllReduce.apply(x32.mean(0)) / ranks
+        var = _AllReduce.apply((x32 - mean).square().mean(0)) / ranks
+        with torch.no_grad():
+            rows = ranks * len(x)
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(var * (rows / max(rows - 1, 1)), self.momentum)
+            self.num_batches_tracked.add_(1)
+        return ((x32 - mean) * (var + self.eps).rsqrt() * self.weight + self.bias).to(x.dtype)
+
+
+class _AllReduce(torch.autograd.Function):
+    """Sum over ranks; the gradient of a sum that all ranks use is the sum of their gradients."""
+
+    @staticmethod
+    def forward(ctx, x):
+        x = x.clone()
+        dist.all_reduce(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone()
+        dist.all_reduce(grad)
+        return grad

@@ -1,0 +1,80 @@
+"""Which implementation of an op runs: the only dispatch in the project.
+
+An op module registers its implementations once, each with a function that says why it cannot run a given call, or None:
+
+    backend.register("info_nce", "triton", why_not=...)
+
+`choose` then takes the first one that can run, in the order the op prefers, or the one that was asked for by name. A named
+backend runs or raises with every reason; it never falls back. `VIMPAC_BACKEND=reference` names one for every op,
+`VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op.
+
+Compiled implementations sit behind torch ops, one overload a backend: `vimpac::axial_attention.triton`. Schema and fake
+come from Python (`define`), so a backend only has to bring `implement` (or its C++ twin) for that overload.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+
+import torch
+
+WhyNot = Callable[..., "list[str]"]
+
+COMPILED = ("cuda", "triton", "cpu")  # the overloads that every op defines
+_LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
+_REGISTRY: dict[str, dict[str, WhyNot]] = {}
+
+
+def define(name: str, schema: str, fake: Callable) -> None:
+    """Declare `vimpac::NAME.BACKEND SCHEMA` and its fake for every compiled backend."""
+    for overload in COMPILED:
+        define_overload(name, overload, schema, fake)
+
+
+def define_overload(name: str, overload: str, schema: str, fake: Callable) -> None:
+    _LIBRARY.define(f"{name}.{overload}{schema}", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(f"vimpac::{name}.{overload}", fake, lib=_LIBRARY)
+
+
+def implement(name: str, overload: str, key: str, function: Callable) -> None:
+    """Give an overload its implementation for a dispatch key such as "CUDA" or "CompositeExplicitAutograd"."""
+    _LIBRARY.impl(f"{name}.{overload}", function, key)
+
+
+def overload(name: str, backend: str) -> torch._ops.OpOverload:
+    """The torch op that holds a backend's kernel, e.g. torch.ops.vimpac.axial_attention.triton."""
+    return getattr(getattr(torch.ops.vimpac, name), backend)
+
+
+def register(op: str, name: str, why_not: WhyNot) -> None:
+    """Add an implementation. `why_not(*args)` gets the op's arguments and lists the reasons why it cannot run them."""
+    _REGISTRY.setdefault(op, {})[name] = why_not
+
+
+def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:
+    """Name of the backend that runs `op(*args)`.
+
+    Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why.
+    """
+    registered = _REGISTRY[op]
+    requested = requested or _from_environment(op)
+    if requested is None:
+        return next(name for name in preference if name in registered and not registered[name](*args))
+    if requested not in registered:
+        raise ValueError(f"{op}: no backend {requested!r}; it has {', '.join(sorted(registered))}")
+    if reasons := registered[requested](*args):
+        raise ValueError(f"{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
+    return requested
+
+
+def always(*_args) -> list[str]:
+    """A `why_not` for what runs everywhere."""
+    return []
+
+
+def _from_environment(op: str) -> str | None:
+    named = os.environ.get("VIMPAC_BACKEND", "")
+    if "=" not in named:
+        return named or None
+    return dict(part.split("=", 1) for part in named.split(",")).get(op)

@@ -1,0 +1,171 @@
+"""Masks for mask-then-predict: blocks (Eq. 3, section B.1), i.i.d. (Eq. 2) and BERT's 80/10/10 noise (section G.3).
+
+    tokens [B, T, H, W] integer, sample_ids [B], seed → masked tokens, mask, packed indices of masked positions, counts
+
+A block's length on each axis is uniform on 1…longest, its start uniform over where it fits; the mask is the union of
+`n_blocks`. Longest is ⌊2T/3⌋, ⌊H/2⌋, ⌊W/2⌋, at least 1: section B.1 says "round up", but only the floor gives Table 2.
+
+Every number is a word of philox4x32-10 with key `seed` and counter (sample low, sample high, index, purpose), so that a
+sample's mask depends on its id alone, not on the batch, rank or device it is drawn for:
+
+    purpose 0, index 2b      block b's lengths on T, H, W: 1 + ⌊word · longest / 2^32⌋
+    purpose 0, index 2b + 1  block b's starts: ⌊word · (size - length + 1) / 2^32⌋
+    purpose 1, index i // 4  i.i.d. mask of token i (raster index): word i % 4 < ratio · 2^32
+    purpose 2, index i       noise of token i: word 0 < 0.8 · 2^32 → MASK, < 0.9 · 2^32 → code ⌊word 1 · V / 2^32⌋, else kept
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vimpac.ops import backend as backends
+from vimpac.ops.philox import below, philox, seed_tensor, split_words
+
+BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
+PAD_OFFSET, MASK_OFFSET = 1, 4  # special ids after the vocabulary, as the released weights number them
+
+
+class BlockMask(NamedTuple):
+    tokens: Tensor  # [B, T, H, W], the input's dtype, MASK (or noise) written at masked positions
+    mask: Tensor  # [B, T, H, W] bool, True where masked: these positions are predicted
+    indices: Tensor  # [B·T·H·W] int64, raster indices of the masked positions packed at the front, then -1
+    counts: Tensor  # [B] int64, masked positions of each clip; their sum is how many indices are valid
+
+
+def block_mask(
+    tokens: Tensor,
+    sample_ids: Tensor,
+    seed: int | Tensor,
+    n_blocks: int = 5,
+    ratio: float | None = None,
+    noisy: bool = False,
+    vocab_size: int = 8192,
+    backend: str | None = None,
+) -> BlockMask:
+    """Draw one mask per clip and write it into the tokens (Eq. 2, Eq. 3, sections B.1 and G.3).
+
+    tokens [B, T, H, W] integer ids, PAD (vocab_size + 1) is never masked. sample_ids [B] int64: what a clip's mask
+    depends on, beside `seed` (an int or a 0-dimensional int64 tensor).
+    n_blocks: blocks a clip. ratio: instead of blocks, mask every token independently with this probability (Eq. 2).
+    noisy: replace only 80 % of masked tokens by MASK (vocab_size + 4), 10 % by a random code, keep 10 % (section G.3).
+
+    Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these.
+    """
+    _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
+    seed = seed_tensor(seed, tokens.device)
+    call = (tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size)
+    match backends.choose("block_mask", backend, ("cuda", "triton", "cpu", "reference"), *call):
+        case "reference":
+            return block_mask_reference(*call)
+        case name:
+            return BlockMask(*backends.overload("block_mask", name)(*call))
+
+
+def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192) -> BlockMask:
+    """The definition."""
+    sample = split_words(sample_ids)
+    grid, size = tokens.shape[1:], tokens[0].numel() if len(tokens) else 0
+    mask = _blocks(sample, seed, grid, n_blocks) if ratio is None else _iid(sample, seed, grid, ratio)
+    mask = mask & (tokens != vocab_size + PAD_OFFSET)
+    new = torch.full_like(tokens, vocab_size + MASK_OFFSET)
+    if noisy:
+        which, code, *_ = philox((*_per_clip(sample, 2), _range(size, tokens), NOISE), seed)
+        which, code = which.view_as(tokens), below(code, vocab_size).view_as(tokens).to(tokens.dtype)
+        new = torch.where(which < _word(0.8), new, torch.where(which < _word(0.9), code, tokens))
+    flat = mask.flatten()
+    slots = torch.where(flat, flat.cumsum(0) - 1, flat.numel())  # unmasked positions go to one slot past the end
+    indices = slots.new_full((flat.numel() + 1,), -1).scatter(0, slots, _range(flat.numel(), tokens))[:-1]
+    return BlockMask(torch.where(mask, new, tokens), mask, indices, mask.flatten(1).sum(1))
+
+
+def _blocks(sample, seed, grid, n_blocks) -> Tensor:
+    """Union of random blocks, bool [B, T, H, W]."""
+    b = 2 * torch.arange(n_blocks, device=seed.device)
+    lengths = philox((*_per_clip(sample, 2), b, BLOCKS), seed)
+    starts = philox((*_per_clip(sample, 2), b + 1, BLOCKS), seed)
+    covered = None
+    for axis, (size, longest) in enumerate(zip(grid, longest_block(grid), strict=True)):
+        length = 1 + below(lengths[axis], longest)
+        start = below(starts[axis], size - length + 1)
+        i = torch.arange(size, device=seed.device)
+        inside = (i >= start[..., None]) & (i < (start + length)[..., None])  # [B, blocks, size]
+        inside = inside.unflatten(2, [size if a == axis else 1 for a in range(3)])
+        covered = inside if covered is None else covered & inside
+    return covered.any(1)
+
+
+def _iid(sample, seed, grid, ratio) -> Tensor:
+    """Every token on its own, bool [B, T, H, W]."""
+    size = math.prod(grid)
+    words = philox((*_per_clip(sample, 2), torch.arange(math.ceil(size / 4), device=seed.device), IID), seed)
+    return (torch.stack(words, -1).flatten(1)[:, :size] < _word(ratio)).unflatten(1, grid)
+
+
+def longest_block(grid) -> tuple[int, int, int]:
+    """Longest block side on each axis (section B.1, with the floor)."""
+    T, H, W = grid
+    return max(1, 2 * T // 3), max(1, H // 2), max(1, W // 2)
+
+
+def expected_block_ratio(grid: tuple[int, int, int], n_blocks: int) -> float:
+    """Expected share of masked tokens (Table 2), exactly: 1 - (1 - P(position in a block))^n_blocks, over the grid."""
+    inside = torch.ones((), dtype=torch.float64)
+    for size, longest in zip(grid, longest_block(grid), strict=True):
+        along = torch.zeros(size, dtype=torch.float64)
+        for length in range(1, longest + 1):
+            starts = size - length + 1
+            for start in range(starts):
+                along[start : start + length] += 1 / (longest * starts)
+        inside = inside[..., None] * along
+    return float((1 - (1 - inside) ** n_blocks).mean())
+
+
+def _per_clip(sample, ndim):
+    return tuple(word.view(-1, *[1] * (ndim - 1)) for word in sample)
+
+
+def _range(n: int, like: Tensor) -> Tensor:
+    return torch.arange(n, device=like.device)
+
+
+def _word(probability: float) -> int:
+    """The 32-bit word below which a uniform word falls with this probability."""
+    return round(probability * 2**32)
+
+
+def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
+    if tokens.ndim != 4 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens must be integer [B, T, H, W], got {tokens.dtype} of shape {tuple(tokens.shape)}")
+    if 0 in tokens.shape[1:]:
+        raise ValueError(f"T, H and W must be at least 1, got tokens of shape {tuple(tokens.shape)}")
+    if tuple(sample_ids.shape) != tokens.shape[:1] or sample_ids.dtype != torch.int64:
+        raise ValueError(
+            f"sample_ids must be int64 [{tokens.shape[0]}], got {sample_ids.dtype} of shape {tuple(sample_ids.shape)}"
+        )
+    if sample_ids.device != tokens.device:
+        raise ValueError(f"tokens and sample_ids must be on one device, got {tokens.device} and {sample_ids.device}")
+    if vocab_size < 1 or vocab_size + MASK_OFFSET > torch.iinfo(tokens.dtype).max:
+        raise ValueError(f"vocab_size must be at least 1 and leave room for special ids in {tokens.dtype}, got {vocab_size}")
+    if n_blocks < 1:
+        raise ValueError(f"n_blocks must be at least 1, got {n_blocks}")
+    if ratio is not None and not 0.0 <= ratio <= 1.0:
+        raise ValueError(f"ratio must be in [0, 1], got {ratio}")
+
+
+def _fake(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size):
+    mask = torch.empty_like(tokens, dtype=torch.bool)
+    indices = tokens.new_empty(tokens.numel(), dtype=torch.int64)
+    return torch.empty_like(tokens), mask, indices, torch.empty_like(sample_ids)
+
+
+backends.define(
+    "block_mask",
+    "(Tensor tokens, Tensor sample_ids, Tensor seed, int n_blocks, float? ratio, bool noisy, int vocab_size)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake,
+)
+backends.register("block_mask", "reference", backends.always)
