@@ -1,0 +1,155 @@
+"""The `vimpac` command. A subcommand is a function below: its docstring is the help, its arguments are the options."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from vimpac.config import SynthesizeConfig, TokenizeConfig
+from vimpac.errors import InputError
+
+Flat = tyro.conf.arg(name="")
+
+
+def tokenize(
+    videos: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="VIDEOS")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+    config: Annotated[TokenizeConfig, Flat],
+) -> None:
+    """Turn a folder of videos into a store of discrete tokens.
+
+    Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded are
+    named at the end with the reason. Under torchrun the ranks share the videos.
+
+    Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
+
+    Args:
+        videos: Folder that is searched, with its subfolders, for video files.
+        out: Folder of the token store to write.
+    """
+    from vimpac.data.tokenize import tokenize_videos
+
+    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    summary = tokenize_videos(videos, out, config, rank, world)
+    if rank:
+        return
+    rate = summary.frames / max(summary.seconds, 1e-9)
+    print(
+        f"{out}: {summary.videos} videos, {summary.frames} frames, {summary.tokens} tokens "
+        f"in {summary.seconds:.1f} s ({rate:.0f} frames/s)"
+    )
+    if summary.present:
+        print(f"{summary.present} videos were in the store already" + (", it is complete" * (not summary.videos)))
+    if summary.failed:
+        print(f"{len(summary.failed)} videos failed:")
+    for name, reason in sorted(summary.failed.items()):
+        print(f"  {name}: {reason}")
+
+
+def synthesize(
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")], config: Annotated[SynthesizeConfig, Flat]
+) -> None:
+    """Write labelled videos of textured shapes in motion, to try everything without a data set.
+
+    Example: vimpac synthesize videos/ --videos 256
+
+    Args:
+        out: Folder to write the videos and their labels to.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from vimpac.data.synthetic import synthesize as write
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
+        bar = progress.add_task("drawing videos", total=config.videos)
+        write(out, config, lambda done, _: progress.update(bar, completed=done))
+    print(f"{out}: {config.videos} videos of {config.seconds:g} s and labels.csv")
+
+
+def verify(store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]) -> None:
+    """Check every checksum of a token store and print what it holds.
+
+    Example: vimpac verify store/
+
+    Args:
+        store: Folder that `vimpac tokenize` wrote.
+    """
+    from vimpac.data.store import TokenStore
+
+    tokens = TokenStore(store, verify=True)
+    tokenizer, (height, width) = tokens.tokenizer, tokens.grid
+    frames = int(tokens.frames.sum())
+    print(f"{store}: every checksum is right")
+    print(f"  videos     {len(tokens)}, {frames} frames at {tokens.fps:g} a second, {tokens.nbytes / 1e6:.1f} MB")
+    print(f"  tokenizer  {tokenizer.name}, {tokenizer.vocab_size} codes, digest {tokenizer.digest[:16]}")
+    print(f"  frame      {tokens.frame_size} pixels, {height} × {width} tokens, {len(tokens.views)} views")
+    if tokens.failed:
+        print(f"  failed     {len(tokens.failed)} videos could not be decoded")
+    for name, reason in tokens.failed.items():
+        print(f"    {name}: {reason}")
+
+
+def convert_dalle(
+    encoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")],
+    decoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DECODER")],
+    out: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="OUT")],
+) -> None:
+    """Convert OpenAI's pickled DALL-E tokenizer, the paper's, to one safetensors file.
+
+    Needs `pip install --no-deps dall-e attrs`.
+
+    Example: vimpac convert-dalle encoder.pkl decoder.pkl dalle.safetensors
+
+    Args:
+        encoder: OpenAI's encoder.pkl.
+        decoder: OpenAI's decoder.pkl.
+        out: The .safetensors file to write, for `vimpac tokenize --tokenizer dalle --tokenizer-path`.
+    """
+    from vimpac.data.tokenizer import DalleVAE
+
+    DalleVAE.convert(encoder, decoder, out)
+    print(f"wrote {out}")
+
+
+COMMANDS = {
+    "tokenize": tokenize,
+    "synthesize": synthesize,
+    "verify": verify,
+    "convert-dalle": convert_dalle,
+}
+
+
+_FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a full disk, a folder not ours
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    command = f"vimpac {arguments[0]}" if arguments and arguments[0] in COMMANDS else "vimpac"
+    description = "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options."
+    try:
+        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
+    except InputError as error:
+        print(f"{command}: error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in _FIXABLE:
+            raise
+        print(f"{command}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{command}: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,449 @@
+"""A folder of videos → a token store: decoded and encoded in worker processes, resumable, shared out over ranks."""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from multiprocessing.connection import wait as wait_for_handle
+from pathlib import Path
+
+import numpy as np
+
+from vimpac.config import TokenizeConfig
+from vimpac.data.atomic import TEMPORARY
+from vimpac.data.store import (
+    INDEX,
+    TOKENIZER,
+    StoreSettings,
+    StoreWriter,
+    finish_store,
+    finished_settings,
+    read_settings,
+)
+from vimpac.data.tokenizer import (
+    MAX_CODES,
+    STRIDE,
+    DalleVAE,
+    PatchVQ,
+    Tokenizer,
+    describe,
+    load_tokenizer,
+    to_patches,
+)
+from vimpac.data.video import CorruptVideo, View, decode, find_videos, view_set
+from vimpac.errors import InputError
+
+FIT_VIDEOS = 256
+FIT_PATCHES = 200_000
+STALL_SECONDS = 600
+"""A worker that decodes no further for so long is killed, and its video reported."""
+REPORT_SECONDS = 10.0
+_DIED = f"its worker process died: the decoder crashed, ran out of memory or got no further for {STALL_SECONDS} s"
+
+
+@dataclass
+class TokenizeSummary:
+    """What a run of all ranks did. seconds: wall clock of this rank."""
+
+    videos: int = 0
+    frames: int = 0
+    tokens: int = 0
+    present: int = 0
+    """Videos that finished shards held already when the run started."""
+    seconds: float = 0.0
+    failed: dict[str, str] = field(default_factory=dict)
+    """Reason by video name."""
+
+
+def tokenize_videos(
+    videos: str | Path,
+    out: str | Path,
+    config: TokenizeConfig,
+    rank: int = 0,
+    world: int = 1,
+    workers: int | None = None,
+    progress: bool = True,
+) -> TokenizeSummary:
+    """Writes the token store `out` of every video below the folder `videos`; run again, it adds what is missing.
+
+    With world > 1, every rank calls this under torchrun and takes every world-th video; rank 0 fits the tokenizer and
+    finishes the store. workers: processes of this rank (default: its share of the cores).
+    Raises InputError on bad options, an output folder of other settings, or if no video could be decoded.
+    """
+    started = time.monotonic()
+    videos, out = Path(videos), Path(out)
+    workers = workers or _share_of_cores()
+    with _ranks(rank, world) as gather:
+        _agree(gather, partial(_check, config, out))
+        names = _agree(gather, partial(find_videos, videos))
+        _agree(gather, lambda: _prepare_tokenizer(names, videos, out, config, workers, progress) if not rank else None)
+        tokenizer = _agree(gather, partial(load_tokenizer, out))
+        settings = StoreSettings(describe(tokenizer), config.fps, config.frame_size, _views(config))
+        writer = _agree(gather, partial(StoreWriter, out, settings, rank))
+        # Shares are cut before the finished videos are taken out, so that they do not overlap.
+        todo = [name for name in names[rank::world] if name not in writer.done]
+        mine = TokenizeSummary(present=len(names[rank::world]) - len(todo))
+        _write_videos(writer, todo, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
+        summary = _merge(gather(mine))
+        _agree(gather, lambda: _finish(out, summary) if not rank else None)
+    summary.seconds = time.monotonic() - started
+    return summary
+
+
+def _check(config: TokenizeConfig, out: Path) -> None:
+    size, codes, fps = config.frame_size, config.codes, config.fps
+    if size < STRIDE or size % STRIDE:
+        raise InputError(f"frame size is {size}, expected a positive multiple of {STRIDE}, such as 128")
+    if not (math.isfinite(fps) and fps > 0):
+        raise InputError(f"fps is {fps}, expected a positive number of frames a second, such as 2")
+    if not 2 <= codes <= MAX_CODES:
+        raise InputError(f"codes is {codes}, expected 2 to {MAX_CODES}")
+    if config.tokenizer == "dalle" and config.tokenizer_path is None:
+        raise InputError(
+            "tokenizer dalle needs tokenizer-path, the file that `vimpac convert-dalle ENCODER DECODER OUT` writes"
+        )
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file, expected a folder for the store; choose another output")
+    present = {path.name for path in out.iterdir()} if out.is_dir() else set()
+    ours = INDEX in present or any(name.startswith("shard-") for name in present)
+    if present - {TOKENIZER, TOKENIZER + TEMPORARY} and not ours:
+        raise InputError(f"{out} is not empty and not a token store; choose a new folder, so that nothing is lost")
+    if INDEX in present:
+        read_settings(out)  # a store of another version must not be added to
+
+
+def _views(config: TokenizeConfig) -> tuple[View, ...]:
+    return view_set(config.views, config.flip)
+
+
+def _prepare_tokenizer(
+    names: list[str], videos: Path, out: Path, config: TokenizeConfig, workers: int, progress: bool
+) -> None:
+    """Leaves the tokenizer in `out`: the one its shards were written with, the one asked for, or a new one."""
+    settings = finished_settings(out) if out.is_dir() else None
+    if settings is not None:
+        return _check_same_request(load_tokenizer(out), settings, out, config)
+    if config.tokenizer_path is not None:
+        tokenizer = _asked_for(config)
+    else:
+        tokenizer = _fit(names, videos, config, workers, progress)
+    out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(out / TOKENIZER)
+
+
+def _check_same_request(tokenizer: Tokenizer, settings: StoreSettings, out: Path, config: TokenizeConfig) -> None:
+    wanted = _asked_for(config) if config.tokenizer_path is not None else tokenizer
+    asked = StoreSettings(describe(wanted), config.fps, config.frame_size, _views(config))
+    difference = settings.difference(asked)
+    if config.tokenizer_path is None and isinstance(tokenizer, PatchVQ):
+        fitted, now = (tokenizer.requested, tokenizer.seed), (config.codes, config.seed)
+        if None not in fitted and fitted != now:
+            difference = "codes {} and seed {}".format(*fitted) + ", not codes {} and seed {}".format(*now)
+    if difference:
+        raise InputError(f"{out} was written with {difference}; use the same settings, or another output folder")
+
+
+def _asked_for(config: TokenizeConfig) -> Tokenizer:
+    tokenizer = load_tokenizer(config.tokenizer_path)
+    if tokenizer.name != config.tokenizer:
+        raise InputError(
+            f"{config.tokenizer_path} holds a {tokenizer.name} tokenizer, but {config.tokenizer} was asked for; "
+            f"pass tokenizer {tokenizer.name}"
+        )
+    return tokenizer
+
+
+def _fit(names: list[str], videos: Path, config: TokenizeConfig, workers: int, progress: bool) -> PatchVQ:
+    """A PatchVQ on patches drawn evenly from a sample of the videos; corrupt ones are passed over here."""
+    chosen = random.Random(config.seed).sample(names, min(FIT_VIDEOS, len(names)))
+    report = _reporter(len(chosen), progress, "fitting the tokenizer")
+    job = partial(_sample_patches, videos, config.fps, config.frame_size, math.ceil(FIT_PATCHES / len(chosen)))
+    samples, failed = {}, {}
+    for name, result in _run(job, chosen, workers):
+        (failed if isinstance(result, str) else samples)[name] = result
+        report(0)
+    report.close()
+    if not samples:
+        raise InputError(f"none of the {len(chosen)} videos tried in {videos} can be decoded: {_shorten(failed)}")
+    # In the order of names, not of completion: the fit must not depend on timing.
+    patches = np.concatenate([samples[name] for name in sorted(samples)])
+    return PatchVQ.fit(patches, config.codes, config.seed)
+
+
+def _write_videos(
+    writer: StoreWriter,
+    names: list[str],
+    videos: Path,
+    tokenizer: Tokenizer,
+    workers: int,
+    summary: TokenizeSummary,
+    report: _Report | _Silent,
+) -> None:
+    settings = writer.settings
+    decoding = (videos, settings.fps, settings.frame_size, settings.views)
+    on_gpu = isinstance(tokenizer, DalleVAE) and tokenizer.device.type != "cpu"
+    # A GPU belongs to one process: then the workers decode only.
+    job = partial(_decode_whole, *decoding) if on_gpu else partial(_encode_whole, writer.folder, *decoding)
+    try:
+        for name, result in _run(job, names, workers):
+            if isinstance(result, str):
+                summary.failed[name] = result
+                report(0)
+                continue
+            ids = _encode_views(tokenizer, result) if on_gpu else result
+            writer.add(name, ids)
+            summary.videos += 1
+            summary.frames += ids.shape[1]
+            summary.tokens += ids.size
+            report(ids.shape[1])
+    finally:
+        writer.close()
+        report.close()
+
+
+def _finish(out: Path, summary: TokenizeSummary) -> None:
+    if summary.videos + summary.present:
+        finish_store(out, summary.failed)
+        return
+    if finished_settings(out) is None:
+        (out / TOKENIZER).unlink(missing_ok=True)
+        if not any(out.iterdir()):
+            out.rmdir()
+    raise InputError(f"none of the {len(summary.failed)} videos can be decoded: {_shorten(summary.failed)}")
+
+
+def _shorten(failed: dict[str, str], limit: int = 3) -> str:
+    shown = [f"{name} {reason}" for name, reason in sorted(failed.items())[:limit]]
+    return "; ".join(shown) + (f"; and {len(failed) - limit} more" if len(failed) > limit else "")
+
+
+def _merge(parts: list[TokenizeSummary]) -> TokenizeSummary:
+    return TokenizeSummary(
+        videos=sum(part.videos for part in parts),
+        frames=sum(part.frames for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        present=sum(part.present for part in parts),
+        failed={name: reason for part in parts for name, reason in part.failed.items()},
+    )
+
+
+# What a worker process runs. A result that is a string is the reason why the video failed.
+
+
+def _sample_patches(videos: Path, fps: float, size: int, count: int, name: str) -> np.ndarray | str:
+    """uint8 [≤ count, 192] from the first frames of a video, drawn by its name alone."""
+    try:
+        frames = next(_watched(decode(videos / name, fps, size)))[0]
+    except (CorruptVideo, MemoryError) as error:
+        return str(error) or "does not fit into memory"
+    patches = to_patches(frames)
+    generator = np.random.default_rng(list(name.encode()))
+    return patches[generator.permutation(len(patches))[:count]]
+
+
+def _decode_whole(videos: Path, fps: float, size: int, views: tuple[View, ...], name: str) -> np.ndarray | str:
+    """uint8 [views, frames, 3, size, size]."""
+    try:
+        return np.concatenate(list(_watched(decode(videos / name, fps, size, views))), axis=1)
+    except (CorruptVideo, MemoryError) as error:
+        return str(error) or "does not fit into memory"
+
+
+def _encode_whole(
+    store: Path, videos: Path, fps: float, size: int, views: tuple[View, ...], name: str
+) -> np.ndarray | str:
+    """uint16 [views, frames, h, w], encoded chunk by chunk, so that a long video's pixels need not fit into memory."""
+    try:
+        tokenizer = _cached_tokenizer(str(store))
+        chunks = _watched(decode(videos / name, fps, size, views))
+        return np.concatenate([_encode_views(tokenizer, chunk) for chunk in chunks], axis=1)
+    except (CorruptVideo, MemoryError) as error:
+        return str(error) or "does not fit into memory"
+
+
+def _encode_views(tokenizer: Tokenizer, frames: np.ndarray) -> np.ndarray:
+    return np.stack([tokenizer.encode(view) for view in frames])
+
+
+_tokenizers: dict[str, Tokenizer] = {}
+
+
+def _cached_tokenizer(store: str) -> Tokenizer:
+    if store not in _tokenizers:
+        _tokenizers[store] = load_tokenizer(store)
+    return _tokenizers[store]
+
+
+def _watched(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
+    """SIGALRM, left at its default, ends a process that hangs inside FFmpeg, which no Python exception could."""
+    signal.alarm(STALL_SECONDS)
+    try:
+        for chunk in chunks:
+            signal.alarm(STALL_SECONDS)
+            yield chunk
+    finally:
+        signal.alarm(0)
+
+
+def _start_worker() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    from threadpoolctl import threadpool_limits
+
+    threadpool_limits(1)
+    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, if the tokenizer needs it
+
+
+def _end_with_parent() -> None:
+    """A pool's workers outlive a parent that was killed, waiting for work for ever."""
+    wait_for_handle([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
+# What the parent runs.
+
+
+def _run(job: Callable[[str], np.ndarray | str], names: Iterable[str], workers: int) -> Iterator[tuple[str, object]]:
+    """(name, job(name)) as they finish. A job that kills its process counts as failed; the others are done again."""
+    waiting = iter(names)
+    while True:
+        suspects: list[str] = []
+        yield from _run_pool(job, waiting, workers, suspects)
+        if not suspects:
+            return
+        # A dead worker breaks the whole pool and does not say what it worked on: each gets a pool of its own.
+        for name in suspects:
+            alone: list[str] = []
+            yield from _run_pool(job, iter([name]), 1, alone)
+            if alone:
+                yield name, _DIED
+
+
+def _run_pool(job, waiting: Iterator[str], workers: int, suspects: list[str]) -> Iterator[tuple[str, object]]:
+    """Runs jobs until `waiting` is empty or a worker dies; names that were under way then are left in `suspects`."""
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
+    running: dict[Future, str] = {}
+    try:
+        while True:
+            # A short queue bounds the memory of finished results, and the names to repeat when a worker dies.
+            while not suspects and len(running) < 2 * workers and (name := next(waiting, None)) is not None:
+                try:
+                    running[pool.submit(job, name)] = name
+                except BrokenProcessPool:
+                    suspects.append(name)
+            if not running:
+                return
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                name = running.pop(future)
+                try:
+                    result = future.result()
+                except BrokenProcessPool:
+                    suspects.append(name)
+                    continue
+                yield name, result
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _share_of_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+@contextmanager
+def _ranks(rank: int, world: int) -> Iterator[Callable[[object], list]]:
+    """Yields gather(value) → the values of all ranks, which is also a barrier."""
+    if world == 1:
+        yield lambda value: [value]
+        return
+    from datetime import timedelta
+
+    import torch.distributed as dist
+
+    if "MASTER_ADDR" not in os.environ:
+        raise InputError(f"rank {rank} of {world} has no MASTER_ADDR; start the ranks with torchrun")
+    # A week: ranks wait for each other while one still works through its share.
+    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=7))
+
+    def gather(value: object) -> list:
+        values = [None] * world
+        dist.all_gather_object(values, value)
+        return values
+
+    try:
+        yield gather
+    finally:
+        dist.destroy_process_group()
+
+
+def _agree(gather: Callable[[object], list], step: Callable):
+    """step(), after which every rank raises if one did: none is left waiting for a rank that gave up."""
+    result, error = None, None
+    try:
+        result = step()
+    except InputError as raised:
+        error = raised
+    messages = [message for message in gather(str(error) if error else None) if message]
+    if messages:
+        raise error or InputError(messages[0])
+    return result
+
+
+class _Report:
+    """Counts videos: a bar in a terminal, a line every REPORT_SECONDS elsewhere. Call it once a video."""
+
+    def __init__(self, total: int, title: str):
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        console = Console(stderr=True)
+        self._title, self._total, self._done, self._frames = title, total, 0, 0
+        self._started = self._reported = time.monotonic()
+        self._bar = None
+        if console.is_terminal and total:
+            rate = TextColumn("{task.fields[rate]:.0f} frames/s")
+            columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
+            self._bar = Progress(*columns, console=console)
+            self._task = self._bar.add_task(title, total=total, rate=0.0)
+            self._bar.start()
+
+    def __call__(self, frames: int) -> None:
+        self._done += 1
+        self._frames += frames
+        now = time.monotonic()
+        rate = self._frames / max(now - self._started, 1e-9)
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, rate=rate)
+        elif now - self._reported >= REPORT_SECONDS:
+            self._reported = now
+            print(
+                f"{self._title}: {self._done} of {self._total} videos, {rate:.0f} frames/s", file=sys.stderr, flush=True
+            )
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+
+class _Silent:
+    def __call__(self, frames: int) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+def _reporter(total: int, progress: bool, title: str = "tokenizing") -> _Report | _Silent:
+    return _Report(total, title) if progress else _Silent()
