@@ -234,8 +234,8 @@ class DalleVAE:
 
 _EPS = 0.1  # pixels are mapped to 0.1..0.9, inside the support of the VAE's logit-Laplace likelihood
 _ARGUMENTS = {
-    "encoder": ("group_count", "n_hid", "n_blk_per_group", "input_channels", "vocab_size"),
-    "decoder": ("group_count", "n_init", "n_hid", "n_blk_per_group", "output_channels", "vocab_size"),
+    "encoder": ("n_hid", "n_blk_per_group", "input_channels", "vocab_size"),
+    "decoder": ("n_init", "n_hid", "n_blk_per_group", "output_channels", "vocab_size"),
 }
 
 

@@ -30,6 +30,9 @@ LONGEST_STEP = Fraction(60)
 
 # Only real containers: FFmpeg would also follow playlists to other files and render text as video.
 _FORMATS = "3gp,asf,avi,flv,h264,hevc,m4v,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
+# swscale's bicubic | accurate rounding | full chroma interpolation | bit-exact. Plain bicubic darkens by up to two
+# levels and gives other bytes on other machines; this takes 0.9 instead of 0.65 ms a frame (1280×720 to 228×128).
+_SCALING = 0x4 | 0x40000 | 0x2000 | 0x80000
 CROPS = ("center", "top-left", "bottom-right")
 
 
@@ -92,7 +95,7 @@ def decode(
         with _open(path) as container:
             yield from _chunks(_pick(_frames(container, os.path.getsize(path)), fps), size, views, chunk)
     except (av.FFmpegError, OSError) as error:
-        raise CorruptVideo(f"cannot be decoded: {_reason(error)}") from error
+        raise CorruptVideo(f"cannot be decoded: {error.strerror or error}") from error
 
 
 def _open(path: str | Path) -> av.container.InputContainer:
@@ -103,15 +106,9 @@ def _open(path: str | Path) -> av.container.InputContainer:
         # file: keeps a colon in a name from being read as a protocol.
         return av.open(f"file:{os.path.abspath(path)}", options=options, metadata_errors="ignore")
     except (av.FFmpegError, OSError) as error:
-        empty = os.path.exists(path) and not os.path.getsize(path)
-        raise CorruptVideo("is an empty file" if empty else f"cannot be opened: {_reason(error)}") from error
-
-
-def _reason(error: Exception) -> str:
-    """FFmpeg's words, with the last line that it logged: that is where "moov atom not found" is said."""
-    reason = getattr(error, "strerror", None) or str(error)
-    log = getattr(error, "log", None)
-    return f"{reason} ({log[2].strip()})" if log else reason
+        if os.path.exists(path) and not os.path.getsize(path):
+            raise CorruptVideo("is an empty file") from error
+        raise CorruptVideo(f"is not a video, or cut short: {error.strerror or error}") from error
 
 
 def _frames(container: av.container.InputContainer, file_size: int) -> Iterator[tuple[Fraction, av.VideoFrame]]:
@@ -205,7 +202,7 @@ def _see(frame: av.VideoFrame, size: int, views: Sequence[View], reformatters: d
     for resize, reformatter in reformatters.items():
         side = round(resize * size)
         width, height = _shorter_side(frame.width, frame.height, side)
-        rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation="BICUBIC").to_ndarray()
+        rgb = reformatter.reformat(frame, width, height, "rgb24", interpolation=_SCALING).to_ndarray()
         pictures[resize] = np.rot90(rgb, quarter_turns).transpose(2, 0, 1)
     return np.stack([_crop(pictures[view.resize], size, view) for view in views])
 

