@@ -1,0 +1,170 @@
+"""What a training run says while it runs: one live line on a terminal, plain lines at a bounded rate elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from datetime import timedelta
+from typing import TextIO
+
+SHOWN = (  # key of the metrics, its label, its format
+    ("loss", "loss", "6.3f"),
+    ("mask_loss", "mask", "6.3f"),
+    ("contrastive_loss", "contrastive", "6.3f"),
+    ("mask_accuracy", "mask accuracy", "5.3f"),
+    ("videos_per_second", "videos/s", "7.1f"),
+)
+LINE_SECONDS = 30.0  # without a terminal: a line this often, and one for each twentieth of the run
+LINE_SHARE = 20
+REFRESH_SECONDS = 0.1  # on a terminal: redraw at most this often, so that the display never slows training
+BAR_WIDTH = 20
+BAR_FROM = 120  # columns; on a narrower terminal the numbers take the bar's place
+
+
+class Progress:
+    """Shows the metrics of a run of `total_steps` steps that starts, or goes on, after `start_step`.
+
+    Use it as a context manager. Does nothing unless `enabled`, which only the first rank should be. `stream` is
+    standard error unless given; `clock` gives seconds. No threads: the line is redrawn by `update`.
+    """
+
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        enabled: bool = True,
+        stream: TextIO | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        from rich.console import Console
+
+        self.total_steps, self.start_step, self.enabled, self.clock = total_steps, start_step, enabled, clock
+        self.console = Console(file=stream or sys.stderr, highlight=False)
+        self.is_live = enabled and self.console.is_terminal and not self.console.is_dumb_terminal
+        self.live = None
+        self.started = self.shown_at = clock()
+        self.shown_step: int | None = None
+        self.latest: dict | None = None
+
+    def __enter__(self) -> Progress:
+        self.started = self.clock()
+        if self.is_live:
+            from rich.live import Live
+
+            self.live = Live(console=self.console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
+            self.live.start()
+        return self
+
+    def __exit__(self, *exception) -> None:
+        self._finish()
+
+    def update(self, metrics: dict) -> None:
+        """Takes a line of metrics.jsonl: `step` and any of the values; those missing or None are left out."""
+        if not self.enabled:
+            return
+        self.latest = metrics
+        if self._is_due(metrics["step"]):
+            self._show(metrics)
+
+    def note(self, text: str) -> None:
+        """Prints a message, above the live line if there is one."""
+        if self.enabled:
+            self._print(text)
+
+    def summary(self, values: dict) -> None:
+        """Ends the display and prints the values under their names; None and True or False are left out."""
+        if not self.enabled:
+            return
+        self._finish()
+        rows = [(name.replace("_", " "), _format(value)) for name, value in values.items() if _is_value(value)]
+        if self.is_live:
+            self.console.print(_table(rows))
+            return
+        width = max((len(name) for name, _ in rows), default=0)
+        for name, value in rows:
+            self._print(f"{name:<{width}}  {value}")
+
+    def _is_due(self, step: int) -> bool:
+        if self.shown_step is None:
+            return True
+        waited = self.clock() - self.shown_at
+        if self.is_live:
+            return waited >= REFRESH_SECONDS
+        share = step * LINE_SHARE // self.total_steps > self.shown_step * LINE_SHARE // self.total_steps
+        return share or waited >= LINE_SECONDS
+
+    def _show(self, metrics: dict) -> None:
+        self.shown_at, self.shown_step = self.clock(), metrics["step"]
+        if self.live:
+            self.live.update(self._bar(metrics), refresh=True)
+        elif not self.is_live:
+            self._print(self._line(metrics))
+
+    def _finish(self) -> None:
+        """Shows the last metrics if they were not, so that an interrupted run says how far it came."""
+        if self.latest and self.latest["step"] != self.shown_step:
+            self._show(self.latest)
+        if self.live:
+            self.live.stop()
+            self.live = None
+
+    def _print(self, text: str) -> None:
+        # soft_wrap: a long line stays one line for grep; markup off: [text] in brackets is text
+        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.file.flush()
+
+    def _line(self, metrics: dict) -> str:
+        step, total = metrics["step"], self.total_steps
+        times = [f"{name} {_duration(seconds)}" for name, seconds in self._times(step).items()]
+        return "  ".join([f"step {step:>{len(str(total))}}/{total}", *self._fields(metrics), *times])
+
+    def _bar(self, metrics: dict):
+        """The live line; the end of it is what a narrow terminal cuts off."""
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        step, total = metrics["step"], self.total_steps
+        times = " < ".join(_duration(seconds) for seconds in self._times(step).values())
+        fields = [f"{step:>{len(str(total))}}/{total}", times, *self._fields(metrics)]
+        line = Text("  ".join(fields), no_wrap=True, overflow="ellipsis")
+        if self.console.width < BAR_FROM:
+            return line
+        grid = Table.grid(padding=(0, 1))
+        grid.add_row(ProgressBar(total=total, completed=step, width=BAR_WIDTH), line)
+        return grid
+
+    def _fields(self, metrics: dict) -> list[str]:
+        return [f"{label} {metrics[key]:{form}}" for key, label, form in SHOWN if metrics.get(key) is not None]
+
+    def _times(self, step: int) -> dict[str, float]:
+        """Seconds since the start, and seconds left at the speed since then: steps before a resume do not count."""
+        elapsed = self.clock() - self.started
+        done = step - self.start_step
+        left = {"left": elapsed / done * (self.total_steps - step)} if done > 0 else {}
+        return {"elapsed": elapsed, **left}
+
+
+def _is_value(value) -> bool:
+    return value is not None and not isinstance(value, bool)
+
+
+def _format(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _duration(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))
+
+
+def _table(rows: list[tuple[str, str]]):
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, show_header=False)
+    table.add_column()
+    table.add_column(justify="right")
+    for row in rows:
+        table.add_row(*row)
+    return table
