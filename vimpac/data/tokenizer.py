@@ -65,8 +65,8 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
 class PatchVQ:
     """Vector quantisation of 8×8 patches: an id is the index of the nearest of `codes` patches.
 
-    Codes are whole pixel values, so distances are integers below 2²⁴ and float32 matrix products give them exactly:
-    ids do not depend on the machine, the number of threads or the batch.
+    Codes are whole pixel values, so that float32 computes 2·x·c - c·c exactly: the sums of 2·x·c are even and below
+    2²⁵, c·c is below 2²⁴. Ids do not depend on the machine, the threads or the batch; ties go to the lower id.
     """
 
     name = "patch-vq"
@@ -78,9 +78,9 @@ class PatchVQ:
         self.vocab_size = len(self.codebook)
         self.requested, self.seed = requested, seed
         self.digest = _digest(self.name, {"codebook": self.codebook})
-        centred = _centred(self.codebook)
-        self._weight = np.ascontiguousarray(2 * centred.T)
-        self._bias = np.square(centred).sum(1)
+        pixels = self.codebook.astype(np.float32)
+        self._weight = np.ascontiguousarray(2 * pixels.T)
+        self._bias = np.square(pixels).sum(1)
 
     @classmethod
     def fit(cls, data: np.ndarray, codes: int = 512, seed: int = 0) -> PatchVQ:
@@ -116,7 +116,7 @@ class PatchVQ:
         patches = to_patches(frames)
         ids = np.empty(len(patches), np.uint16)
         for begin in range(0, len(patches), _BLOCK):
-            scores = _centred(patches[begin : begin + _BLOCK]) @ self._weight
+            scores = patches[begin : begin + _BLOCK].astype(np.float32) @ self._weight
             scores -= self._bias
             ids[begin : begin + _BLOCK] = scores.argmax(1)
         side = frames.shape[-1] // STRIDE
@@ -136,11 +136,6 @@ def to_patches(frames: np.ndarray) -> np.ndarray:
     T, C, H, W = frames.shape
     grid = frames.reshape(T, C, H // STRIDE, STRIDE, W // STRIDE, STRIDE)
     return grid.transpose(0, 2, 4, 1, 3, 5).reshape(-1, C * STRIDE * STRIDE)
-
-
-def _centred(pixels: np.ndarray) -> np.ndarray:
-    """Shifted to -128..127: products of 192 pixels then stay below 2²⁴ (2·x·c - c·c too), where float32 is exact."""
-    return pixels.astype(np.float32) - 128
 
 
 class DalleVAE:
