@@ -167,9 +167,7 @@ def test_folder_holds_videos_and_labels_only_whatever_the_threads(tmp_path, monk
     assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [label.video for label in labels] + ["labels.csv"]
     assert [tuple(row.values()) for row in read_labels(tmp_path / "one")] == [tuple(label) for label in labels]
     for label in labels[:4]:
-        np.testing.assert_array_equal(
-            decode(tmp_path / "one" / label.video)[0], decode(tmp_path / "threads" / label.video)[0]
-        )
+        np.testing.assert_array_equal(decode(tmp_path / "one" / label.video)[0], decode(tmp_path / "threads" / label.video)[0])
 
 
 @pytest.mark.parametrize("threads_from", [1, 10**9])

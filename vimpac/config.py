@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, field
 from typing import Literal
 
 from vimpac.errors import InputError
+from vimpac.layouts import parse_layout
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,6 @@ class ModelConfig:
     """V, token types. Five special ids follow, among them PAD = V + 1 and MASK = V + 4."""
 
     def __post_init__(self):
-        from vimpac.model.layouts import parse_layout  # the grammar belongs to the model
-
         object.__setattr__(self, "grid", tuple(self.grid))
         for name in ("layers", "width", "heads", "head_layers", "head_width", "head_out", "vocab_size"):
             _at_least_one(f"model.{name}", getattr(self, name))
@@ -133,3 +133,162 @@ class ModelConfig:
 def _at_least_one(name: str, value: int) -> None:
     if value < 1:
         raise InputError(f"{name} must be at least 1, got {value}")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A pre-training run. A video counts as its two clips throughout."""
+
+    data: str | None = None
+    """Token store made by `vimpac tokenize`."""
+    synthetic_videos: int = 0
+    """Without data: generate this many labelled videos, tokenize them and train on them; 0 = data is required."""
+    output: str = "runs/pretrain"
+    """Run folder: config.json, metrics.jsonl, checkpoints, model.safetensors, curves.png."""
+    resume: bool = False
+    """Go on from the last checkpoint in the run folder."""
+    continue_from: str | None = None
+    """Run folder of an earlier stage: take its weights, Adam moments and step; positions are interpolated."""
+    init_from: str | None = None
+    """A model.safetensors to start from: weights only, positions are interpolated."""
+    seed: int = 0
+    """Seed of initialisation, data order, masks and dropout."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """Shape of the model (Tables 3, 13, 14). The vocabulary size is taken from the store."""
+
+    steps: int | None = None
+    """Updates until the run ends; None = epochs."""
+    epochs: float = 10.0
+    """Passes over the training videos until the run ends, where steps is None."""
+    schedule_epochs: float | None = None
+    """Passes (or, with --steps, the same multiple of steps) until the learning rate is 0; None = the run's own end."""
+    batch_size: int = 1024
+    """Videos an update, over all processes and accumulated micro-steps."""
+    contrastive_videos: int = 128
+    """n of Eq. 5: videos contrasted with each other; n - 1 of them are negatives (Table 11)."""
+    micro_batch: int | None = None
+    """Videos a forward pass in each process; None = contrastive_videos / processes."""
+
+    learning_rate: float = 1e-3
+    """Peak learning rate."""
+    warmup: float = 0.1
+    """Share of the schedule in which the learning rate rises linearly; after it, it falls linearly to 0."""
+    weight_decay: float = 0.05
+    """AdamW's, on everything but biases and norm weights."""
+    betas: tuple[float, float] = (0.9, 0.98)
+    """AdamW's."""
+    eps: float = 1e-8
+    """AdamW's."""
+    grad_clip: float = 1.0
+    """Largest gradient norm."""
+
+    mask_task: bool = True
+    """Whether to predict masked tokens; --no-mask-task leaves contrastive learning only (Tables 7, 12, 16)."""
+    alpha: float = 1.0
+    """Weight α of the contrastive loss (Eq. 6, Table 16); 0 = mask-then-predict only."""
+    temperature: float = 0.2
+    """γ of Eq. 4 and 6."""
+    mask: Literal["block", "iid"] = "block"
+    """Blocks (Eq. 3) or independent tokens (Eq. 2)."""
+    n_blocks: int | None = None
+    """Blocks a clip; None = the number whose expected ratio is closest to 15 % (Table 2)."""
+    mask_ratio: float = 0.145
+    """Share of masked tokens of an iid mask (Tables 8, 15)."""
+    noisy_mask: bool = False
+    """BERT's 80/10/10 replacement instead of MASK everywhere (section G.3)."""
+    contrastive_masked: bool = True
+    """Contrast the masked clips of mask-then-predict; --no-contrastive-masked runs intact clips as well (Table 12)."""
+    d_max: float | None = None
+    """Largest distance of a video's two clips in seconds (Table 10); None = anywhere."""
+
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32."""
+    compile: bool = False
+    """torch.compile the backbone."""
+    activation_checkpointing: bool = False
+    """Recompute each layer in the backward pass instead of keeping its activations."""
+
+    held_out: float = 0.0625
+    """Share of the videos kept for the evaluation at the end, at least one."""
+    eval_batches: int = 16
+    """Batches of contrastive_videos held-out videos in the evaluation."""
+    log_every: int = 10
+    """Updates between two looks at the metrics (each update gets its line in metrics.jsonl)."""
+    save_every: int = 500
+    """Updates between checkpoints."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints to keep."""
+
+    def __post_init__(self):
+        for name in ("batch_size", "contrastive_videos", "log_every", "save_every", "keep_checkpoints", "eval_batches"):
+            _at_least_one(name, getattr(self, name))
+        for name in ("steps", "micro_batch", "n_blocks"):
+            if getattr(self, name) is not None:
+                _at_least_one(name, getattr(self, name))
+        for name in ("epochs", "learning_rate", "temperature", "eps", "grad_clip"):
+            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+        for name in ("alpha", "weight_decay"):
+            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or a positive number")
+        for name in ("warmup", "mask_ratio", "held_out"):
+            _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        _require(self.held_out > 0, "held_out", self.held_out, "above 0, since the run ends with an evaluation")
+        _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
+        _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
+        _require(self.d_max is None or self.d_max >= 0, "d_max", self.d_max, "0 or more seconds")
+        schedule = self.schedule_epochs
+        _require(schedule is None or schedule >= self.epochs, "schedule_epochs", schedule, f"at least epochs={self.epochs}")
+        _require(
+            self.mask_task or self.alpha > 0,
+            "alpha",
+            self.alpha,
+            "above 0 without the mask task, or nothing is learned",
+        )
+
+
+def _require(ok: bool, name: str, value: object, expected: str) -> None:
+    if not ok:
+        raise InputError(f"{name} must be {expected}, got {value}")
+
+
+PRESETS: dict[str, tuple[str, TrainConfig]] = {
+    "demo": (
+        "a small model on synthetic videos, minutes on a laptop",
+        TrainConfig(
+            synthetic_videos=256,
+            output="runs/demo",
+            model=ModelConfig(layers=4, width=128, heads=4, grid=(5, 8, 8), dropout=0.0, head_width=512, head_out=128),
+            steps=200,
+            batch_size=16,
+            contrastive_videos=16,
+            learning_rate=2e-3,
+            save_every=50,
+        ),
+    ),
+    "small": ("the paper's analysis: Small, 5×128 px, 10 epochs (Table 4)", TrainConfig(output="runs/small")),
+    "base": ("Base with the analysis schedule (Table 6)", TrainConfig(output="runs/base", model=ModelConfig.base())),
+    "large-half": (
+        "the paper's results, first stage: Large-Half, 5×128 px, 90 of 100 epochs, 255 negatives (Table 4)",
+        TrainConfig(
+            output="runs/large-half",
+            model=ModelConfig.large_half(),
+            epochs=90.0,
+            schedule_epochs=100.0,
+            contrastive_videos=256,
+            learning_rate=3e-4,
+            warmup=0.05,
+        ),
+    ),
+    "large-half-256": (
+        "the paper's results, second stage: 5×256 px, the last 10 of 100 epochs, 127 negatives (Table 4)",
+        TrainConfig(
+            output="runs/large-half-256",
+            continue_from="runs/large-half",
+            model=ModelConfig.large_half(grid=(5, 32, 32)),
+            epochs=100.0,
+            schedule_epochs=100.0,
+            learning_rate=3e-4,
+            warmup=0.05,
+        ),
+    ),
+}
+"""What `train.py PRESET` runs: name → (description, configuration)."""

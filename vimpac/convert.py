@@ -101,7 +101,11 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     state[POSITIONS + "cls"] = state[POSITIONS + "cls"].reshape(-1)
     state = interpolate_state(state, config.grid, POSITIONS)
     own = model.state_dict()
-    wrong = [f"{name} {tuple(x.shape)} instead of {tuple(own[name].shape)}" for name, x in state.items() if x.shape != own[name].shape]
+    wrong = [
+        f"{name} {tuple(x.shape)} instead of {tuple(own[name].shape)}"
+        for name, x in state.items()
+        if x.shape != own[name].shape
+    ]
     if wrong:
         raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])}")
     model.load_state_dict({**own, **state})  # batch-norm statistics that a checkpoint lacks keep their start values

@@ -336,14 +336,10 @@ def finished_settings(folder: str | Path) -> StoreSettings | None:
 
 def _read_index(folder: Path) -> dict:
     if not folder.is_dir():
-        raise InputError(
-            f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`"
-        )
+        raise InputError(f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`")
     if not (folder / INDEX).is_file():
         if any(folder.glob("shard-*")):
-            raise InputError(
-                f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it"
-            )
+            raise InputError(f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it")
         raise InputError(f"{folder} is not a token store (no {INDEX}); make one with `vimpac tokenize VIDEOS OUT`")
     index = _read_json(folder / INDEX)
     if index.get("format") != FORMAT:
@@ -364,9 +360,7 @@ def _read_shard(path: Path) -> dict:
     sidecar = path.with_suffix(".json")
     for file in (sidecar, path):
         if not file.is_file():
-            raise InputError(
-                f"{file} is missing from the store; copy the whole store again, or tokenize into a new folder"
-            )
+            raise InputError(f"{file} is missing from the store; copy the whole store again, or tokenize into a new folder")
     shard = _read_json(sidecar)
     if path.stat().st_size != shard["bytes"]:
         raise InputError(

@@ -187,9 +187,7 @@ def _check(config: SynthesizeConfig) -> None:
     if config.size < 32 or config.size % 2:
         raise InputError(f"size is {config.size}, expected an even number of pixels, at least 32")
     if round(config.seconds * config.fps) < 1:
-        raise InputError(
-            f"{config.seconds} seconds at {config.fps} fps hold no frame; give more seconds or a higher fps"
-        )
+        raise InputError(f"{config.seconds} seconds at {config.fps} fps hold no frame; give more seconds or a higher fps")
 
 
 def _make_folder(out: Path) -> None:

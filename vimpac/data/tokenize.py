@@ -128,9 +128,7 @@ def _views(config: TokenizeConfig) -> tuple[View, ...]:
     return view_set(config.views, config.flip)
 
 
-def _prepare_tokenizer(
-    names: list[str], videos: Path, out: Path, config: TokenizeConfig, workers: int, progress: bool
-) -> None:
+def _prepare_tokenizer(names: list[str], videos: Path, out: Path, config: TokenizeConfig, workers: int, progress: bool) -> None:
     """Leaves the tokenizer in `out`: the one its shards were written with, the one asked for, or a new one."""
     settings = finished_settings(out) if out.is_dir() else None
     if settings is not None:
@@ -261,9 +259,7 @@ def _decode_whole(videos: Path, fps: float, size: int, views: tuple[View, ...], 
         return str(error) or "does not fit into memory"
 
 
-def _encode_whole(
-    store: Path, videos: Path, fps: float, size: int, views: tuple[View, ...], name: str
-) -> np.ndarray | str:
+def _encode_whole(store: Path, videos: Path, fps: float, size: int, views: tuple[View, ...], name: str) -> np.ndarray | str:
     """uint16 [views, frames, h, w], encoded chunk by chunk, so that a long video's pixels need not fit into memory."""
     try:
         tokenizer = _cached_tokenizer(str(store))
@@ -428,9 +424,7 @@ class _Report:
             self._bar.update(self._task, completed=self._done, rate=rate)
         elif now - self._reported >= REPORT_SECONDS:
             self._reported = now
-            print(
-                f"{self._title}: {self._done} of {self._total} videos, {rate:.0f} frames/s", file=sys.stderr, flush=True
-            )
+            print(f"{self._title}: {self._done} of {self._total} videos, {rate:.0f} frames/s", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:

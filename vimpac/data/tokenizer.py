@@ -162,9 +162,7 @@ class DalleVAE:
         """From the file that `convert` wrote. Raises InputError if it holds something else."""
         name, tensors, config = _read(Path(path))
         if name != cls.name:
-            raise InputError(
-                f"{path} holds a {name} tokenizer, expected {cls.name}; make one with `vimpac convert-dalle`"
-            )
+            raise InputError(f"{path} holds a {name} tokenizer, expected {cls.name}; make one with `vimpac convert-dalle`")
         return cls(tensors, config, device)
 
     @classmethod
@@ -277,9 +275,7 @@ def _unpickle(path: str | Path, kind: str) -> torch.nn.Module:
 def _check_frames(frames: np.ndarray) -> None:
     _, C, H, W = frames.shape
     if frames.dtype != np.uint8 or C != 3 or H != W or H % STRIDE:
-        raise ValueError(
-            f"frames are {frames.dtype} {frames.shape}, expected uint8 [T, 3, S, S], S a multiple of {STRIDE}"
-        )
+        raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [T, 3, S, S], S a multiple of {STRIDE}")
 
 
 def _digest(name: str, tensors: dict[str, np.ndarray]) -> str:
@@ -307,9 +303,7 @@ def _read(path: Path) -> tuple[str, dict[str, np.ndarray], dict]:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except (SafetensorError, OSError) as error:
-        raise InputError(
-            f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store"
-        ) from error
+        raise InputError(f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store") from error
     name = metadata.get("name")
     if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name not in (PatchVQ.name, DalleVAE.name):
         raise InputError(

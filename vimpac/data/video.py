@@ -81,9 +81,7 @@ def find_videos(folder: str | Path) -> list[str]:
     return sorted(names)
 
 
-def decode(
-    path: str | Path, fps: float, size: int, views: Sequence[View] = (View(),), chunk: int = 64
-) -> Iterator[np.ndarray]:
+def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (View(),), chunk: int = 64) -> Iterator[np.ndarray]:
     """Yields uint8 sRGB [views, frames ≤ chunk, 3, size, size]: the frames on screen at 0, 1/fps, 2/fps … seconds.
 
     Time counts from the first frame; a source slower than `fps` repeats frames. Frame counts and durations of the

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vimpac.config import ModelConfig
-from vimpac.model.layouts import parse_layout
+from vimpac.layouts import parse_layout
 from vimpac.model.positions import Positions
 from vimpac.ops import axial_attention_packed
 from vimpac.ops.axial_attention import unpack

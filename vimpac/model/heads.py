@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -43,7 +45,7 @@ class ContrastiveHead(nn.Module):
         super().__init__()
         sizes = [width] + [hidden] * (layers - 1)
         self.hidden = nn.ModuleList(
-            nn.ModuleDict({"linear": nn.Linear(a, b), "norm": BatchNorm(b)}) for a, b in zip(sizes, sizes[1:], strict=False)
+            nn.ModuleDict({"linear": nn.Linear(a, b), "norm": BatchNorm(b)}) for a, b in pairwise(sizes)
         )
         self.out = nn.Linear(sizes[-1], out, bias=False)
         self.apply(init_weights)

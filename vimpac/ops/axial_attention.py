@@ -29,10 +29,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimpac.layouts import axis_dimensions
 from vimpac.ops import backend as backends
 from vimpac.ops.philox import philox, seed_tensor, split_words
 
-DIMENSIONS = {"T": 1, "H": 2, "W": 3}  # where each axis lies in [B, T, H, W, ...]
 LONGEST_LINE = 64  # tokens; longer lines and products of axes are scaled_dot_product_attention's
 DROPOUT_ROUNDS = 7
 
@@ -140,7 +140,9 @@ def dropout_scale(seed: Tensor, p: float, shape: Sequence[int], heads: slice, ax
     B, T, H, W, _, N, _ = shape
     device = seed.device
     threshold = dropout_threshold(p)
-    r = torch.arange(B * T * H * W, device=device).view(B, T, H, W, 1) * N + torch.arange(heads.start, heads.stop, device=device)
+    r = torch.arange(B * T * H * W, device=device).view(B, T, H, W, 1) * N + torch.arange(
+        heads.start, heads.stop, device=device
+    )
     r = to_lines(r, axis).transpose(2, 3)  # [B, S, n, L]
     r = torch.cat([r, r[..., :1]], -1)[..., None]  # [CLS] is named by its line's first token
     is_cls = torch.zeros(r.shape[-2], 1, dtype=torch.int64, device=device)
@@ -160,14 +162,6 @@ def dropout_threshold(p: float) -> int:
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
-
-
-def axis_dimensions(axis: str) -> tuple[int, ...]:
-    """Dimensions of [B, T, H, W, ...] that an axis joins: "H" → (2,), "HxW" → (2, 3). Raises ValueError."""
-    names = axis.split("x") if isinstance(axis, str) else []
-    if not names or len(set(names)) != len(names) or not set(names) <= set(DIMENSIONS):
-        raise ValueError(f"bad axis {axis!r}: expected T, H, W or a product of different ones such as HxW or TxHxW")
-    return tuple(sorted(DIMENSIONS[name] for name in names))
 
 
 def to_lines(x: Tensor, axis: str) -> Tensor:
@@ -202,9 +196,8 @@ def line_qkv(qkv: Tensor, cls_qkv: Tensor, heads: slice, axis: str, upcast: bool
 
 def line_pad(pad: Tensor | None, axis: str, q: Tensor) -> Tensor:
     """Positions that are no keys, [B, S, 1, 1, L + 1] bool; [CLS], the last, always is one."""
-    B, S, _, queries, _ = q.shape
     if pad is None:
-        return torch.zeros(1, 1, 1, 1, queries, dtype=torch.bool, device=q.device)
+        return torch.zeros(1, 1, 1, 1, q.shape[3], dtype=torch.bool, device=q.device)
     return F.pad(to_lines(pad, axis), (0, 1), value=False)[:, :, None, None]
 
 
@@ -235,9 +228,7 @@ def check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed) -> tuple[str, ...]
     if 0 in (T, H, W, N, D):
         raise ValueError(f"T, H, W, N and D must be at least 1, got qkv of shape {tuple(qkv.shape)}")
     if D > 1 and (qkv.stride(-1) != 1 or cls_qkv.stride(-1) != 1):
-        raise ValueError(
-            f"the last dimension must be contiguous (stride 1), got strides {qkv.stride()} and {cls_qkv.stride()}"
-        )
+        raise ValueError(f"the last dimension must be contiguous (stride 1), got strides {qkv.stride()} and {cls_qkv.stride()}")
     if isinstance(axes, str):
         raise ValueError(f"axes must be a sequence with one axis per head group such as ('H', 'W'), got {axes!r}")
     axes = tuple(axes)
@@ -299,9 +290,7 @@ class _AxialAttention(torch.autograd.Function):
     def forward(ctx, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, backend):
         ctx.save_for_backward(qkv, cls_qkv, pad, seed)
         ctx.options = axes, dropout_p, cls_in_context, backend
-        return backends.overload("axial_attention", backend)(
-            qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context
-        )
+        return backends.overload("axial_attention", backend)(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
     def backward(ctx, grad):
@@ -320,9 +309,7 @@ class _AxialAttentionPacked(torch.autograd.Function):
     def forward(ctx, rows, grid, axes, pad, dropout_p, seed, cls_in_context, backend):
         ctx.save_for_backward(rows, pad, seed)
         ctx.options = grid, axes, dropout_p, cls_in_context, backend
-        return backends.overload("axial_attention", backend)(
-            *unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context
-        )
+        return backends.overload("axial_attention", backend)(*unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
     def backward(ctx, grad):

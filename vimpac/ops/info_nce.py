@@ -119,9 +119,7 @@ def _fake_backward(grad, rows1, rows2, columns1, columns2, lse, offset, temperat
     return tuple(torch.empty_like(x) for x in (rows1, rows2, columns1, columns2))
 
 
-backends.define(
-    "info_nce", f"({FEATURES}, int offset, float temperature) -> (Tensor loss, Tensor lse)", _fake_forward
-)
+backends.define("info_nce", f"({FEATURES}, int offset, float temperature) -> (Tensor loss, Tensor lse)", _fake_forward)
 backends.define(
     "info_nce_backward",
     f"(Tensor grad, {FEATURES}, Tensor lse, int offset, float temperature) -> (Tensor, Tensor, Tensor, Tensor)",

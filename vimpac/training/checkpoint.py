@@ -1,0 +1,70 @@
+"""Checkpoints: one file a step with everything that the rest of the run depends on, written whole or not at all.
+
+A file holds {format, version, step, config, tokenizer, world_size, model, optimizer, scaler, rng}: tensors and plain values,
+read back with weights_only=True. The sampler's state is the step: what a sample is depends on its number alone.
+"""
+
+from __future__ import annotations
+
+import re
+import zipfile
+from pathlib import Path
+
+import torch
+
+from vimpac.data.atomic import TEMPORARY, replacing
+from vimpac.errors import InputError
+
+FORMAT = "vimpac-checkpoint"
+VERSION = 1
+FOLDER = "checkpoints"
+
+
+def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
+    """Write RUN/checkpoints/step-########.pt and remove all but the newest `keep`."""
+    folder = run / FOLDER
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"step-{state['step']:08d}.pt"
+    with replacing(path) as temporary:
+        torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+    for old in list_checkpoints(run)[:-keep]:
+        old.unlink()
+    for leftover in folder.glob("*" + TEMPORARY):  # of a run that was killed while it wrote
+        leftover.unlink()
+    return path
+
+
+def list_checkpoints(run: Path) -> list[Path]:
+    """Finished checkpoints of a run, oldest first."""
+    return sorted(p for p in (run / FOLDER).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", p.name))
+
+
+def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
+    """Read a checkpoint. Raises InputError for a file that is missing, cut short, damaged or of another version."""
+    damage = _damage(path)
+    if damage is None:
+        try:
+            state = torch.load(path, map_location=device, weights_only=True)
+        except Exception as error:  # torch.load raises many kinds for a damaged file
+            damage = f"{type(error).__name__}: {error}"
+    if damage is not None:
+        raise InputError(
+            f"cannot read checkpoint {path} ({damage}): it was cut short or damaged; copy it again, or delete it to resume "
+            "from the one before"
+        )
+    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        raise InputError(
+            f"{path} has format {state.get('format')!r} version {state.get('version')!r}, expected {FORMAT!r} version "
+            f"{VERSION}; use the program that wrote it"
+        )
+    return state
+
+
+def _damage(path: Path) -> str | None:
+    """What is wrong with the archive: torch.load does not compare its checksums."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()
+    except (OSError, zipfile.BadZipFile) as error:
+        return str(error)
+    return bad and f"checksum of {bad} is wrong"

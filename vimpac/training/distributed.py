@@ -1,0 +1,122 @@
+"""One or many processes, as torchrun's environment variables say: NCCL on GPUs, gloo on CPUs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vimpac.errors import InputError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among all: rank of size, and its device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Start the process group when there is more than one process, end it afterwards."""
+    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if size > 1:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(rank, size, device)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How an update's videos are laid out over processes and micro-steps."""
+
+    micro_batch: int  # videos a forward pass in each process
+    micro_steps: int  # forward passes an update
+    group_ranks: int  # neighbouring ranks that make up one contrastive batch
+
+
+def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int) -> BatchPlan:
+    """Split an update of `batch_size` videos. Raises InputError where the contrastive batch would not come out whole."""
+    if micro_batch is None and contrastive_videos % ranks:
+        raise InputError(
+            f"contrastive_videos={contrastive_videos} cannot be split evenly over {ranks} processes: use a multiple of "
+            f"{ranks}, or --micro-batch {contrastive_videos} so that each process has contrastive batches of its own"
+        )
+    micro_batch = micro_batch or contrastive_videos // ranks
+    group, remainder = divmod(contrastive_videos, micro_batch)
+    if remainder or group == 0 or ranks % group:
+        raise InputError(
+            f"contrastive_videos={contrastive_videos} cannot be made up of micro_batch={micro_batch} videos in each of "
+            f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, for example --micro-batch "
+            f"{' or '.join(str(m) for m in _micro_batches(contrastive_videos, ranks))}"
+        )
+    micro_steps, remainder = divmod(batch_size, micro_batch * ranks)
+    if remainder or micro_steps == 0:
+        raise InputError(
+            f"batch_size={batch_size} must be a multiple of micro_batch × processes = {micro_batch} × {ranks} = "
+            f"{micro_batch * ranks}"
+        )
+    return BatchPlan(micro_batch, micro_steps, group)
+
+
+def _micro_batches(contrastive_videos: int, ranks: int) -> list[int]:
+    return [contrastive_videos // g for g in range(1, ranks + 1) if ranks % g == 0 and contrastive_videos % g == 0]
+
+
+def contrastive_group(world: World, ranks: int) -> dist.ProcessGroup | None:
+    """The process group of `ranks` neighbouring ranks that this rank belongs to; None when it is alone."""
+    if ranks == 1:
+        return None
+    if ranks == world.size:
+        return dist.group.WORLD
+    groups = [dist.new_group(list(range(start, start + ranks))) for start in range(0, world.size, ranks)]
+    return groups[world.rank // ranks]
+
+
+def mean_over_ranks(x: Tensor, world: World) -> Tensor:
+    """Mean of a tensor over all ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(x)
+        x /= world.size
+    return x
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on some rank; all ranks get the same answer."""
+    if world.size == 1:
+        return flag
+    x = torch.tensor(int(flag), device=world.device)
+    dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return bool(x)
+
+
+def gather_rows(x: Tensor, world: World) -> list[Tensor]:
+    """A tensor of one shape on all ranks, from every rank."""
+    if world.size == 1:
+        return [x]
+    rows = [torch.empty_like(x) for _ in range(world.size)]
+    dist.all_gather(rows, x)
+    return rows
+
+
+def barrier(world: World) -> None:
+    if world.size > 1:
+        dist.barrier()
