@@ -133,10 +133,8 @@ def _prepare_tokenizer(names: list[str], videos: Path, out: Path, config: Tokeni
     settings = finished_settings(out) if out.is_dir() else None
     if settings is not None:
         return _check_same_request(load_tokenizer(out), settings, out, config)
-    if config.tokenizer_path is not None:
-        tokenizer = _asked_for(config)
-    else:
-        tokenizer = _fit(names, videos, config, workers, progress)
+    given = config.tokenizer_path is not None
+    tokenizer = _asked_for(config) if given else _fit(names, videos, config, workers, progress)
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / TOKENIZER)
 

