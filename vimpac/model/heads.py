@@ -59,13 +59,13 @@ class ContrastiveHead(nn.Module):
 class BatchNorm(nn.BatchNorm1d):
     """Batch norm whose statistics span the ranks of the default process group while training, on any device.
 
-    (torch's SyncBatchNorm runs on GPUs only.) Every rank holds the same number of rows. Statistics are float32.
+    (torch's SyncBatchNorm runs on GPUs only.) Every rank holds the same number of rows. Statistics are at least float32.
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
-            return super().forward(x.float()).to(x.dtype)
-        x32 = x.float()
+            return super().forward(x32).to(x.dtype)
         ranks = dist.get_world_size()
         mean = _AllReduce.apply(x32.mean(0)) / ranks
         var = _AllReduce.apply((x32 - mean).square().mean(0)) / ranks

@@ -1,0 +1,115 @@
+"""Weights in and out."""
+
+import dataclasses
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch.testing import assert_close
+
+from vimpac.config import ModelConfig
+from vimpac.convert import from_authors, load_model, released_names, save_model
+from vimpac.errors import InputError
+from vimpac.model import ClassificationModel, PretrainModel
+
+CONFIG = ModelConfig(layers=1, width=16, heads=2, grid=(2, 4, 4), head_layers=3, head_width=8, head_out=4, vocab_size=20)
+TOKENIZER = {"name": "patch-vq", "vocab_size": 20, "stride": 8, "digest": "a" * 64}
+
+
+def released(model):
+    """A state dict under the released names that `from_authors` should turn into this model."""
+    state = {}
+    for ours, parts in released_names(model).items():
+        for part, x in zip(parts, model.state_dict()[ours].chunk(len(parts)), strict=True):
+            state[part] = x.clone()
+    state["backbone.positional_embedding.cls_pos_embedding"].unsqueeze_(0)
+    return state
+
+
+@pytest.mark.parametrize("layout", ["T,H|W", "T,H,W", "TxHxW", "T|HxW"])
+@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_names_round_trip(layout, norm, prefix):
+    model = PretrainModel(dataclasses.replace(CONFIG, layout=layout, norm=norm))
+    again = from_authors({prefix + name: x for name, x in released(model).items()}, model.config)
+    for name, x in model.state_dict().items():
+        assert_close(again.state_dict()[name], x, rtol=0, atol=0)
+
+
+def test_fine_tuned_checkpoint_becomes_a_classifier():
+    model = ClassificationModel(CONFIG, classes=7)
+    torch.nn.init.normal_(model.classifier.weight)
+    again = from_authors(released(model), CONFIG)
+    assert isinstance(again, ClassificationModel)
+    tokens = torch.randint(20, (2, 2, 4, 4))
+    assert_close(again.eval()(tokens), model.eval()(tokens), rtol=0, atol=0)
+
+
+def test_tied_decoder_in_the_checkpoint_is_accepted():
+    model = PretrainModel(CONFIG)
+    state = released(model) | {
+        "mlm_head.decoder.weight": model.token_head.decoder,
+        "mlm_head.decoder.bias": model.token_head.bias,
+    }
+    from_authors(state, CONFIG)
+
+
+def test_released_positions_of_another_grid_are_interpolated():
+    model = PretrainModel(CONFIG)
+    larger = from_authors(released(model), dataclasses.replace(CONFIG, grid=(2, 8, 4)))
+    assert larger.backbone.positions.height.shape == (8, 16)
+    assert_close(larger.backbone.positions.width, model.backbone.positions.width)
+
+
+def test_checkpoint_that_does_not_fit():
+    state = released(PretrainModel(CONFIG))
+    with pytest.raises(InputError, match=r"missing \['backbone.transformer.resblocks.1"):
+        from_authors(state, dataclasses.replace(CONFIG, layers=2))
+    with pytest.raises(InputError, match="unexpected"):
+        from_authors(state | {"surprise": torch.zeros(1)}, CONFIG)
+    with pytest.raises(InputError, match=r"\(16, 16\) instead of \(8, 16\)|does not fit the config"):
+        from_authors(state, dataclasses.replace(CONFIG, attention_width=8))
+
+
+@pytest.mark.parametrize("make", [PretrainModel, lambda config: ClassificationModel(config, 5)])
+def test_save_and_load(tmp_path, make):
+    model = make(CONFIG)
+    save_model(model, tmp_path / "model.safetensors", TOKENIZER)
+    again = load_model(tmp_path / "model.safetensors", tokenizer_digest=TOKENIZER["digest"])
+    assert type(again) is type(model) and again.config == model.config
+    for name, x in model.state_dict().items():
+        assert_close(again.state_dict()[name], x, rtol=0, atol=0)
+    assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+def test_load_at_another_grid(tmp_path):
+    model = PretrainModel(CONFIG)
+    save_model(model, tmp_path / "m.safetensors")
+    larger = load_model(tmp_path / "m.safetensors", grid=(4, 4, 8))
+    assert larger.config.grid == (4, 4, 8)
+    assert larger.backbone(torch.zeros(1, 4, 4, 8, dtype=torch.int64))[1].shape == (1, 4, 4, 8, 16)
+
+
+def test_bad_files(tmp_path):
+    path = tmp_path / "m.safetensors"
+    with pytest.raises(InputError, match=r"cannot read model .*m.safetensors"):
+        load_model(path)
+    save_model(PretrainModel(CONFIG), path, TOKENIZER)
+    with pytest.raises(InputError, match="tokenizer aaaaaaaaaaaa"):
+        load_model(path, tokenizer_digest="b" * 64)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(InputError, match="cannot read model"):
+        load_model(path)
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="not a model of this program"):
+        load_model(path)
+    save_file({"x": torch.zeros(1)}, path, {"format": "vimpac-model", "version": "9"})
+    with pytest.raises(InputError, match="version '9', expected 'vimpac-model' version 1"):
+        load_model(path)
+
+
+def test_decoder_is_not_stored_twice(tmp_path):
+    save_model(PretrainModel(CONFIG), tmp_path / "m.safetensors")
+    names = load_file(tmp_path / "m.safetensors")
+    assert not any("decoder" in name for name in names)
