@@ -155,6 +155,8 @@ class TrainConfig:
     """Seed of initialisation, data order, masks and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model (Tables 3, 13, 14). The vocabulary size is taken from the store."""
+    fit_frame_size: bool = False
+    """Take the grid's height and width from the store, instead of refusing a store of another frame size."""
 
     steps: int | None = None
     """Updates until the run ends; None = epochs."""
@@ -255,6 +257,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         "a small model on synthetic videos, minutes on a laptop",
         TrainConfig(
             synthetic_videos=256,
+            fit_frame_size=True,
             output="runs/demo",
             model=ModelConfig(layers=4, width=128, heads=4, grid=(5, 8, 8), dropout=0.0, head_width=512, head_out=128),
             steps=200,

@@ -13,10 +13,11 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import math
 import shutil
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from vimpac import convert
 from vimpac.config import ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
-from vimpac.data.atomic import write_text
+from vimpac.data.atomic import TEMPORARY, write_text
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
@@ -41,7 +42,7 @@ from vimpac.training.progress import Progress
 from vimpac.training.step import PretrainStep
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "mask_accuracy")
-MAY_CHANGE = {"data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "compile"}
+MAY_CHANGE = frozenset({"data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "compile"})
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -58,32 +59,36 @@ def pretrain(config: TrainConfig) -> dict | None:
 
     Raises InputError for anything the user can mend, Stopped after SIGTERM or SIGINT.
     """
-    with distributed.join_world() as world, stop_signals() as stop:
+    with distributed.join_world() as world:
         if config.data is None:
             config = dataclasses.replace(config, data=str(synthetic_store(config, world)))
         store = TokenStore(config.data)
         config = fit_to_store(config, store)
         plan = distributed.plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
         trained_on, held_out = split_videos(store, config.held_out)
-        options = {"clip_frames": config.model.grid[0], "pad_id": config.model.pad_id}
-        pairs = ClipPairs(
-            store, trained_on, seed=config.seed, distinct=config.contrastive_videos, d_max=config.d_max, **options
-        )
+        contrasted = min(config.contrastive_videos, len(held_out))
+        options = {"clip_frames": config.model.grid[0], "pad_id": config.model.pad_id, "d_max": config.d_max}
+        pairs = ClipPairs(store, trained_on, seed=config.seed, distinct=config.contrastive_videos, **options)
+        held_pairs = ClipPairs(store, held_out, seed=config.seed + 1, distinct=contrasted, **options)
         schedule = plan_steps(config, len(trained_on))
         run = Path(config.output)
-        checkpoint = open_run(run, config, store, world)
-        trainer = Trainer(config, pairs, plan, schedule, world, run, stop, store, checkpoint)
+        checkpoint = open_run(run, config, store)
+        trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint)
+        start_run(run, config, store, world, trainer.step)
+        log = MetricsLog(run, world, trainer.step)
         with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
             if len(trained_on) < config.contrastive_videos:
                 progress.note(
                     f"{len(trained_on)} training videos are fewer than contrastive_videos={config.contrastive_videos}: "
                     "batches repeat videos, and clips of one video count as each other's negatives"
                 )
-            trainer.train(progress)
+            with handling_signals(trainer.note_signal):
+                trainer.train(log, progress)
+            distributed.leave_world()  # the evaluation is the first rank's alone
             if not world.is_first:
                 return None
-            held_pairs = ClipPairs(store, held_out, seed=config.seed + 1, d_max=config.d_max, **options)
-            return trainer.finish(held_pairs, progress)
+            with handling_signals(trainer.stop_now):
+                return trainer.finish(held_pairs, contrasted, log, progress)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,15 +107,18 @@ def plan_steps(config: TrainConfig, videos: int) -> Schedule:
 
 
 def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
-    """The configuration with the store's vocabulary. Raises InputError when the store has another frame size."""
+    """The configuration with the store's vocabulary, and frame size if asked. Raises InputError for another frame size."""
     grid = config.model.grid
+    if config.fit_frame_size:
+        grid = (grid[0], *store.grid)
     if store.grid != grid[1:]:
         raise InputError(
             f"store {store.folder} has frames of {store.frame_size} px, which is {store.grid[0]}×{store.grid[1]} tokens, but "
             f"model.grid is {grid}: tokenize with --frame-size {8 * grid[1]}, or train with "
             f"--model.grid {grid[0]} {store.grid[0]} {store.grid[1]}"
         )
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=store.tokenizer.vocab_size))
+    model = dataclasses.replace(config.model, grid=grid, vocab_size=store.tokenizer.vocab_size)
+    return dataclasses.replace(config, model=model)
 
 
 def synthetic_store(config: TrainConfig, world: World) -> Path:
@@ -125,50 +133,81 @@ def synthetic_store(config: TrainConfig, world: World) -> Path:
     size, folder = 8 * config.model.grid[1], Path(config.output).parent / "synthetic"
     videos = folder / f"videos-{config.synthetic_videos}"
     store = folder / f"tokens-{config.synthetic_videos}-{size}px"
-    if world.is_first:
+
+    def make() -> None:
         if not (videos / "labels.csv").exists():  # written last
             shutil.rmtree(videos, ignore_errors=True)  # of a run that was interrupted while it drew
             synthesize(videos, SynthesizeConfig(videos=config.synthetic_videos))
         if not (store / "store.json").exists():
             tokenize_videos(videos, store, TokenizeConfig(frame_size=size))
-    distributed.barrier(world)
+
+    distributed.on_first_rank(make, world)
     return store
 
 
-def open_run(run: Path, config: TrainConfig, store: TokenStore, world: World) -> dict | None:
-    """Create the run folder, or find the checkpoint to resume from. Raises InputError before anything is written."""
+def open_run(run: Path, config: TrainConfig, store: TokenStore) -> dict | None:
+    """The checkpoint to go on from, if there is one. Writes nothing; raises InputError when this run may not go there."""
     path = run / "config.json"
-    checkpoint = None
     if path.exists():
         if not config.resume:
             raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
-        check_same_run(json.loads(path.read_text()), config, store, path)
-        if checkpoints := list_checkpoints(run):
-            checkpoint = load_checkpoint(checkpoints[-1])
-    elif run.exists() and any(run.iterdir()):
-        raise InputError(f"{run} is a folder with other things in it: give another --output")
-    distributed.barrier(world)  # all ranks have looked before the first one writes
-    if world.is_first and not path.exists():
+        check_same_run(read_description(path), config, store, path)
+        checkpoints = list_checkpoints(run)
+        return load_checkpoint(checkpoints[-1]) if checkpoints else None
+    if run.exists() and not (run.is_dir() and all(entry.name.endswith(TEMPORARY) for entry in run.iterdir())):
+        raise InputError(f"{run} is not a run folder, and there is something there: give another --output")
+    return None
+
+
+def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, step: int) -> None:
+    """Make the run folder, once every rank is ready to train from the same step."""
+    steps = [int(x) for x in distributed.gather_rows(torch.tensor(step), world)]
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"processes would go on from different steps {steps}: {run} must be one folder on a file system that all machines "
+            "share"
+        )
+    if world.is_first and not (run / "config.json").exists():
         run.mkdir(parents=True, exist_ok=True)
-        described = {"config": dataclasses.asdict(config), "tokenizer": dataclasses.asdict(store.tokenizer)}
-        write_text(path, json.dumps(described, indent=2) + "\n")
-    return checkpoint
+        write_text(run / "config.json", json.dumps(describe(config, store), indent=2) + "\n")
+
+
+def describe(config: TrainConfig, store: TokenStore) -> dict:
+    """What config.json says."""
+    contents = {"videos": len(store), "frames": int(store.frames.sum()), "fps": store.fps}
+    return {
+        "config": dataclasses.asdict(config),
+        "tokenizer": dataclasses.asdict(store.tokenizer),
+        "store": contents,
+    }
+
+
+def read_description(path: Path) -> dict:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return {name: saved[name] for name in ("config", "tokenizer", "store")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): give another --output") from None
 
 
 def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Path) -> None:
-    """Raises InputError when a run would be resumed with other settings, or on another tokenizer's ids."""
+    """Raises InputError when a run would be resumed with other settings, or on another store's videos."""
     check_tokenizer(saved["tokenizer"], store, path)
-    now = json.loads(json.dumps(dataclasses.asdict(config)))
-    changed = [
-        f"{name} was {saved['config'].get(name)}, now {value}"
-        for name, value in now.items()
-        if name not in MAY_CHANGE and saved["config"].get(name) != value
-    ]
-    if changed:
+    now = json.loads(json.dumps(describe(config, store)))
+    elsewhere = "or give another --output"
+    if changed := differences(saved["config"], now["config"], MAY_CHANGE):
         raise InputError(
-            f"cannot resume {path.parent} with other settings: {'; '.join(changed)}. Resume with those of {path}, or give "
-            "another --output"
+            f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}"
         )
+    if changed := differences(saved["store"], now["store"]):
+        raise InputError(
+            f"cannot resume {path.parent} on other videos: {changed} in {store.folder}. Give --data the first one, {elsewhere}"
+        )
+
+
+def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:
+    names = [name for name in now if name not in ignored and before.get(name) != now[name]]
+    return "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
 
 
 def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
@@ -191,12 +230,11 @@ class Trainer:
         schedule: Schedule,
         world: World,
         run: Path,
-        stop: dict,
         store: TokenStore,
         checkpoint: dict | None,
     ):
         self.config, self.pairs, self.plan, self.schedule = config, pairs, plan, schedule
-        self.world, self.run, self.stop, self.tokenizer = world, run, stop, dataclasses.asdict(store.tokenizer)
+        self.world, self.run, self.tokenizer = world, run, dataclasses.asdict(store.tokenizer)
         autocast = PRECISIONS[resolve_precision(config.precision, world.device)]
         torch.manual_seed(config.seed)
         model = initial_model(config, store).to(world.device)
@@ -207,6 +245,7 @@ class Trainer:
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16)
         torch.manual_seed(rank_seed(config.seed, world.rank))  # from here on ranks draw their own dropout
         self.step = 0
+        self.signal: tuple[int, float] | None = None  # number and time of the signal that asks the run to end
         if checkpoint is not None:
             self.restore(checkpoint)
         elif config.continue_from is not None:
@@ -217,26 +256,25 @@ class Trainer:
         if world.size > 1:
             devices = [world.device] if world.device.type == "cuda" else None
             self.distributed = DistributedDataParallel(self.module, devices, gradient_as_bucket_view=True)
-        self.log = MetricsLog(run, world, self.step)
 
     # --- the loop -----------------------------------------------------------------------------------------------------
 
-    def train(self, progress: Progress) -> None:
+    def train(self, log: MetricsLog, progress: Progress) -> None:
         config = self.config
         look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU wait
         self.module.train()
         while self.step < self.schedule.steps:
-            self.log.add(self.update())
+            log.add(self.update())
             self.step += 1
             last = self.step == self.schedule.steps
-            save = last or self.step % config.save_every == 0
+            stop = distributed.any_rank(self.signal is not None, self.world) and not last
+            save = last or stop or self.step % config.save_every == 0
             if save or self.step % look_every == 0:
-                self.log.flush(progress, self.global_batch, self.last_checkpoint)
-                if distributed.any_rank(bool(self.stop), self.world) and not last:
-                    path = self.save()
-                    raise Stopped(self.stop.get("signal", signal.SIGTERM), path)
+                log.flush(progress, config.batch_size, self.may_overflow)
             if save:
-                self.save()
+                path = self.save()
+            if stop:
+                raise Stopped(self.signal[0] if self.signal else signal.SIGTERM, path)
 
     def update(self) -> dict[str, Tensor]:
         """One update of the weights; metrics as scalars on the device."""
@@ -266,18 +304,29 @@ class Trainer:
         return nullcontext() if last or self.world.size == 1 else self.distributed.no_sync()
 
     @property
-    def global_batch(self) -> int:
-        return self.config.batch_size
+    def may_overflow(self) -> bool:
+        """Whether float16 gradients that are not finite are only scaled too much: the scaler skips the update."""
+        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
+
+    # --- signals ------------------------------------------------------------------------------------------------------
+
+    def note_signal(self, number: int, _frame) -> None:
+        """The run ends after this update. A second Ctrl-C ends it at once; torchrun passes each on, so it comes twice."""
+        now = time.monotonic()
+        if self.signal is None:
+            self.signal = number, now
+        elif number == signal.SIGINT and now - self.signal[1] > 2:
+            raise KeyboardInterrupt
+
+    def stop_now(self, number: int, _frame) -> None:
+        """After the last update its checkpoint is there."""
+        raise Stopped(number, list_checkpoints(self.run)[-1])
 
     # --- state --------------------------------------------------------------------------------------------------------
 
-    @property
-    def last_checkpoint(self) -> Path | None:
-        return next(iter(list_checkpoints(self.run)[::-1]), None)
-
     def save(self) -> Path:
         """Write a checkpoint (first rank); every rank's generator state is in it."""
-        rng = [x.cpu() for x in distributed.gather_rows(rng_state(self.world.device), self.world)]
+        rng = distributed.gather_rows(rng_state(self.world.device), self.world)
         path = self.run
         if self.world.is_first:
             state = {
@@ -313,11 +362,15 @@ class Trainer:
         state = load_checkpoint(checkpoints[-1])
         check_tokenizer(state["tokenizer"], store, checkpoints[-1])
         grid = self.config.model.grid
+        own = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
         try:
             self.module.model.load_state_dict(interpolate_state(state["model"], grid, convert.POSITIONS))
             self.optimizer.load_state_dict(interpolate_moments(state["optimizer"], grid))
         except (RuntimeError, ValueError) as error:
-            raise InputError(f"{checkpoints[-1]} does not fit this model: {error}") from None
+            reason = " ".join(str(error).split())
+            raise InputError(f"{checkpoints[-1]} does not fit this model: {reason[:300]}") from None
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)  # this stage's weight decay and betas, not the earlier one's
         self.step = state["step"]
         if self.step >= self.schedule.steps:
             raise InputError(
@@ -327,29 +380,25 @@ class Trainer:
 
     # --- the end ------------------------------------------------------------------------------------------------------
 
-    def finish(self, held_out: ClipPairs, progress: Progress) -> dict:
-        """Write the model, evaluate it on held-out clips, draw the curves."""
-        config = self.config
+    def finish(self, held_out: ClipPairs, videos: int, log: MetricsLog, progress: Progress) -> dict:
+        """Write the model, evaluate it on batches of `videos` held-out videos, draw the curves."""
+        if self.signal is not None:  # during the last update
+            self.stop_now(*self.signal)
+        config, micro_batch = self.config, self.plan.micro_batch
         convert.save_model(self.module.model, self.run / "model.safetensors", self.tokenizer)
         self.module.padded |= held_out.padded
+        most_frequent = most_frequent_token(self.pairs, config.model.vocab_size)
         result = {
             "final": True,
             "step": self.step,
-            **evaluate(
-                self.module,
-                held_out,
-                config.eval_batches,
-                min(config.contrastive_videos, len(held_out.videos)),
-                self.plan.micro_batch,
-                most_frequent_token(self.pairs, config.model.vocab_size),
-            ),
+            **evaluate(self.module, held_out, config.eval_batches, videos, micro_batch, most_frequent),
             "held_out_videos": len(held_out.videos),
         }
-        self.log.write([result])
+        log.write([result])
         if importlib.util.find_spec("matplotlib"):
             from vimpac.figures import plot_curves
 
-            plot_curves(self.log.path, self.run / "curves.png")
+            plot_curves(log.path, self.run / "curves.png")
         else:
             progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
         progress.summary(result)
@@ -374,24 +423,39 @@ class MetricsLog:
     def add(self, metrics: dict) -> None:
         self.waiting.append(metrics)
 
-    def flush(self, progress: Progress, batch_size: int, checkpoint: Path | None) -> None:
-        """Write what waits. Raises InputError when a loss or the gradient is not finite."""
+    def flush(self, progress: Progress, batch_size: int, may_overflow: bool) -> None:
+        """Write what waits. Raises InputError when a loss or the gradient is not finite.
+
+        may_overflow: a gradient that is not finite was skipped by the scaler; the line says null.
+        """
         names = [name for name in self.waiting[0] if isinstance(self.waiting[0][name], Tensor)]
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self.waiting])  # [updates, names]
         values = distributed.mean_over_ranks(values, self.world).tolist()
         now = time.perf_counter()
         speed = len(self.waiting) * batch_size / (now - self.since)
         self.since = now
-        lines = []
+        lines, bad = [], []
         for metrics, row in zip(self.waiting, values, strict=True):
             line = {"step": metrics["step"], **{name: None for name in METRICS}, **metrics}
             line |= dict(zip(names, row, strict=True)) | {"videos_per_second": speed}
+            if may_overflow and not math.isfinite(line["grad_norm"]):
+                line["grad_norm"] = None
+            bad = not_finite(line)
+            if bad:
+                break
             lines.append(line)
-            check_finite(line, checkpoint)
         self.waiting = []
-        if self.world.is_first:
+        if self.world.is_first and lines:
             self.write(lines)
             progress.update(lines[-1])
+        if bad:
+            kept = list_checkpoints(self.path.parent)
+            raise InputError(
+                f"step {line['step']}: {', '.join(bad)} is not finite, so the run stops; "
+                + (f"the last checkpoint before it is {kept[-1]}" if kept else "no checkpoint was written before it")
+                + ". Try a lower --learning-rate (the paper went 1e-3, 5e-4, 3e-4, … until training converged) or --precision "
+                "fp32, in another --output"
+            )
 
     def write(self, lines: list[dict]) -> None:
         with open(self.path, "a", encoding="utf-8") as file:
@@ -418,16 +482,10 @@ def _parsed(line: str) -> dict | None:
         return None
 
 
-def check_finite(line: dict, checkpoint: Path | None) -> None:
-    """Raises InputError that names the step and the terms that are not finite."""
-    terms = [name for name in (*METRICS[1:3], "loss", "grad_norm") if line[name] is not None]
-    bad = [f"{name}={line[name]}" for name in terms if not abs(line[name]) < float("inf")]
-    if bad:
-        kept = f"the last good checkpoint is {checkpoint}" if checkpoint else "no checkpoint was written before"
-        raise InputError(
-            f"step {line['step']}: {', '.join(bad)} is not finite, so the run stops; {kept}. Try a lower --learning-rate (the "
-            "paper went 1e-3, 5e-4, 3e-4, … until training converged) or --precision fp32, in another --output"
-        )
+def not_finite(line: dict) -> list[str]:
+    """`name=value` of the terms of a line that are not finite."""
+    terms = (*METRICS[1:3], "loss", "grad_norm")
+    return [f"{name}={line[name]}" for name in terms if line[name] is not None and not math.isfinite(line[name])]
 
 
 def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
@@ -474,12 +532,10 @@ def rank_seed(seed: int, rank: int) -> int:
 
 def rng_state(device: torch.device) -> Tensor:
     """torch's generator state (bytes) of this rank: what draws its dropout."""
-    state = torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-    return state.to(device)
+    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
 
 
 def set_rng_state(state: Tensor, device: torch.device) -> None:
-    state = state.cpu()
     if device.type == "cuda":
         torch.cuda.set_rng_state(state, device)
     else:
@@ -487,17 +543,11 @@ def set_rng_state(state: Tensor, device: torch.device) -> None:
 
 
 @contextmanager
-def stop_signals() -> Iterator[dict]:
-    """A dict that receives {"signal": number} on SIGTERM or the first SIGINT, instead of the process ending there."""
-    stop: dict = {}
-
-    def note(number, _frame):
-        stop["signal"] = number
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # a second Ctrl-C ends the program at once
-
-    previous = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGINT)}
+def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have `handler` called on SIGTERM and SIGINT, instead of the process ending there."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+        for number, before in previous.items():
+            signal.signal(number, before)
