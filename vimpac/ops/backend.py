@@ -14,6 +14,7 @@ come from Python (`define`), so a backend only has to bring `implement` (or its 
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable, Sequence
 
@@ -68,13 +69,30 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
     return requested
 
 
+def full_precision(function: Callable) -> Callable:
+    """Run a definition in its tensors' own precision, inside autocast too (which would round its products to half)."""
+
+    @functools.wraps(function)
+    def run(first: torch.Tensor, *args, **kwargs):
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **kwargs)
+
+    return run
+
+
 def always(*_args) -> list[str]:
     """A `why_not` for what runs everywhere."""
     return []
 
 
 def _from_environment(op: str) -> str | None:
-    named = os.environ.get("VIMPAC_BACKEND", "")
+    named = os.environ.get("VIMPAC_BACKEND", "").strip()
     if "=" not in named:
         return named or None
-    return dict(part.split("=", 1) for part in named.split(",")).get(op)
+    pairs = [[word.strip() for word in part.split("=")] for part in named.split(",")]
+    for pair in pairs:
+        if len(pair) != 2 or pair[0] not in _REGISTRY or not pair[1]:
+            raise ValueError(
+                f"VIMPAC_BACKEND={named!r}: {'='.join(pair)!r} is not OP=BACKEND with OP one of {', '.join(sorted(_REGISTRY))}"
+            )
+    return dict(pairs).get(op)

@@ -1,0 +1,138 @@
+"""The dispatch: which backend runs, what an error says, and that importing the ops does no work."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import vimpac.ops as ops
+from vimpac.ops import backend as backends
+
+OPS = {
+    "axial_attention": ["cpu", "cuda", "triton"],
+    "axial_attention_backward": ["cpu", "cuda", "triton"],
+    "block_mask": ["cpu", "cuda", "triton"],
+    "info_nce": ["cpu", "cuda", "triton"],
+    "info_nce_backward": ["cpu", "cuda", "triton"],
+    "masked_cross_entropy": ["chunked", "cpu", "cuda", "triton"],
+}
+
+
+@pytest.fixture
+def registry(monkeypatch):
+    """An op "add" whose backends are "fast" (positive arguments only), "small" (arguments below 10) and "any"."""
+    monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
+    monkeypatch.setitem(backends._REGISTRY, "add", {})
+    backends.register("add", "fast", lambda x: [f"{x} is not positive", "no luck"] if x <= 0 else [])
+    backends.register("add", "small", lambda x: [] if x < 10 else [f"{x} is 10 or more"])
+    backends.register("add", "any", backends.always)
+
+
+@pytest.mark.parametrize(
+    "preference, x, chosen",
+    [
+        (("fast", "small", "any"), 1, "fast"),
+        (("fast", "small", "any"), -1, "small"),
+        (("small", "fast", "any"), 10, "fast"),
+        (("missing", "any"), 1, "any"),
+    ],
+)
+def test_first_that_can_run(registry, preference, x, chosen):
+    assert backends.choose("add", None, preference, x) == chosen
+
+
+def test_named_runs_or_raises(registry):
+    assert backends.choose("add", "small", ("any",), 1) == "small"
+    with pytest.raises(ValueError, match="add: backend 'fast' cannot run this call: -3 is not positive; no luck"):
+        backends.choose("add", "fast", ("any",), -3)
+    with pytest.raises(ValueError, match="add: no backend 'turbo'; it has any, fast, small"):
+        backends.choose("add", "turbo", ("any",), 1)
+
+
+@pytest.mark.parametrize(
+    "value, chosen",
+    [
+        ("", "any"),
+        ("small", "small"),
+        (" small ", "small"),
+        ("add=small", "small"),
+        ("info_nce=reference,add=small", "small"),
+        (" info_nce = reference , add = small ", "small"),
+        ("info_nce=reference", "any"),
+    ],
+)
+def test_environment_names_one(registry, monkeypatch, value, chosen):
+    monkeypatch.setenv("VIMPAC_BACKEND", value)
+    assert backends.choose("add", None, ("any",), 1) == chosen
+    assert backends.choose("add", "fast", ("any",), 1) == "fast"  # the argument wins
+
+
+@pytest.mark.parametrize(
+    "value, shown",
+    [
+        ("turbo", "no backend 'turbo'"),
+        ("add=turbo", "no backend 'turbo'"),
+        ("small", "10 is 10 or more"),
+        ("ad=small", "'ad=small' is not OP=BACKEND with OP one of add, "),
+        ("add=small,fast", "'fast' is not OP=BACKEND"),
+        ("add=", "'add=' is not OP=BACKEND"),
+        ("add=small=fast", "'add=small=fast' is not OP=BACKEND"),
+    ],
+)
+def test_environment_never_falls_back(registry, monkeypatch, value, shown):
+    monkeypatch.setenv("VIMPAC_BACKEND", value)
+    with pytest.raises(ValueError, match=shown):
+        backends.choose("add", None, ("any",), 10)
+
+
+@pytest.mark.parametrize("value", ["turbo", "{op}=turbo"])
+@pytest.mark.parametrize("op", ["axial_attention", "block_mask", "info_nce", "masked_cross_entropy"])
+def test_every_op_obeys_the_environment(monkeypatch, op, value):
+    monkeypatch.setenv("VIMPAC_BACKEND", value.format(op=op))
+    arguments = {
+        "axial_attention": (torch.zeros(1, 1, 1, 1, 3, 1, 1), torch.zeros(1, 3, 1, 1), ("T",)),
+        "block_mask": (torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0),
+        "info_nce": (torch.zeros(1, 1), torch.zeros(1, 1)),
+        "masked_cross_entropy": (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
+    }
+    with pytest.raises(ValueError, match=f"{op}: no backend 'turbo'; it has .*reference"):
+        getattr(ops, op)(*arguments[op])
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_kernels_find_their_overloads(name):
+    """Schema and fake of every compiled backend are there before any kernel is."""
+    assert set(getattr(torch.ops.vimpac, name).overloads()) >= set(OPS[name])
+    for overload in OPS[name]:
+        assert backends.overload(name, overload)._schema.overload_name == overload
+        assert torch.Tag.pt2_compliant_tag in backends.overload(name, overload).tags
+
+
+def test_full_precision():
+    x = torch.randn(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.mm(x, x).dtype == torch.bfloat16
+        assert backends.full_precision(torch.mm)(x, mat2=x).dtype == torch.float32
+        assert torch.mm(x, x).dtype == torch.bfloat16  # autocast is back
+
+
+def test_import_does_no_work():
+    program = """
+import logging, os, sys
+before = dict(os.environ)
+import vimpac
+assert "torch" not in sys.modules, "import vimpac loads torch"
+import torch
+def asked(*args, **kwargs): raise AssertionError("a device was asked for at import")
+torch.cuda._lazy_init = torch.cuda.is_available = torch.cuda.device_count = torch.cuda.get_device_capability = asked
+threads, precision, state = torch.get_num_threads(), torch.get_float32_matmul_precision(), torch.get_rng_state()
+import vimpac.ops
+assert not torch.cuda.is_initialized()
+assert not [name for name in sys.modules if name.startswith("vimpac.kernels.")], "kernels are loaded at import"
+assert (threads, precision) == (torch.get_num_threads(), torch.get_float32_matmul_precision())
+assert torch.equal(state, torch.get_rng_state()) and not logging.getLogger().handlers and before == dict(os.environ)
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == result.stderr == ""
