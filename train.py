@@ -18,7 +18,7 @@ from io import StringIO
 import tyro
 
 from vimpac.config import PRESETS, TrainConfig
-from vimpac.errors import InputError
+from vimpac.errors import FIXABLE, InputError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -38,6 +38,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if speaks:
             print(f"train.py: error: {error}", file=sys.stderr)
         return 1
+    except OSError as error:
+        if error.errno not in FIXABLE:
+            raise
+        if speaks:
+            print(f"train.py: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     return 0
 
 

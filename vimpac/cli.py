@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import sys
 from collections.abc import Sequence
@@ -12,7 +11,7 @@ from typing import Annotated
 import tyro
 
 from vimpac.config import SynthesizeConfig, TokenizeConfig
-from vimpac.errors import InputError
+from vimpac.errors import FIXABLE, InputError
 
 Flat = tyro.conf.arg(name="")
 
@@ -127,9 +126,6 @@ COMMANDS = {
 }
 
 
-_FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)  # a full disk, a folder not ours
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
@@ -141,7 +137,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"{command}: error: {error}", file=sys.stderr)
         return 1
     except OSError as error:
-        if error.errno not in _FIXABLE:
+        if error.errno not in FIXABLE:
             raise
         print(f"{command}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 1

@@ -1,5 +1,11 @@
 """The one exception that means 'the user can fix this': commands print it as one line and exit with status 1."""
 
+import errno
+
 
 class InputError(ValueError):
     """A bad file, option or shape. Its message names the value, what was expected and the way out."""
+
+
+FIXABLE = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS)
+"""Numbers of an OSError that the user can fix as well: a full disk, a folder that is not theirs."""

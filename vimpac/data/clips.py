@@ -32,7 +32,7 @@ class ClipPairs:
     distinct: each aligned run of this many samples has no video twice (where the store has that many).
     d_max: largest distance of the two clips' starts in seconds, None = the starts are independent (Table 10).
 
-    Raises InputError when there is no video, or none as long as a clip.
+    Raises InputError when there is no video, or when the store has none as long as a clip.
     """
 
     def __init__(
@@ -50,10 +50,10 @@ class ClipPairs:
         n, frames = len(videos), store.frames[videos]
         if not n:
             raise InputError(f"{store.folder} has no video to draw clips from")
-        if frames.max() < clip_frames:
+        if store.frames.max() < clip_frames:
             raise InputError(
                 f"a clip of {clip_frames} frames is longer than every video in {store.folder}: the longest has "
-                f"{frames.max()} frames at {store.fps:g} frames a second; use a shorter clip, or tokenize at a higher --fps"
+                f"{store.frames.max()} frames, {store.fps:g} a second; use a shorter clip, or tokenize at a higher --fps"
             )
         self.padded = bool(frames.min() < clip_frames)
         self.epoch_samples = n // distinct * distinct or n

@@ -58,8 +58,9 @@ def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) 
     model, config = step.model, step.config
     with torch.autocast(tokens.device.type, step.autocast, enabled=step.autocast is not None):
         masked = step.mask(tokens, ids)
-        cls, hidden = model.backbone(masked.tokens, step.padded)
-        right = [0, 0, 0]
+        right, cls = [0, 0, 0], None
+        if config.mask_task or config.contrastive_masked:
+            cls, hidden = model.backbone(masked.tokens, step.padded)
         if config.mask_task:
             truth = tokens[masked.mask]
             guesses = [
@@ -68,7 +69,7 @@ def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) 
                 nearest_visible(tokens, masked.mask, config.model.pad_id),
             ]
             right = [int((guess == truth).sum()) for guess in guesses]
-        if not (config.mask_task or config.contrastive_masked):
+        if not config.contrastive_masked:  # as in training
             cls, _ = model.backbone(tokens, step.padded)
         features = model.cls_head(cls) if config.alpha > 0 else cls
     return right, int(masked.mask.sum()), features.float()

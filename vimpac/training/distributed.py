@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -34,14 +36,32 @@ def join_world() -> Iterator[World]:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        if device.index >= torch.cuda.device_count():
+            raise InputError(
+                f"process {device.index} of this machine has no GPU, it has {torch.cuda.device_count()}: start "
+                f"--nproc-per-node={torch.cuda.device_count()}"
+            )
         torch.cuda.set_device(device)
-    if size > 1:
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if size > 1:  # tensors on the CPU, such as signals and generator states, go through gloo without a GPU waiting
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
     try:
         yield World(rank, size, device)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
-        if dist.is_initialized():
-            dist.destroy_process_group()
+        leave_world()
+
+
+def leave_world() -> None:
+    """End the process group, if there is one. Nothing may still refer to a DistributedDataParallel.
+
+    Its reducer refers to the group. Were it the last to do so, it would wait for gloo's threads while it holds the
+    interpreter's lock, which such a thread may need to end: one in ten runs of two processes hung there.
+    """
+    if dist.is_initialized():
+        gc.collect()
+        dist.destroy_process_group()
 
 
 @dataclass(frozen=True)
@@ -103,9 +123,21 @@ def any_rank(flag: bool, world: World) -> bool:
     """Whether the flag is set on some rank; all ranks get the same answer."""
     if world.size == 1:
         return flag
-    x = torch.tensor(int(flag), device=world.device)
+    x = torch.tensor(int(flag))
     dist.all_reduce(x, op=dist.ReduceOp.MAX)
     return bool(x)
+
+
+def on_first_rank(work: Callable[[], None], world: World) -> None:
+    """Do `work` on the first rank while the others wait. Raises its InputError, on the others one that points there."""
+    failure = None
+    if world.is_first:
+        try:
+            work()
+        except InputError as error:
+            failure = error
+    if any_rank(failure is not None, world):
+        raise failure or InputError("the first process failed and says why")
 
 
 def gather_rows(x: Tensor, world: World) -> list[Tensor]:
@@ -118,5 +150,5 @@ def gather_rows(x: Tensor, world: World) -> list[Tensor]:
 
 
 def barrier(world: World) -> None:
-    if world.size > 1:
-        dist.barrier()
+    """Every rank waits for the others, by an answer that all of them need (NCCL's barrier would make the GPU wait)."""
+    any_rank(False, world)

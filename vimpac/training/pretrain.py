@@ -60,35 +60,40 @@ def pretrain(config: TrainConfig) -> dict | None:
     Raises InputError for anything the user can mend, Stopped after SIGTERM or SIGINT.
     """
     with distributed.join_world() as world:
-        if config.data is None:
-            config = dataclasses.replace(config, data=str(synthetic_store(config, world)))
-        store = TokenStore(config.data)
-        config = fit_to_store(config, store)
-        plan = distributed.plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
-        trained_on, held_out = split_videos(store, config.held_out)
-        contrasted = min(config.contrastive_videos, len(held_out))
-        options = {"clip_frames": config.model.grid[0], "pad_id": config.model.pad_id, "d_max": config.d_max}
-        pairs = ClipPairs(store, trained_on, seed=config.seed, distinct=config.contrastive_videos, **options)
-        held_pairs = ClipPairs(store, held_out, seed=config.seed + 1, distinct=contrasted, **options)
-        schedule = plan_steps(config, len(trained_on))
-        run = Path(config.output)
-        checkpoint = open_run(run, config, store)
-        trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint)
-        start_run(run, config, store, world, trainer.step)
-        log = MetricsLog(run, world, trainer.step)
-        with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
-            if len(trained_on) < config.contrastive_videos:
-                progress.note(
-                    f"{len(trained_on)} training videos are fewer than contrastive_videos={config.contrastive_videos}: "
-                    "batches repeat videos, and clips of one video count as each other's negatives"
-                )
-            with handling_signals(trainer.note_signal):
-                trainer.train(log, progress)
-            distributed.leave_world()  # the evaluation is the first rank's alone
-            if not world.is_first:
-                return None
-            with handling_signals(trainer.stop_now):
-                return trainer.finish(held_pairs, contrasted, log, progress)
+        return _pretrain(config, world)
+
+
+def _pretrain(config: TrainConfig, world: World) -> dict | None:
+    if config.data is None:
+        config = dataclasses.replace(config, data=str(synthetic_store(config, world)))
+    store = TokenStore(config.data)
+    config = fit_to_store(config, store)
+    plan = distributed.plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
+    trained_on, held_out = split_videos(store, config.held_out)
+    contrasted = min(config.contrastive_videos, len(held_out))
+    options = {"clip_frames": config.model.grid[0], "pad_id": config.model.pad_id, "d_max": config.d_max}
+    pairs = ClipPairs(store, trained_on, seed=config.seed, distinct=config.contrastive_videos, **options)
+    held_pairs = ClipPairs(store, held_out, seed=config.seed + 1, distinct=contrasted, **options)
+    schedule = plan_steps(config, len(trained_on))
+    run = Path(config.output)
+    checkpoint = open_run(run, config, store)
+    trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint)
+    start_run(run, config, store, world, trainer.step)
+    log = MetricsLog(run, world, trainer.step)
+    with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
+        if len(trained_on) < config.contrastive_videos:
+            progress.note(
+                f"{len(trained_on)} training videos are fewer than contrastive_videos={config.contrastive_videos}: "
+                "batches repeat videos, and clips of one video count as each other's negatives"
+            )
+        with handling_signals(trainer.note_signal):
+            trainer.train(log, progress)
+        trainer.distributed = None  # it refers to the process group, which ends here:
+        distributed.leave_world()  # the evaluation is the first rank's alone
+        if not world.is_first:
+            return None
+        with handling_signals(trainer.stop_now):
+            return trainer.finish(held_pairs, contrasted, log, progress)
 
 
 @dataclasses.dataclass(frozen=True)
