@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from runs import arguments, run, write_store
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -10,3 +11,17 @@ def device(request):
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def store_folder(tmp_path_factory):
+    """A token store of 25 videos of 3 to 9 frames, 4×4 tokens each, 11 ids."""
+    return write_store(tmp_path_factory.mktemp("store") / "tokens")
+
+
+@pytest.fixture(scope="session")
+def finished_run(store_folder, tmp_path_factory):
+    """The run folder of the tiny run: 6 updates in one process, dropout 0.1, never interrupted."""
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    run(arguments(store_folder, folder), folder.with_name("log"))
+    return folder

@@ -103,12 +103,12 @@ class Schedule:
 
 
 def plan_steps(config: TrainConfig, videos: int) -> Schedule:
-    """Updates of the run and of its learning-rate schedule."""
-    stretch = (config.schedule_epochs or config.epochs) / config.epochs
-    steps = config.steps
-    if steps is None:
-        steps = max(1, round(config.epochs * videos / config.batch_size))
-    return Schedule(steps, max(steps, round(stretch * steps)))
+    """Updates of the run and of its learning-rate schedule, which stages of one schedule share."""
+    schedule_epochs = config.schedule_epochs or config.epochs
+    if config.steps is not None:
+        return Schedule(config.steps, round(schedule_epochs / config.epochs * config.steps))
+    steps, decay_steps = (max(1, round(n * videos / config.batch_size)) for n in (config.epochs, schedule_epochs))
+    return Schedule(steps, decay_steps)
 
 
 def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
