@@ -39,32 +39,23 @@ def list_checkpoints(run: Path) -> list[Path]:
     return sorted(p for p in (run / FOLDER).glob("step-*.pt") if re.fullmatch(r"step-\d{8,}\.pt", p.name))
 
 
-def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict:
-    """Read a checkpoint. Raises InputError for a file that is missing, cut short, damaged or of another version."""
-    damage = _damage(path)
-    if damage is None:
-        try:
-            state = torch.load(path, map_location=device, weights_only=True)
-        except Exception as error:  # torch.load raises many kinds for a damaged file
-            damage = f"{type(error).__name__}: {error}"
-    if damage is not None:
+def load_checkpoint(path: Path) -> dict:
+    """Read a checkpoint, onto the CPU. Raises InputError for a file that is missing, cut short, damaged or foreign."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            if bad := archive.testzip():
+                raise zipfile.BadZipFile(f"checksum of {bad} is wrong")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"cannot read checkpoint {path} ({damage}): it was cut short or damaged; copy it again, or delete it to resume "
+            f"cannot read checkpoint {path} ({reason}): it was cut short or damaged; copy it again, or delete it to resume "
             "from the one before"
-        )
-    if state.get("format") != FORMAT or state.get("version") != VERSION:
+        ) from None
+    kind = (state.get("format"), state.get("version")) if isinstance(state, dict) else (None, None)
+    if kind != (FORMAT, VERSION):
         raise InputError(
-            f"{path} has format {state.get('format')!r} version {state.get('version')!r}, expected {FORMAT!r} version "
-            f"{VERSION}; use the program that wrote it"
+            f"{path} has format {kind[0]!r} version {kind[1]!r}, expected {FORMAT!r} version {VERSION}; "
+            "use the program that wrote it"
         )
     return state
-
-
-def _damage(path: Path) -> str | None:
-    """What is wrong with the archive: torch.load does not compare its checksums."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            bad = archive.testzip()
-    except (OSError, zipfile.BadZipFile) as error:
-        return str(error)
-    return bad and f"checksum of {bad} is wrong"

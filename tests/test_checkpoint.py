@@ -1,0 +1,125 @@
+"""Checkpoint files: written whole or not at all, and damage is noticed."""
+
+import os
+
+import pytest
+import torch
+
+from vimpac.errors import InputError
+from vimpac.training import checkpoint
+from vimpac.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
+
+
+def state(step):
+    torch.manual_seed(step)
+    return {"step": step, "model": {"w": torch.randn(5, 3)}, "rng": [torch.get_rng_state()[:40]], "config": {"a": [1, None]}}
+
+
+def test_round_trip(tmp_path):
+    path = save_checkpoint(tmp_path, state(7), keep=2)
+    assert path == tmp_path / "checkpoints" / "step-00000007.pt"
+    read, written = load_checkpoint(path), state(7)
+    assert torch.equal(read["model"]["w"], written["model"]["w"]) and torch.equal(read["rng"][0], written["rng"][0])
+    assert read["step"] == 7 and read["config"] == {"a": [1, None]}
+
+
+def test_keeps_the_newest(tmp_path):
+    for step in (2, 9, 10, 100):
+        save_checkpoint(tmp_path, state(step), keep=2)
+    assert [path.stem for path in list_checkpoints(tmp_path)] == ["step-00000010", "step-00000100"]
+
+
+def test_leftovers_are_no_checkpoints_and_go(tmp_path):
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    for name in ("step-00000009.pt.tmp", "step-9.pt", "notes.txt"):
+        (folder / name).write_bytes(b"half")
+    assert list_checkpoints(tmp_path) == []
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    assert list_checkpoints(tmp_path) == [path] and not list(folder.glob("*.tmp"))
+
+
+def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
+    old = save_checkpoint(tmp_path, state(1), keep=1)
+
+    def full_disk(_state, path):
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        save_checkpoint(tmp_path, state(2), keep=1)
+    assert list((tmp_path / "checkpoints").iterdir()) == [old] and load_checkpoint(old)["step"] == 1
+
+
+def test_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    done, fsync, replace = [], os.fsync, os.replace
+    monkeypatch.setattr(os, "fsync", lambda n: (done.append("fsync"), fsync(n)))
+    monkeypatch.setattr(os, "replace", lambda a, b: (done.append("rename"), replace(a, b)))
+    save_checkpoint(tmp_path, state(1), keep=1)
+    assert done == ["fsync", "rename", "fsync"]
+
+
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.9, 0.999])
+def test_cut_short(tmp_path, share):
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
+    with pytest.raises(InputError, match=r"cannot read checkpoint .*step-00000001.pt .*cut short or damaged; copy it again"):
+        load_checkpoint(path)
+
+
+def test_a_flipped_bit_is_noticed_or_harmless(tmp_path):
+    """Any one bit of the file: InputError, or the very same contents (bits that only pad or name the program)."""
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    data, expected = path.read_bytes(), load_checkpoint(path)
+    noticed = 0
+    rng = torch.Generator().manual_seed(0)
+    places = torch.randint(len(data), (400,), generator=rng).tolist() + list(range(len(data) - 100, len(data)))
+    for place in places:
+        bit = int(torch.randint(8, (), generator=rng))
+        path.write_bytes(data[:place] + bytes([data[place] ^ 1 << bit]) + data[place + 1 :])
+        try:
+            read = load_checkpoint(path)
+        except InputError:
+            noticed += 1
+            continue
+        assert torch.equal(read["model"]["w"], expected["model"]["w"]) and torch.equal(read["rng"][0], expected["rng"][0])
+        assert (read["step"], read["config"]) == (expected["step"], expected["config"])
+    assert noticed > 100
+
+
+def test_a_flipped_weight_is_noticed(tmp_path):
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    data, weight = path.read_bytes(), state(1)["model"]["w"].numpy().tobytes()
+    place = data.index(weight) + 7
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(InputError, match="checksum of .* is wrong"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize("change", [{"format": "else"}, {"version": 99}])
+def test_another_version(tmp_path, change, monkeypatch):
+    monkeypatch.setattr(checkpoint, next(iter(change)).upper(), next(iter(change.values())))
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match=r"expected 'vimpac-checkpoint' version 1; use the program that wrote it"):
+        load_checkpoint(path)
+
+
+def test_missing_or_foreign(tmp_path):
+    with pytest.raises(InputError, match="No such file"):
+        load_checkpoint(tmp_path / "step-00000001.pt")
+    torch.save([1, 2], tmp_path / "list.pt")
+    with pytest.raises(InputError, match="list.pt"):
+        load_checkpoint(tmp_path / "list.pt")
+
+
+def test_no_code_runs(tmp_path):
+    class Trap:
+        def __reduce__(self):
+            return os.system, (f"touch {tmp_path / 'ran'}",)
+
+    torch.save({"step": Trap()}, tmp_path / "trap.pt")
+    with pytest.raises(InputError, match="trap.pt"):
+        load_checkpoint(tmp_path / "trap.pt")
+    assert not (tmp_path / "ran").exists()
