@@ -5,7 +5,8 @@
     accuracy = share of rows whose largest logit is the target's
 
 Rows with a negative target do not count. The gradient of a block of logits is softmax - one_hot, known as soon as the block
-is: "chunked" computes it in the forward pass, block by block, and scales it in backward.
+is: "chunked" computes it in the forward pass, block by block, and scales it in backward. A backend returns sums over rows;
+the division by their number waits for the loss's own gradient, since softmax / M alone underflows in float16.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from vimpac.ops import backend as backends
 
 CHUNK_LOGITS = 1 << 24  # logits in memory at once: 64 MiB of float32
+CHUNK_ROWS = 4096  # more could overflow float16 in a block's gradient to weight, a sum over its rows
 
 
 def masked_cross_entropy(
@@ -24,7 +26,8 @@ def masked_cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Cross-entropy of a linear classifier and its accuracy (Eq. 1, 17), two float32 scalars (float64 for float64).
 
-    hidden [M, C], weight [V, C], bias [V]: floating, one device; under autocast the product runs in autocast's dtype.
+    hidden [M, C], weight [V, C], bias [V]: floating, one device; hidden and weight share a dtype, or are in autocast,
+    whose dtype the product then runs in.
     target [M] int64: class of each row, negative = the row does not count. No counting row gives loss and accuracy 0.
     backend: "chunked" (default), "reference" or None.
 
@@ -39,8 +42,9 @@ def masked_cross_entropy(
             if torch.is_autocast_enabled(hidden.device.type):
                 dtype = torch.get_autocast_dtype(hidden.device.type)
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
+            gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
             with torch.autocast(hidden.device.type, enabled=False):
-                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, name)
+                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, gradients, name)
 
 
 def masked_cross_entropy_reference(hidden, weight, bias, target) -> tuple[Tensor, Tensor]:
@@ -56,26 +60,29 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     """A backend's op, differentiable: it returns the gradients with the loss, and backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, backend):
+    def forward(ctx, hidden, weight, bias, target, gradients, backend):
         op = backends.overload("masked_cross_entropy", backend)
-        loss, accuracy, *grads = op(hidden, weight, bias, target, any(ctx.needs_input_grad))
-        ctx.save_for_backward(*grads)
+        loss, hits, *grads = op(hidden, weight, bias, target, gradients)
+        counts = (target >= 0).sum().clamp(min=1)
+        ctx.save_for_backward(counts, *grads)
+        ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
+        loss, accuracy = loss / counts, hits / counts
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
 
     @staticmethod
     def backward(ctx, grad, _):
-        return *(x * grad.to(x.dtype) for x in ctx.saved_tensors), None, None
+        counts, *grads = ctx.saved_tensors
+        scale = grad / counts
+        scaled = [(x.to(scale.dtype) * scale).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
+        return *scaled, None, None, None
 
 
 def _chunked(hidden, weight, bias, target, gradients):
     M, V = hidden.shape[0], weight.shape[0]
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    counts = (target >= 0).sum().clamp(min=1)
-    loss, hits = hidden.new_zeros((), dtype=dtype), hidden.new_zeros((), dtype=dtype)
-    grad_h = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    grad_w, grad_b = weight.new_zeros(weight.shape, dtype=dtype), bias.new_zeros(bias.shape, dtype=dtype)
-    step = max(1, CHUNK_LOGITS // V)
+    loss, hits, grad_h, grad_w, grad_b = _zeros(hidden, weight, bias, target, gradients)
+    dtype = loss.dtype
+    step = max(1, min(CHUNK_ROWS, CHUNK_LOGITS // V))
     for rows in (slice(start, start + step) for start in range(0, M, step)):
         labels = target[rows, None]
         counted, labels = (labels >= 0).to(dtype), labels.clamp(min=0)
@@ -84,41 +91,48 @@ def _chunked(hidden, weight, bias, target, gradients):
         loss += ((lse - logits.gather(1, labels)) * counted).sum()
         hits += ((logits.argmax(-1, keepdim=True) == labels) * counted).sum()
         if gradients:
-            grad = (logits - lse).exp_().scatter_add_(1, labels, -torch.ones_like(counted)).mul_(counted / counts)
+            grad = (logits - lse).exp_().scatter_add_(1, labels, -torch.ones_like(counted)).mul_(counted)
             grad_b += grad.sum(0)
             grad = grad.to(hidden.dtype)
             grad_h[rows] = grad @ weight
             grad_w += grad.T @ hidden[rows]
-    return loss / counts, hits / counts, grad_h, grad_w.to(weight.dtype), grad_b.to(bias.dtype)
+    return loss, hits, grad_h, grad_w, grad_b
 
 
-def _fake(hidden, weight, bias, target, gradients):
-    scalar = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
-    grad_h = torch.empty_like(hidden, memory_format=torch.contiguous_format)
-    grad_w, grad_b = weight.new_empty(weight.shape), bias.new_empty(bias.shape)
-    return scalar, scalar.clone(), grad_h, grad_w, grad_b
+def _zeros(hidden, weight, bias, target, gradients):
+    """What a backend returns, filled with zeros; also the fake."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    M, V, C = (hidden.shape[0], *weight.shape) if gradients else (0, 0, weight.shape[1])
+    loss, hits = hidden.new_zeros((), dtype=dtype), hidden.new_zeros((), dtype=dtype)
+    return loss, hits, hidden.new_zeros(M, C), weight.new_zeros(V, C, dtype=dtype), bias.new_zeros(V, dtype=dtype)
 
 
 def _check(hidden, weight, bias, target) -> None:
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [M, C] and weight [V, C], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if weight.shape[0] == 0:
+        raise ValueError(f"weight must have at least one class, got shape {tuple(weight.shape)}")
     if bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be [V] = [{weight.shape[0]}], got shape {tuple(bias.shape)}")
     if target.shape != hidden.shape[:1] or target.dtype != torch.int64:
         raise ValueError(f"target must be int64 [{hidden.shape[0]}], got {target.dtype} of shape {tuple(target.shape)}")
     if not all(x.is_floating_point() for x in (hidden, weight, bias)):
         raise ValueError(f"hidden, weight and bias must be floating, got {hidden.dtype}, {weight.dtype}, {bias.dtype}")
+    if hidden.dtype != weight.dtype and not torch.is_autocast_enabled(hidden.device.type):
+        raise ValueError(f"hidden and weight must share one dtype outside autocast, got {hidden.dtype} and {weight.dtype}")
     devices = [str(x.device) for x in (hidden, weight, bias, target)]
     if len(set(devices)) > 1:
         raise ValueError(f"hidden, weight, bias and target must be on one device, got {devices}")
 
 
+# Sums over counted rows: loss, hits (rows whose largest logit is the target's) and the loss's gradients; grad_hidden in
+# hidden's dtype, the rest in at least float32, and with no rows at all if gradients is False.
 SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor target, bool gradients)"
-    " -> (Tensor loss, Tensor accuracy, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
+    " -> (Tensor loss, Tensor hits, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
-backends.define("masked_cross_entropy", SCHEMA, _fake)
-backends.define_overload("masked_cross_entropy", "chunked", SCHEMA, _fake)
+backends.define("masked_cross_entropy", SCHEMA, _zeros)
+backends.define_overload("masked_cross_entropy", "chunked", SCHEMA, _zeros)
 backends.implement("masked_cross_entropy", "chunked", "CompositeExplicitAutograd", _chunked)
 backends.register("masked_cross_entropy", "reference", backends.always)
 backends.register("masked_cross_entropy", "chunked", backends.always)
