@@ -70,12 +70,15 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
 
 
 def full_precision(function: Callable) -> Callable:
-    """Run a definition in its tensors' own precision, inside autocast too (which would round its products to half)."""
+    """Run a function of tensors in their own precision, inside autocast too, which would round float32 products to half."""
 
     @functools.wraps(function)
-    def run(first: torch.Tensor, *args, **kwargs):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **kwargs)
+    def run(*args, **kwargs):
+        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        if not torch.is_autocast_enabled(device):
+            return function(*args, **kwargs)
+        with torch.autocast(device, enabled=False):
+            return function(*args, **kwargs)
 
     return run
 

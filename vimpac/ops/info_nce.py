@@ -20,6 +20,7 @@ from torch import Tensor
 from vimpac.ops import backend as backends
 
 
+@backends.full_precision
 def info_nce(
     z1: Tensor,
     z2: Tensor,
@@ -38,7 +39,8 @@ def info_nce(
     _check(z1, z2, temperature)
     if z1.shape[0] == 0:
         return (z1.sum() + z2.sum()).to(torch.promote_types(z1.dtype, torch.float32))  # no rows: zero, with a gradient
-    rows = [F.normalize(z.to(torch.promote_types(z.dtype, torch.float32)), dim=-1) for z in (z1, z2)]
+    dtype = torch.promote_types(z1.dtype, torch.float32)
+    rows = [F.normalize(z.to(dtype), dim=-1).contiguous() for z in (z1, z2)]  # kernels see contiguous features only
     columns, offset = rows, 0
     if group is not None and group.size() > 1:
         columns, offset = [_AllGather.apply(z, group) for z in rows], group.rank() * z1.shape[0]
@@ -47,9 +49,11 @@ def info_nce(
         case "reference":
             return info_nce_reference(*call)
         case name:
-            return _InfoNCE.apply(*call, name)
+            # views: dynamo refuses a Function that gets one tensor twice
+            return _InfoNCE.apply(*rows, *(x.view_as(x) for x in columns), offset, temperature, name)
 
 
+@backends.full_precision
 def info_nce_reference(rows1, rows2, columns1, columns2, offset=0, temperature=0.2) -> Tensor:
     """The definition, on unit features: rows [m, d] are columns offset…offset + m of [n, d]."""
     m, n = rows1.shape[0], columns1.shape[0]
@@ -74,7 +78,7 @@ class _AllGather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        grad = grad.contiguous()
+        grad = grad.clone(memory_format=torch.contiguous_format)  # summed in place below
         dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce-scatter
         start = ctx.group.rank() * ctx.rows
         return grad[start : start + ctx.rows], None
