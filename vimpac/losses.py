@@ -3,6 +3,8 @@ so that the mean over ranks, which is what DistributedDataParallel averages, is 
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -10,16 +12,22 @@ from torch import Tensor
 from vimpac.model import PretrainModel
 from vimpac.ops import BlockMask, info_nce, masked_cross_entropy
 
+ROWS = (
+    256  # the token head runs on a multiple of this: oneDNN keeps megabytes for every shape it meets, and shapes would not end
+)
+
 
 def mask_loss(model: PretrainModel, hidden: Tensor, tokens: Tensor, masked: BlockMask) -> tuple[Tensor, Tensor]:
     """Eq. 1 and the accuracy on masked tokens, over all ranks' masked tokens.
 
     hidden [B, T, H, W, C]: last hidden states of masked.tokens. tokens [B, T, H, W]: the ids before masking.
     """
-    indices = masked.indices[: int(masked.counts.sum())]
-    states = model.token_head.transform(hidden.flatten(0, 3)[indices])
-    loss, accuracy = masked_cross_entropy(states, model.token_head.decoder, model.token_head.bias, tokens.flatten()[indices])
-    weight = _share_of_rows(len(indices), loss)
+    head, count = model.token_head, int(masked.counts.sum())
+    indices = masked.indices[: math.ceil(count / ROWS) * ROWS]
+    rows, filler = indices.clamp(min=0), indices < 0
+    target = tokens.flatten()[rows].masked_fill(filler, -1)  # a row with a negative target does not count
+    loss, accuracy = masked_cross_entropy(head.transform(hidden.flatten(0, 3)[rows]), head.decoder, head.bias, target)
+    weight = _share_of_rows(count, loss)
     return loss * weight, accuracy * weight
 
 
