@@ -13,6 +13,15 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture
+def one_thread():
+    """One torch thread, as in the processes of `runs.Run`: with tiny tensors more of them only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="session")
 def store_folder(tmp_path_factory):
     """A token store of 25 videos of 3 to 9 frames, 4×4 tokens each, 11 ids."""

@@ -93,7 +93,7 @@ def test_a_flipped_weight_is_noticed(tmp_path):
     data, weight = path.read_bytes(), state(1)["model"]["w"].numpy().tobytes()
     place = data.index(weight) + 7
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
-    with pytest.raises(InputError, match="checksum of .* is wrong"):
+    with pytest.raises(InputError, match=r"checksum of .* is wrong"):
         load_checkpoint(path)
 
 
@@ -110,7 +110,7 @@ def test_missing_or_foreign(tmp_path):
     with pytest.raises(InputError, match="No such file"):
         load_checkpoint(tmp_path / "step-00000001.pt")
     torch.save([1, 2], tmp_path / "list.pt")
-    with pytest.raises(InputError, match="list.pt"):
+    with pytest.raises(InputError, match=r"list.pt"):
         load_checkpoint(tmp_path / "list.pt")
 
 
@@ -120,6 +120,6 @@ def test_no_code_runs(tmp_path):
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
     torch.save({"step": Trap()}, tmp_path / "trap.pt")
-    with pytest.raises(InputError, match="trap.pt"):
+    with pytest.raises(InputError, match=r"trap.pt"):
         load_checkpoint(tmp_path / "trap.pt")
     assert not (tmp_path / "ran").exists()
