@@ -1,8 +1,11 @@
 """Philox4x32, the counter-based random numbers behind every mask (Salmon et al., SC 2011, figure 2 and table 2).
 
 Four 32-bit words come out of a 128-bit counter and a 64-bit key, and nothing else: the same (seed, element) gives the same
-number on every backend and device and for every split of a batch. Words are kept in int64 tensors, whose products wrap
-modulo 2^64, so that the low and high half of a 32×32 product are a mask and a shift.
+number on every backend and device and for every split of a batch.
+
+Words are kept in int64 tensors. A word's product with a multiplier M can pass 2^63, and a compiler need not wrap there
+(torch.compile's C++ does not), so q = word · (M - 2^32), which fits, is taken instead: the product is q + word · 2^32, its high
+half (q >> 32) + word and its low half that of q.
 """
 
 from __future__ import annotations
@@ -22,10 +25,11 @@ def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int
     seed: int64 tensor, its 64 bits are the key.
     """
     c0, c1, c2, c3 = counter
+    c0, c2 = c0 & WORD, c2 & WORD  # changes no word; torch.compile's C++ multiplies a bare arange in int32
     k0, k1 = seed & WORD, (seed >> 32) & WORD
     for _ in range(rounds):
-        p0, p1 = MULTIPLIERS[0] * c0, MULTIPLIERS[1] * c2
-        c0, c1, c2, c3 = ((p1 >> 32) & WORD) ^ c1 ^ k0, p1 & WORD, ((p0 >> 32) & WORD) ^ c3 ^ k1, p0 & WORD
+        q0, q1 = (MULTIPLIERS[0] - 2**32) * c0, (MULTIPLIERS[1] - 2**32) * c2
+        c0, c1, c2, c3 = ((q1 >> 32) + c2) ^ c1 ^ k0, q1 & WORD, ((q0 >> 32) + c0) ^ c3 ^ k1, q0 & WORD
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
     return c0, c1, c2, c3
 
