@@ -68,12 +68,12 @@ def block_mask(
 def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192) -> BlockMask:
     """The definition."""
     sample = split_words(sample_ids)
-    grid, size = tokens.shape[1:], tokens[0].numel() if len(tokens) else 0
-    mask = _blocks(sample, seed, grid, n_blocks) if ratio is None else _iid(sample, seed, grid, ratio)
+    grid = tokens.shape[1:]
+    mask = _blocks(sample, seed, grid, n_blocks).any(1) if ratio is None else _iid(sample, seed, grid, ratio)
     mask = mask & (tokens != vocab_size + PAD_OFFSET)
     new = torch.full_like(tokens, vocab_size + MASK_OFFSET)
     if noisy:
-        which, code, *_ = philox((*_per_clip(sample, 2), _range(size, tokens), NOISE), seed)
+        which, code, *_ = philox((*_per_clip(sample, 2), _range(math.prod(grid), tokens), NOISE), seed)
         which, code = which.view_as(tokens), below(code, vocab_size).view_as(tokens).to(tokens.dtype)
         new = torch.where(which < _word(0.8), new, torch.where(which < _word(0.9), code, tokens))
     flat = mask.flatten()
@@ -83,7 +83,7 @@ def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy
 
 
 def _blocks(sample, seed, grid, n_blocks) -> Tensor:
-    """Union of random blocks, bool [B, T, H, W]."""
+    """Random blocks, bool [B, blocks, T, H, W]; the mask is their union."""
     b = 2 * torch.arange(n_blocks, device=seed.device)
     lengths = philox((*_per_clip(sample, 2), b, BLOCKS), seed)
     starts = philox((*_per_clip(sample, 2), b + 1, BLOCKS), seed)
@@ -95,7 +95,7 @@ def _blocks(sample, seed, grid, n_blocks) -> Tensor:
         inside = (i >= start[..., None]) & (i < (start + length)[..., None])  # [B, blocks, size]
         inside = inside.unflatten(2, [size if a == axis else 1 for a in range(3)])
         covered = inside if covered is None else covered & inside
-    return covered.any(1)
+    return covered
 
 
 def _iid(sample, seed, grid, ratio) -> Tensor:
@@ -157,15 +157,14 @@ def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
 
 
 def _fake(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size):
-    mask = torch.empty_like(tokens, dtype=torch.bool)
+    mask = tokens.new_empty(tokens.shape, dtype=torch.bool)
     indices = tokens.new_empty(tokens.numel(), dtype=torch.int64)
-    return torch.empty_like(tokens), mask, indices, torch.empty_like(sample_ids)
+    return tokens.new_empty(tokens.shape), mask, indices, sample_ids.new_empty(sample_ids.shape)  # all contiguous
 
 
-backends.define(
-    "block_mask",
+SCHEMA = (
     "(Tensor tokens, Tensor sample_ids, Tensor seed, int n_blocks, float? ratio, bool noisy, int vocab_size)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake,
+    " -> (Tensor tokens, Tensor mask, Tensor indices, Tensor counts)"
 )
+backends.define("block_mask", SCHEMA, _fake)
 backends.register("block_mask", "reference", backends.always)
