@@ -71,7 +71,9 @@ def arguments(store: Path | str, output: Path | str, model: dict | None = None, 
     for name, value in {**{f"model.{name}": x for name, x in model.items()}, **TRAIN, **options}.items():
         flag = f"--{name.replace('_', '-')}"
         if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
+            words.append(
+                flag if value else "--" + ".".join([*name.split(".")[:-1], "no-" + name.split(".")[-1]]).replace("_", "-")
+            )
         elif value is not None:
             words += [flag, *(str(x) for x in (value if isinstance(value, tuple) else (value,)))]
     return words
@@ -181,6 +183,60 @@ def _patch(place: str, number: int, what: str) -> None:
     setattr(owner, name, patched)
 
 
+def hooks(*parts: Callable[[], None]) -> Callable[[], None]:
+    """One hook that is all of these."""
+    return partial(_each, parts)
+
+
+def _each(parts) -> None:
+    for part in parts:
+        part()
+
+
+def on_rank(rank: int, hook: Callable[[], None]) -> Callable[[], None]:
+    """The hook, in one rank only."""
+    return partial(_on_rank, rank, hook)
+
+
+def _on_rank(rank: int, hook) -> None:
+    if os.environ.get("RANK", "0") == str(rank):
+        hook()
+
+
+def undrawn() -> None:
+    """A hook: no curves.png, which takes longer than training here."""
+    from vimpac import figures
+
+    figures.plot_curves = lambda *paths: None
+
+
+def wide_start() -> None:
+    """A hook: weights start ten times wider. From the usual ones [CLS] of so small a model varies by a thousandth of its size
+    between clips, which batch norm divides by: one process is then 1e-4 from float64 itself; from these, about 1e-6."""
+    from vimpac.model import backbone
+
+    backbone.INIT_STD = 0.2
+
+
+def keep_weights(folder: Path) -> Callable[[], None]:
+    """A hook: every rank leaves its weights of the last checkpoint in FOLDER/rank-R.pt."""
+    return partial(_keep_weights, str(folder))
+
+
+def _keep_weights(folder: str) -> None:
+    import torch
+
+    from vimpac.training.pretrain import Trainer
+
+    save = Trainer.save
+
+    def patched(trainer):
+        torch.save(trainer.module.model.state_dict(), f"{folder}/rank-{trainer.world.rank}.pt")
+        return save(trainer)
+
+    Trainer.save = patched
+
+
 def kill(original, *args, **kwargs):
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -206,7 +262,22 @@ def half_a_line(original, log, lines):
     kill(original)
 
 
-EVENTS = {f.__name__: f for f in (kill, terminate, half_a_checkpoint, half_a_line)}
+def nan_loss(original, *args):
+    out = original(*args)
+    return {**out, "loss": out["loss"] * float("nan"), "mask_loss": out["mask_loss"] * float("nan")}
+
+
+def input_error(original, *args, **kwargs):
+    from vimpac.errors import InputError
+
+    raise InputError("made up by a test")
+
+
+def nothing(original, *args, **kwargs):
+    return []
+
+
+EVENTS = {f.__name__: f for f in (kill, terminate, half_a_checkpoint, half_a_line, nan_loss, input_error, nothing)}
 
 
 # --- what a run left ------------------------------------------------------------------------------------------------------

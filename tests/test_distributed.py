@@ -1,0 +1,210 @@
+"""Several processes (gloo, CPU) do what one does; no process is left waiting for another."""
+
+import signal
+import time
+
+import pytest
+import torch
+from runs import Run, arguments, hooks, keep_weights, metrics, model_bytes, on_call, on_rank, run, undrawn, wide_start
+
+from vimpac.errors import InputError
+from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.training.distributed import BatchPlan, plan_batches
+from vimpac.training.pretrain import rank_seed
+
+# Float32 sums in another order, through 20 updates: 1e-5 of each value (measured: 4e-6 of losses, 8e-6 of gradient norms).
+CLOSE = {"rtol": 1e-5, "atol": 1e-7}
+# The same where batch norm has 4 rows, or its input varies less: ten times as much (measured: 2e-5).
+NEAR = {"rtol": 1e-4, "atol": 1e-6}
+# eps far above the rounding of gradients: weights whose gradient is nothing but rounding (biases of keys, or in front of a
+# batch norm) would otherwise take whole updates of either sign, and a wrong scale of all gradients would not show.
+EXACT = {"batch_size": 8, "contrastive_videos": 8, "steps": 20, "save_every": 100, "learning_rate": 1e-3, "eps": 1e-2}
+MODEL = {
+    "dropout": 0.0,
+    "layers": 2,
+    "width": 32,
+    "head_layers": 3,
+    "head_width": 32,
+    "grid": (5, 4, 4),
+}  # 5 frames: short videos are padded
+
+
+def follow(store_folder, tmp_path, ranks, options, model, one=None, tolerance=CLOSE):
+    """Run in `ranks` processes and in one; compare every line of metrics and the model."""
+    options, model = {**EXACT, **options}, {**MODEL, **model}
+    single, several = tmp_path / "single", tmp_path / "several"
+    run(
+        arguments(store_folder, single, model, **{**options, **(one or {})}),
+        tmp_path / "log-1",
+        hook=hooks(undrawn, wide_start),
+    )
+    words = arguments(store_folder, several, model, **options)
+    run(words, tmp_path / "log-2", ranks, hooks(undrawn, wide_start, keep_weights(tmp_path)))
+    expected, lines = metrics(single), metrics(several)
+    assert len(lines) == options["steps"] + 1
+    for line, same in zip(lines[:-1], expected[:-1], strict=True):
+        assert line.keys() == same.keys()
+        for name, x in line.items():
+            torch.testing.assert_close(x, same[name], **tolerance, msg=lambda m, n=name, k=line["step"]: f"{n}, step {k}: {m}")
+    weights = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(ranks)]
+    for other in weights[1:]:
+        assert all(torch.equal(x, other[name]) for name, x in weights[0].items())  # updates are the same numbers everywhere
+    reference = load_checkpoint(list_checkpoints(single)[-1])["model"]
+    for name, x in weights[0].items():  # a hundredth of one update
+        torch.testing.assert_close(x, reference[name], rtol=1e-5, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_two_processes_follow_one(store_folder, tmp_path):
+    follow(store_folder, tmp_path, 2, {}, {})
+
+
+def test_accumulation_in_two_processes(store_folder, tmp_path):
+    follow(store_folder, tmp_path, 2, {"batch_size": 16}, {})
+
+
+@pytest.mark.parametrize("ranks, micro_batch", [(2, 8), (4, 4)])
+def test_several_contrastive_groups(store_folder, tmp_path, ranks, micro_batch):
+    """Each group contrasts its own videos, like the micro-steps of one process; with one linear layer there is no batch norm,
+    which spans all processes but not micro-steps, and without the mask task no mean over different counts of tokens."""
+    options = {"batch_size": 16, "micro_batch": micro_batch, "mask_task": False}
+    follow(store_folder, tmp_path, ranks, options, {"head_layers": 1}, one={"micro_batch": 8})
+
+
+@pytest.mark.parametrize(
+    "options, model",
+    [
+        ({"alpha": 0.0}, {"cls_in_context": False}),
+        ({"mask_task": False}, {"cls_in_context": False}),
+        ({"contrastive_masked": False}, {}),
+        ({"activation_checkpointing": True, "noisy_mask": True}, {"norm": "pre", "layout": "T,HxW"}),
+        ({"n_blocks": 1, "batch_size": 2, "contrastive_videos": 2}, {}),  # one video a process, few masked tokens
+    ],
+    ids=["mask task only", "contrastive only", "intact clips", "checkpointed", "one video a process"],
+)
+def test_every_task_in_two_processes(store_folder, tmp_path, options, model):
+    """No parameter of these is left without a gradient, which DistributedDataParallel would wait for."""
+    follow(store_folder, tmp_path, 2, {"steps": 4, **options}, model, tolerance=NEAR)
+
+
+def test_every_process_draws_its_own_dropout():
+    """And none of them what initialisation drew."""
+    seeds = range(3)
+    assert len({rank_seed(seed, rank) for seed in seeds for rank in range(8)} | set(seeds)) == 27
+
+
+# --- stopping and going on ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def whole(store_folder, tmp_path_factory):
+    """The tiny run, dropout 0.1, in two processes."""
+    folder = tmp_path_factory.mktemp("two") / "whole"
+    run(arguments(store_folder, folder), folder.with_name("log"), 2, undrawn)
+    return folder
+
+
+@pytest.mark.parametrize("ranks", [(0, 1), (0,), (1,)])
+def test_sigterm(store_folder, whole, tmp_path, ranks):
+    """To both processes or to one: all stop after the same update, and go on where they stopped, with their own dropout."""
+    folder = tmp_path / "run"
+    stop = on_call("vimpac.training.pretrain:Trainer.update", 3, "terminate")
+    hook = hooks(undrawn, *(on_rank(rank, stop) for rank in ranks))
+    output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", 2, hook, code=143)
+    path = folder / "checkpoints" / "step-00000003.pt"
+    assert output.count("stopped by SIGTERM") == 1 and str(path) in output and "Traceback" not in output
+    assert list_checkpoints(folder) == [path]
+    run(arguments(store_folder, folder, resume=True), tmp_path / "log", 2, undrawn)
+    assert metrics(folder) == metrics(whole) and model_bytes(folder) == model_bytes(whole)
+
+
+def test_sigterm_by_the_clock(store_folder, tmp_path):
+    words = arguments(store_folder, tmp_path / "run", resume=True, steps=500, save_every=500)
+    started = Run(words, tmp_path / "log", 2, undrawn)
+    deadline = time.monotonic() + 30
+    while not (tmp_path / "run" / "metrics.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    started.signal(signal.SIGTERM)
+    assert started.wait() == [143, 143] and "Traceback" not in started.output
+
+
+def test_another_number_of_processes(store_folder, whole, tmp_path):
+    """Two processes stop, one goes on: same clips, masks and updates (dropout 0; with dropout it is a new draw)."""
+    model = {"dropout": 0.0, "width": 32, "head_width": 32}
+    start = hooks(undrawn, wide_start)
+    stop = hooks(start, on_call("vimpac.training.pretrain:Trainer.update", 3, "terminate"))
+    run(arguments(store_folder, tmp_path / "two", model), tmp_path / "log", 2, stop, code=143)
+    run(arguments(store_folder, tmp_path / "two", model, resume=True), tmp_path / "log", hook=start)
+    run(arguments(store_folder, tmp_path / "one", model), tmp_path / "log", hook=start)
+    for line, expected in zip(metrics(tmp_path / "two")[:-1], metrics(tmp_path / "one")[:-1], strict=True):
+        torch.testing.assert_close(line, expected, **NEAR)
+
+
+# --- mistakes -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_mistake_is_said_once(store_folder, tmp_path):
+    output = run(arguments(store_folder, tmp_path / "run", contrastive_videos=3), tmp_path / "log", 2, code=1)
+    assert output.count("train.py: error: contrastive_videos=3 cannot be split evenly over 2 processes") == 1
+    assert output.count("\n") == 1 and not (tmp_path / "run").exists()
+
+
+def test_a_loss_that_is_not_finite_on_one_rank(store_folder, tmp_path):
+    hook = on_rank(1, on_call("vimpac.training.pretrain:PretrainStep.forward", 3, "nan_loss"))
+    output = run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hooks(undrawn, hook), code=1)
+    assert output.count("train.py: error: step 3: mask_loss=nan, loss=nan, grad_norm=nan is not finite") == 1
+    assert "Traceback" not in output and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
+
+
+def test_the_first_process_fails_alone(tmp_path):
+    """While the others wait for the store that it makes."""
+    words = arguments("unused", tmp_path / "run", synthetic_videos=2)
+    del words[1:3]  # --data
+    hook = on_call("vimpac.data.synthetic:synthesize", 1, "input_error")
+    output = run(words, tmp_path / "log", 2, hook, code=1)
+    assert output == "train.py: error: made up by a test\n"
+
+
+def test_folders_that_are_not_shared(store_folder, whole, tmp_path):
+    """A machine that does not see the run folder would start from the beginning."""
+    words = arguments(store_folder, whole, resume=True)
+    hook = on_rank(1, on_call("vimpac.training.pretrain:list_checkpoints", 1, "nothing"))
+    before = metrics(whole)
+    output = run(words, tmp_path / "log", 2, hook, code=1)
+    assert "processes would go on from different steps [6, 0]" in output and metrics(whole) == before
+
+
+# --- plans ----------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "batch_size, contrastive_videos, micro_batch, ranks, plan",
+    [
+        (1024, 128, None, 1, BatchPlan(128, 8, 1)),
+        (1024, 128, None, 8, BatchPlan(16, 8, 8)),
+        (1024, 128, 128, 8, BatchPlan(128, 1, 1)),
+        (1024, 128, 32, 8, BatchPlan(32, 4, 4)),
+        (1024, 256, None, 16, BatchPlan(16, 4, 16)),
+        (6, 3, 3, 2, BatchPlan(3, 1, 1)),
+    ],
+)
+def test_plans(batch_size, contrastive_videos, micro_batch, ranks, plan):
+    assert plan_batches(batch_size, contrastive_videos, micro_batch, ranks) == plan
+    assert plan.micro_batch * plan.group_ranks == contrastive_videos
+    assert plan.micro_batch * plan.micro_steps * ranks == batch_size
+
+
+@pytest.mark.parametrize(
+    "batch_size, contrastive_videos, micro_batch, ranks, message",
+    [
+        (1024, 128, None, 3, "contrastive_videos=128 cannot be split evenly over 3 processes: use a multiple of 3, or"),
+        (1024, 128, 64, 1, "contrastive_videos=128 cannot be made up of micro_batch=64 videos in each of 1 processes"),
+        (1024, 128, 64, 3, "for example --micro-batch 128$"),
+        (1024, 128, 24, 8, "for example --micro-batch 128 or 64 or 32 or 16$"),
+        (1024, 128, 256, 8, "contrastive_videos=128 cannot be made up of micro_batch=256"),
+        (1000, 128, None, 8, "batch_size=1000 must be a multiple of micro_batch × processes = 16 × 8 = 128"),
+        (64, 128, None, 1, "batch_size=64 must be a multiple of micro_batch × processes = 128 × 1 = 128"),
+    ],
+)
+def test_a_contrastive_batch_never_shrinks(batch_size, contrastive_videos, micro_batch, ranks, message):
+    with pytest.raises(InputError, match=message):
+        plan_batches(batch_size, contrastive_videos, micro_batch, ranks)
