@@ -1,0 +1,358 @@
+"""train.py: every mistake is one clear line with exit status 1, and leaves nothing behind."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+from runs import ROOT, arguments, metrics, train_main, write_store
+
+from vimpac.config import PRESETS, ModelConfig, TrainConfig
+from vimpac.training.checkpoint import list_checkpoints
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def main(capsys):
+    """main(words) → (exit status, standard error); nothing goes to standard output."""
+
+    def call(words):
+        status = train_main()(words)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return status, captured.err
+
+    return call
+
+
+def tree(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(main, words, output, *parts, lines=1):
+    """Expect one error (of one line, but for the layout grammar) with these parts, and no change under `output`."""
+    before = tree(output) if output.exists() else None
+    status, error = main(words)
+    assert status == 1, error
+    assert error.startswith("train.py: error: ") and error.count("\n") == lines
+    for part in parts:
+        assert part in error
+    assert (tree(output) if output.exists() else None) == before
+
+
+# --- the store ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run"
+
+
+def test_missing_store(main, output, tmp_path):
+    store = tmp_path / "none"
+    way_out = f"make one with `vimpac tokenize VIDEOS {store}`"
+    refused(main, arguments(store, output), output, f"{store} is not a folder, expected a token store", way_out)
+
+
+def test_not_a_store(main, output, tmp_path):
+    (tmp_path / "videos").mkdir()
+    refused(main, arguments(tmp_path / "videos", output), output, "videos is not a token store", "vimpac tokenize VIDEOS OUT")
+
+
+@pytest.fixture
+def broken_store(store_folder, tmp_path):
+    return shutil.copytree(store_folder, tmp_path / "broken")
+
+
+def test_unfinished_store(main, output, broken_store):
+    (broken_store / "store.json").unlink()
+    refused(main, arguments(broken_store, output), output, "unfinished store", "run the same `vimpac tokenize` again")
+
+
+def test_store_of_another_version(main, output, broken_store):
+    index = json.loads((broken_store / "store.json").read_text())
+    (broken_store / "store.json").write_text(json.dumps({**index, "version": 99}))
+    refused(main, arguments(broken_store, output), output, "version 99, this program reads version 1", "tokenize the videos")
+
+
+def test_truncated_shard(main, output, broken_store):
+    (shard,) = broken_store.glob("*.bin")
+    size = shard.stat().st_size
+    os.truncate(shard, size - 2)
+    refused(
+        main, arguments(broken_store, output), output, f"{shard} is truncated", f"has {size - 2} bytes, {size} were written"
+    )
+
+
+def test_damaged_shard(main, output, broken_store):
+    (shard,) = broken_store.glob("*.bin")
+    data = bytearray(shard.read_bytes())
+    data[17] ^= 1
+    shard.write_bytes(data)
+    refused(main, arguments(broken_store, output), output, f"{shard} is damaged", "crc32", "tokenize again")
+
+
+def test_frame_size(main, output, store_folder):
+    words = arguments(store_folder, output, {"grid": (3, 8, 8)})
+    refused(main, words, output, "frames of 32 px, which is 4×4 tokens", "(3, 8, 8)", "--frame-size 64", "--model.grid 3 4 4")
+
+
+def test_clip_longer_than_every_video(main, output, store_folder):
+    words = arguments(store_folder, output, {"grid": (10, 4, 4)})
+    refused(main, words, output, "a clip of 10 frames is longer than every video", "the longest has 9 frames", "shorter clip")
+
+
+def test_one_video(main, output, tmp_path):
+    store = write_store(tmp_path / "one", frames=(5,))
+    refused(main, arguments(store, output), output, "holds 1 video, expected at least 2")
+
+
+@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
+def test_no_data(main, output, preset):
+    refused(main, [preset, "--output", str(output)], output, "--data is missing", "vimpac tokenize VIDEOS STORE")
+
+
+# --- options --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("layout", ["T,Q", "T,,H", "", "T,HxH", "t"])
+def test_bad_layout(main, output, store_folder, layout):
+    words = arguments(store_folder, output, {"layout": layout})
+    refused(main, words, output, f"bad layout {layout!r}", "Examples: T,H|W", lines=3)
+
+
+def test_heads_that_a_layout_cannot_split(main, output, store_folder):
+    words = arguments(store_folder, output, {"layout": "T|H|W"})
+    refused(main, words, output, "layout 'T|H|W' cannot split 2 heads evenly over the 3 axes", "use a multiple of 3 heads")
+
+
+@pytest.mark.parametrize(
+    "options, parts",
+    [
+        ({"micro_batch": 3}, ("contrastive_videos=4 cannot be made up of micro_batch=3", "for example --micro-batch 4")),
+        ({"batch_size": 6}, ("batch_size=6 must be a multiple of micro_batch × processes = 4 × 1 = 4",)),
+        ({"batch_size": 0}, ("batch_size must be at least 1, got 0",)),
+        ({"alpha": -1.0}, ("alpha must be 0 or a positive number, got -1.0",)),
+        ({"alpha": 0.0, "mask_task": False}, ("alpha must be above 0 without the mask task, or nothing is learned, got 0.0",)),
+        ({"held_out": 0.0}, ("held_out must be above 0",)),
+        ({"d_max": -0.5}, ("d_max must be 0 or more seconds, got -0.5",)),
+        ({"learning_rate": 0.0}, ("learning_rate must be a positive number, got 0.0",)),
+    ],
+)
+def test_bad_values(main, output, store_folder, options, parts):
+    refused(main, arguments(store_folder, output, **options), output, *parts)
+
+
+def test_a_misspelt_option(output, store_folder, capfd):
+    with pytest.raises(SystemExit) as end:
+        train_main()([*arguments(store_folder, output), "--lerning-rate", "1"])
+    assert end.value.code == 2 and "--lerning-rate" in capfd.readouterr().err and not output.exists()
+
+
+def test_other_mistakes_keep_their_traceback(output, store_folder, monkeypatch):
+    def bug(config):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr("vimpac.training.pretrain.pretrain", bug)
+    with pytest.raises(ZeroDivisionError):
+        train_main()(arguments(store_folder, output))
+
+
+@pytest.mark.parametrize(
+    "raised, status, said", [(OSError(28, "No space left"), 1, "No space left"), (KeyboardInterrupt(), 130, "")]
+)
+def test_full_disk_and_ctrl_c(main, output, store_folder, monkeypatch, raised, status, said):
+    def stop(config):
+        raise raised
+
+    monkeypatch.setattr("vimpac.training.pretrain.pretrain", stop)
+    code, error = main(arguments(store_folder, output))
+    assert code == status and said in error and error.count("\n") <= 1
+
+
+def test_loss_that_is_not_finite(main, output, store_folder):
+    status, error = main(arguments(store_folder, output, learning_rate=1e30, steps=50, warmup=0.0))
+    assert status == 1 and "Traceback" not in error
+    said = error[error.index("train.py: error: ") :]
+    assert said.count("\n") == 1 and "is not finite, so the run stops" in said and "lower --learning-rate" in said
+    assert not (output / "model.safetensors").exists()
+
+
+# --- run folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_run_folder_that_exists(main, finished_run, store_folder):
+    refused(main, arguments(store_folder, finished_run), finished_run, f"run folder {finished_run} exists: add --resume")
+
+
+def test_folder_with_other_things(main, output, store_folder):
+    output.mkdir()
+    (output / "thesis.tex").touch()
+    for resume in (False, True):
+        refused(main, arguments(store_folder, output, resume=resume), output, "is not a run folder", "another --output")
+
+
+def test_file_in_the_way(main, tmp_path, store_folder):
+    (tmp_path / "file").write_text("text")
+    status, error = main(arguments(store_folder, tmp_path / "file"))
+    assert status == 1 and "is not a run folder" in error and (tmp_path / "file").read_text() == "text"
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"learning_rate": 0.5}, "learning_rate was 0.01, now 0.5"),
+        ({"steps": 100}, "steps was 6, now 100"),
+        ({"batch_size": 8}, "batch_size was 4, now 8"),
+        ({"seed": 3}, "seed was 0, now 3"),
+        ({"model": {"dropout": 0.0}}, "'dropout': 0.1"),
+    ],
+)
+def test_resume_with_other_settings(main, finished_run, store_folder, options, said):
+    words = arguments(store_folder, finished_run, resume=True, **options)
+    refused(main, words, finished_run, "cannot resume", "with other settings", said, "Resume with those of")
+
+
+def test_resume_on_other_videos(main, finished_run, tmp_path):
+    store = write_store(tmp_path / "more", frames=(4,) * 30)
+    words = arguments(store, finished_run, resume=True)
+    refused(main, words, finished_run, "on other videos: videos was 25, now 30", "Give --data the first one")
+
+
+@pytest.fixture(scope="module")
+def foreign_store(tmp_path_factory):
+    return write_store(tmp_path_factory.mktemp("foreign") / "tokens", digest="e" * 64)
+
+
+def test_resume_on_another_tokenizer(main, finished_run, foreign_store):
+    words = arguments(foreign_store, finished_run, resume=True)
+    refused(main, words, finished_run, "patch-vq dddddddddddd", "patch-vq eeeeeeeeeeee", "--tokenizer-path STORE")
+
+
+def test_continue_from_another_tokenizer(main, output, finished_run, foreign_store):
+    words = arguments(foreign_store, output, continue_from=str(finished_run), steps=20)
+    refused(main, words, output, "patch-vq dddddddddddd", "patch-vq eeeeeeeeeeee", "--tokenizer-path STORE")
+
+
+def test_init_from_another_tokenizer(main, output, finished_run, foreign_store):
+    words = arguments(foreign_store, output, init_from=str(finished_run / "model.safetensors"))
+    refused(main, words, output, "dddddddddddd", "eeeeeeeeeeee", "--tokenizer-path")
+
+
+def test_continue_from_another_model(main, output, finished_run, store_folder):
+    words = arguments(store_folder, output, {"width": 32}, continue_from=str(finished_run), steps=20)
+    refused(main, words, output, "does not fit this model", "size mismatch")
+
+
+def test_continue_from_the_wrong_place(main, output, tmp_path, store_folder):
+    words = arguments(store_folder, output, continue_from=str(tmp_path / "none"))
+    refused(main, words, output, "has no checkpoint: expected the run folder of the earlier stage")
+
+
+def test_continue_from_a_run_as_long(main, output, finished_run, store_folder):
+    words = arguments(store_folder, output, continue_from=str(finished_run))
+    refused(main, words, output, "is at step 6, this run would end at 6", "raise --epochs or --steps")
+
+
+@pytest.mark.parametrize("path", ["none.safetensors", "config.json"])
+def test_init_from_what_is_no_model(main, output, finished_run, store_folder, path):
+    words = arguments(store_folder, output, init_from=str(finished_run / path))
+    refused(main, words, output, f"cannot read model {finished_run / path}", "expected a model.safetensors of a run")
+
+
+def test_init_from_another_shape(main, output, finished_run, store_folder):
+    words = arguments(store_folder, output, {"width": 32}, init_from=str(finished_run / "model.safetensors"))
+    refused(main, words, output, "'width': 16", "'width': 32")
+
+
+@pytest.fixture
+def damaged_run(finished_run, tmp_path):
+    return shutil.copytree(finished_run, tmp_path / "damaged")
+
+
+def test_checkpoint_cut_short(main, damaged_run, store_folder):
+    path = list_checkpoints(damaged_run)[-1]
+    os.truncate(path, path.stat().st_size // 2)
+    words = arguments(store_folder, damaged_run, resume=True)
+    refused(main, words, damaged_run, f"cannot read checkpoint {path}", "cut short or damaged", "delete it to resume from")
+    path.unlink()  # the way out
+    assert main(words)[0] == 0 and metrics(damaged_run)[-1]["final"]
+
+
+def test_flipped_bit(main, damaged_run, store_folder):
+    path = list_checkpoints(damaged_run)[-1]
+    data = bytearray(path.read_bytes())
+    weight = torch.load(path)["model"]["token_head.dense.weight"].numpy().tobytes()
+    data[data.index(weight)] ^= 1
+    path.write_bytes(data)
+    refused(main, arguments(store_folder, damaged_run, resume=True), damaged_run, str(path), "checksum of", "is wrong")
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"config": {}}', "{"])
+def test_damaged_config(main, damaged_run, store_folder, text):
+    (damaged_run / "config.json").write_text(text)
+    words = arguments(store_folder, damaged_run, resume=True)
+    refused(main, words, damaged_run, "config.json is damaged", "give another --output")
+
+
+def test_resume_may_change_how_it_looks(main, damaged_run, store_folder):
+    """Where files lie, how often to look and to save, how much to evaluate; the store may have moved."""
+    moved = shutil.copytree(store_folder, damaged_run.parent / "moved")
+    words = arguments(moved, damaged_run, resume=True, save_every=5, log_every=3, keep_checkpoints=1, eval_batches=2)
+    assert main(words)[0] == 0
+    assert metrics(damaged_run)[-1]["retrieval_clips"] == 16
+
+
+def test_resume_without_a_run_starts_one(main, output, store_folder):
+    assert main(arguments(store_folder, output, resume=True, steps=1))[0] == 0
+    assert [line["step"] for line in metrics(output)] == [1, 1]
+
+
+# --- the command itself ---------------------------------------------------------------------------------------------------
+
+
+def python(*words, **options):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120, env=environment, **options)
+
+
+def test_help_lists_every_field():
+    result = python(str(ROOT / "train.py"), "large-half", "--help")
+    assert result.returncode == 0 and "(default: 1024)" in result.stdout
+    for field in dataclasses.fields(TrainConfig):
+        assert f"--{field.name.replace('_', '-')}" in result.stdout or field.name == "model"
+    for field in dataclasses.fields(ModelConfig):
+        assert f"--model.{field.name.replace('_', '-')}" in result.stdout
+
+
+def test_help_needs_no_torch():
+    code = "import sys; sys.argv = ['train.py', '--help']; import train\ntry: train.main()\nexcept SystemExit: print('torch' in sys.modules)"
+    assert python("-c", code, cwd=ROOT).stdout.endswith("False\n")
+
+
+def test_the_command(store_folder, output, tmp_path):
+    words = arguments(store_folder, output, steps=1)
+    result = python(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    assert result.returncode == 0 and (output / "model.safetensors").exists(), result.stderr
+    result = python(str(ROOT / "train.py"), *words, cwd=tmp_path)
+    assert result.returncode == 1 and result.stdout == ""
+    assert (
+        result.stderr
+        == f"train.py: error: run folder {output} exists: add --resume to go on with it, or give another --output\n"
+    )
+
+
+def test_torchrun(store_folder, output, tmp_path):
+    """Both processes join; a mistake is said once, and the launcher adds nothing to it."""
+    launch = ["-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+    result = python(*launch, *arguments(store_folder, output, steps=1), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert torch.load(list_checkpoints(output)[-1])["world_size"] == 2
+    result = python(*launch, *arguments(store_folder, output, steps=1), cwd=tmp_path)
+    assert result.returncode == 1 and result.stderr.count(f"train.py: error: run folder {output} exists") == 1
+    assert "Traceback" not in result.stderr
