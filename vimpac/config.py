@@ -263,7 +263,6 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
             steps=200,
             batch_size=16,
             contrastive_videos=16,
-            learning_rate=2e-3,
             save_every=50,
         ),
     ),
