@@ -37,6 +37,7 @@ LONGEST_LINE = 64  # tokens; longer lines and products of axes are scaled_dot_pr
 DROPOUT_ROUNDS = 7
 
 
+@backends.full_precision
 def axial_attention(
     qkv: Tensor,
     cls_qkv: Tensor,
@@ -71,6 +72,7 @@ def axial_attention(
             return unpack(packed, qkv.shape[:4])
 
 
+@backends.full_precision
 def axial_attention_packed(
     qkv: Tensor,
     grid: tuple[int, int, int],
@@ -86,9 +88,10 @@ def axial_attention_packed(
     Rows are the tokens in raster order, then the B [CLS] rows: one matrix for every linear layer and norm of the model, and
     no concatenation around the op, forward or backward.
     """
-    B, remainder = divmod(qkv.shape[0], math.prod(grid) + 1)
-    if remainder:
-        raise ValueError(f"qkv has {qkv.shape[0]} rows, not a multiple of T·H·W + 1 = {math.prod(grid) + 1} for {grid=}")
+    rows = math.prod(grid) + 1  # of one clip
+    if qkv.shape[0] % rows:
+        raise ValueError(f"qkv has {qkv.shape[0]} rows, not a multiple of T·H·W + 1 = {rows} for {grid=}")
+    B = qkv.shape[0] // rows
     tokens, cls = unpack(qkv, (B, *grid))
     axes = check_arguments(tokens, cls, axes, pad, dropout_p, seed)
     seed = seed_tensor(seed, qkv.device) if dropout_p > 0 else None
@@ -102,9 +105,11 @@ def axial_attention_packed(
             return _AxialAttentionPacked.apply(qkv, (B, *grid), *call, name)
 
 
+@backends.full_precision
 def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The definition, in plain float32 (float64 stays float64)."""
-    outs, cls_outs = [], []
+    dtype, outs, cls_outs = qkv.dtype, [], []
+    qkv, cls_qkv = (x.to(torch.promote_types(dtype, torch.float32)) for x in (qkv, cls_qkv))
     for heads, axis in head_groups(qkv.shape[5], axes):
         q, k, v = line_qkv(qkv, cls_qkv, heads, axis)  # [B, S, n, L + 1, D]: S lines of L tokens, then [CLS]
         L = q.shape[3] - 1
@@ -113,18 +118,18 @@ def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=
         scores = (q @ k.mT / math.sqrt(q.shape[-1])).masked_fill(no_key, -math.inf)  # [B, S, n, L + 1, K]
         probs = scores.softmax(-1).masked_fill(no_key, 0.0)  # the softmax of no keys at all is NaN
         if dropout_p > 0:
-            probs = probs * dropout_scale(seed, dropout_p, qkv.shape, heads, axis, k.shape[3])
-        out = (probs @ v).to(qkv.dtype)
+            probs = probs * dropout_keep(seed, dropout_p, qkv.shape, heads, axis, k.shape[3]) * dropout_scale(dropout_p)
+        out = probs @ v
         outs.append(from_lines(out[..., :L, :], axis, qkv.shape[:4]))
         cls_outs.append(out[..., L, :].mean(1))
-    return torch.cat(outs, 4), torch.cat(cls_outs, 1)
+    return torch.cat(outs, 4).to(dtype), torch.cat(cls_outs, 1).to(dtype)
 
 
 def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The same through torch's scaled_dot_product_attention on transposed copies; dropout from torch's generator."""
     outs, cls_outs = [], []
     for heads, axis in head_groups(qkv.shape[5], axes):
-        q, k, v = line_qkv(qkv, cls_qkv, heads, axis, upcast=False)
+        q, k, v = line_qkv(qkv, cls_qkv, heads, axis)
         B, S, L = q.shape[0], q.shape[1], q.shape[3] - 1
         k, v = k[..., : L + cls_in_context, :], v[..., : L + cls_in_context, :]
         is_key = None if pad is None else ~line_pad(pad, axis, q)[..., : L + cls_in_context].flatten(0, 1)
@@ -135,11 +140,10 @@ def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None,
     return torch.cat(outs, 4), torch.cat(cls_outs, 1)
 
 
-def dropout_scale(seed: Tensor, p: float, shape: Sequence[int], heads: slice, axis: str, keys: int) -> Tensor:
-    """What dropout multiplies the probabilities with: 0 or 1 / (1 - p), float32 [B, S, n, L + 1, keys]."""
+def dropout_keep(seed: Tensor, p: float, shape: Sequence[int], heads: slice, axis: str, keys: int) -> Tensor:
+    """Which probabilities dropout keeps, bool [B, S, n, L + 1, keys]."""
     B, T, H, W, _, N, _ = shape
     device = seed.device
-    threshold = dropout_threshold(p)
     r = torch.arange(B * T * H * W, device=device).view(B, T, H, W, 1) * N + torch.arange(
         heads.start, heads.stop, device=device
     )
@@ -152,13 +156,17 @@ def dropout_scale(seed: Tensor, p: float, shape: Sequence[int], heads: slice, ax
     bits = torch.stack([words & 0xFFFF, words >> 16], -1)  # [..., calls, word, half]
     if keys > 8:  # [..., 32-key group, quarter, word, half] → key order
         bits = bits.unflatten(-3, (-1, 4)).transpose(-3, -2)
-    keep = bits.flatten(4)[..., :keys] >= threshold
-    return keep.float() * (65536 / (65536 - threshold))
+    return bits.flatten(4)[..., :keys] >= dropout_threshold(p)
 
 
 def dropout_threshold(p: float) -> int:
     """The 16-bit value below which a probability is dropped; its share of 2^16 is the dropout rate in use."""
     return min(round(p * 65536), 65535)
+
+
+def dropout_scale(p: float) -> float:
+    """What the kept probabilities are multiplied with: 1 / (1 - the rate in use)."""
+    return 65536 / (65536 - dropout_threshold(p))
 
 
 # --- lines ------------------------------------------------------------------------------------------------------------
@@ -186,12 +194,11 @@ def head_groups(heads: int, axes: Sequence[str]) -> list[tuple[slice, str]]:
     return [(slice(i * n, (i + 1) * n), axis) for i, axis in enumerate(axes)]
 
 
-def line_qkv(qkv: Tensor, cls_qkv: Tensor, heads: slice, axis: str, upcast: bool = True):
+def line_qkv(qkv: Tensor, cls_qkv: Tensor, heads: slice, axis: str):
     """q, k, v [B, S, n, L + 1, D] of some heads on every line, [CLS] last."""
     lines = to_lines(qkv[..., heads, :], axis)  # [B, S, L, 3, n, D]
     cls = cls_qkv[:, None, None, :, heads].expand(-1, lines.shape[1], -1, -1, -1, -1)
-    x = torch.cat([lines, cls], 2).permute(3, 0, 1, 4, 2, 5)
-    return (x.to(torch.promote_types(x.dtype, torch.float32)) if upcast else x).unbind(0)
+    return torch.cat([lines, cls], 2).permute(3, 0, 1, 4, 2, 5).unbind(0)
 
 
 def line_pad(pad: Tensor | None, axis: str, q: Tensor) -> Tensor:
@@ -249,7 +256,7 @@ def check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed) -> tuple[str, ...]
 
 
 def longest_line(axes: Sequence[str], shape: Sequence[int]) -> int:
-    return max(math.prod(shape[d] for d in axis_dimensions(axis)) for axis in axes)
+    return max([math.prod([shape[d] for d in axis_dimensions(axis)]) for axis in axes])  # lists: dynamo takes no generators
 
 
 def preference(axes: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
