@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from vimpac import convert
 from vimpac.config import ModelConfig
-from vimpac.convert import from_authors, load_model, released_names, save_model
+from vimpac.convert import from_authors, released_names
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
 
@@ -74,8 +75,8 @@ def test_checkpoint_that_does_not_fit():
 @pytest.mark.parametrize("make", [PretrainModel, lambda config: ClassificationModel(config, 5)])
 def test_save_and_load(tmp_path, make):
     model = make(CONFIG)
-    save_model(model, tmp_path / "model.safetensors", TOKENIZER)
-    again = load_model(tmp_path / "model.safetensors", tokenizer_digest=TOKENIZER["digest"])
+    convert.save(model, tmp_path / "model.safetensors", TOKENIZER)
+    again = convert.load(tmp_path / "model.safetensors", tokenizer_digest=TOKENIZER["digest"])
     assert type(again) is type(model) and again.config == model.config
     for name, x in model.state_dict().items():
         assert_close(again.state_dict()[name], x, rtol=0, atol=0)
@@ -84,8 +85,8 @@ def test_save_and_load(tmp_path, make):
 
 def test_load_at_another_grid(tmp_path):
     model = PretrainModel(CONFIG)
-    save_model(model, tmp_path / "m.safetensors")
-    larger = load_model(tmp_path / "m.safetensors", grid=(4, 4, 8))
+    convert.save(model, tmp_path / "m.safetensors")
+    larger = convert.load(tmp_path / "m.safetensors", grid=(4, 4, 8))
     assert larger.config.grid == (4, 4, 8)
     assert larger.backbone(torch.zeros(1, 4, 4, 8, dtype=torch.int64))[1].shape == (1, 4, 4, 8, 16)
 
@@ -93,23 +94,23 @@ def test_load_at_another_grid(tmp_path):
 def test_bad_files(tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(InputError, match=r"cannot read model .*m.safetensors"):
-        load_model(path)
-    save_model(PretrainModel(CONFIG), path, TOKENIZER)
+        convert.load(path)
+    convert.save(PretrainModel(CONFIG), path, TOKENIZER)
     with pytest.raises(InputError, match="tokenizer aaaaaaaaaaaa"):
-        load_model(path, tokenizer_digest="b" * 64)
+        convert.load(path, tokenizer_digest="b" * 64)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(InputError, match="cannot read model"):
-        load_model(path)
+        convert.load(path)
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(InputError, match="not a model of this program"):
-        load_model(path)
+        convert.load(path)
     save_file({"x": torch.zeros(1)}, path, {"format": "vimpac-model", "version": "9"})
     with pytest.raises(InputError, match="version '9', expected 'vimpac-model' version 1"):
-        load_model(path)
+        convert.load(path)
 
 
 def test_decoder_is_not_stored_twice(tmp_path):
-    save_model(PretrainModel(CONFIG), tmp_path / "m.safetensors")
+    convert.save(PretrainModel(CONFIG), tmp_path / "m.safetensors")
     names = load_file(tmp_path / "m.safetensors")
     assert not any("decoder" in name for name in names)

@@ -94,7 +94,7 @@ def test_failed_drawing_keeps_the_old_picture(run, monkeypatch):
     from matplotlib.figure import Figure
 
     def fail(self, file, **options):
-        file.write(b"half")
+        file.write_bytes(b"half")
         raise OSError("disk full")
 
     monkeypatch.setattr(Figure, "savefig", fail)

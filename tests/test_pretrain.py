@@ -63,7 +63,7 @@ def test_model_is_the_last_checkpoint(finished_run):
     checkpoints = list_checkpoints(finished_run)
     assert [path.stem for path in checkpoints] == ["step-00000004", "step-00000006"]  # the newest two of three
     state = load_checkpoint(checkpoints[-1])
-    model = convert.load_model(finished_run / "model.safetensors", tokenizer_digest="d" * 64)
+    model = convert.load(finished_run / "model.safetensors", tokenizer_digest="d" * 64)
     assert model.config.grid == MODEL["grid"] and model.config.vocab_size == VOCABULARY
     assert model.state_dict().keys() == state["model"].keys()
     assert all(torch.equal(x, state["model"][name]) for name, x in model.state_dict().items())
@@ -109,15 +109,15 @@ def test_seed_and_dropout_matter(finished_run, store_folder, tmp_path, option, u
 # --- killed and resumed ---------------------------------------------------------------------------------------------------
 
 KILLED = {
-    "writing config.json": on_call("vimpac.data.atomic:publish", 1, "kill"),
+    "writing config.json": on_call("vimpac.atomic:publish", 1, "kill"),
     "before the first update": on_call("vimpac.training.pretrain:Trainer.update", 1, "kill"),
     "before the first checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 2, "kill"),
     "writing the first checkpoint": on_call("torch:save", 1, "half_a_checkpoint"),
     "a line half written": on_call("vimpac.training.pretrain:MetricsLog.write", 4, "half_a_line"),
     "lines of updates that have no checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 6, "kill"),
-    "naming a checkpoint": on_call("vimpac.data.atomic:publish", 3, "kill"),
+    "naming a checkpoint": on_call("vimpac.atomic:publish", 3, "kill"),
     "writing the last checkpoint": on_call("torch:save", 3, "half_a_checkpoint"),
-    "before the model": on_call("vimpac.convert:save_model", 1, "kill"),
+    "before the model": on_call("vimpac.convert:save", 1, "kill"),
     "in the evaluation": on_call("vimpac.evaluation.held_out:partners_found", 1, "kill"),
     "the final line half written": on_call("vimpac.training.pretrain:MetricsLog.write", 7, "half_a_line"),
     "drawing": on_call("vimpac.figures:plot_curves", 1, "kill"),
@@ -414,7 +414,7 @@ def test_init_from_takes_weights_only(finished_run, large_store, tmp_path):
     weights = finished_run / "model.safetensors"
     trainer = make_trainer(large_store, tmp_path / "run", model={"grid": (3, 8, 8), "dropout": 0.3}, init_from=str(weights))
     state = trainer.module.model.state_dict()
-    saved = convert.load_model(weights, grid=(3, 8, 8)).state_dict()
+    saved = convert.load(weights, grid=(3, 8, 8)).state_dict()
     assert all(torch.equal(x, saved[name]) for name, x in state.items())
     assert trainer.step == 0 and not trainer.optimizer.state
     assert trainer.module.model.config.dropout == 0.3  # this run's

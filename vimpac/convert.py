@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from vimpac.atomic import replacing
 from vimpac.config import ModelConfig
-from vimpac.data.atomic import replacing
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.positions import interpolate_state
@@ -23,7 +23,7 @@ VERSION = 1
 POSITIONS = "backbone.positions."
 
 
-def save_model(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer: Mapping | None = None) -> None:
+def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer: Mapping | None = None) -> None:
     """Write weights and config as one safetensors file, atomically.
 
     tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
@@ -37,10 +37,10 @@ def save_model(model: PretrainModel | ClassificationModel, path: str | Path, tok
         save_file(tensors, temporary, metadata)
 
 
-def load_model(
+def load(
     path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
 ) -> PretrainModel | ClassificationModel:
-    """Read what `save_model` wrote (float32, on the CPU).
+    """Read what `save` wrote (float32, on the CPU).
 
     grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
     Raises InputError for a missing or broken file, another format or version, or another tokenizer.
@@ -63,7 +63,7 @@ def load_model(
 
 
 def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load_model`."""
+    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
+from vimpac.atomic import replacing
 from vimpac.errors import InputError
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
@@ -41,17 +41,10 @@ def plot_curves(metrics_jsonl: Path, out_png: Path) -> None:
     series, final = read_metrics(Path(metrics_jsonl))
     out_png = Path(out_png)
     figure = _draw(series, final)
-    unfinished = out_png.with_name(f"{out_png.name}.part")
     if not out_png.parent.is_dir():
         raise InputError(f"cannot write {out_png}: its folder does not exist; make it first")
-    try:
-        with unfinished.open("wb") as file:
-            figure.savefig(file, format="png", dpi=130)
-            file.flush()
-            os.fsync(file.fileno())
-        unfinished.replace(out_png)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with replacing(out_png) as temporary:
+        figure.savefig(temporary, format="png", dpi=130)
 
 
 def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimpac.data.atomic import TEMPORARY, publish, write_text
+from vimpac.atomic import TEMPORARY, publish, write_text
 from vimpac.data.video import View
 from vimpac.errors import InputError
 

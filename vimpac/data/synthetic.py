@@ -23,6 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from vimpac.atomic import replacing
 from vimpac.config import SynthesizeConfig
 from vimpac.errors import InputError
 
@@ -220,11 +221,8 @@ def _codec() -> str:
 
 def _write(out: Path, index: int, config: SynthesizeConfig, codec: str) -> Label:
     frames, label = render(config.seed, index, config.seconds, config.fps, config.size)
-    unfinished = out / f"{label.video}.part"
-    _encode(unfinished, frames, config.fps, codec)
-    with unfinished.open("r+b") as file:
-        os.fsync(file.fileno())
-    unfinished.rename(out / label.video)
+    with replacing(out / label.video) as temporary:
+        _encode(temporary, frames, config.fps, codec)
     return label
 
 
@@ -242,14 +240,11 @@ def _encode(path: Path, frames: np.ndarray, fps: float, codec: str) -> None:
 
 
 def _write_labels(path: Path, labels: list[Label]) -> None:
-    unfinished = path.with_name(f"{path.name}.part")
-    with unfinished.open("w", newline="") as file:
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(Label._fields)
         writer.writerows(labels)
         file.flush()
-        os.fsync(file.fileno())
-    unfinished.rename(path)
 
 
 def _motion(seed: int, index: int) -> str:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
+from vimpac.atomic import TEMPORARY
 from vimpac.config import TokenizeConfig
-from vimpac.data.atomic import TEMPORARY
 from vimpac.data.store import (
     INDEX,
     TOKENIZER,

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from vimpac.data.atomic import replacing
+from vimpac.atomic import replacing
 from vimpac.data.store import TOKENIZER, TokenizerInfo
 from vimpac.errors import InputError
 

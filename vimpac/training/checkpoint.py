@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from vimpac.data.atomic import TEMPORARY, replacing
+from vimpac.atomic import TEMPORARY, replacing
 from vimpac.errors import InputError
 
 FORMAT = "vimpac-checkpoint"

@@ -26,8 +26,8 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from vimpac import convert
+from vimpac.atomic import TEMPORARY, write_text
 from vimpac.config import ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
-from vimpac.data.atomic import TEMPORARY, write_text
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
@@ -390,7 +390,7 @@ class Trainer:
         if self.signal is not None:  # during the last update
             self.stop_now(*self.signal)
         config, micro_batch = self.config, self.plan.micro_batch
-        convert.save_model(self.module.model, self.run / "model.safetensors", self.tokenizer)
+        convert.save(self.module.model, self.run / "model.safetensors", self.tokenizer)
         self.module.padded |= held_out.padded
         most_frequent = most_frequent_token(self.pairs, config.model.vocab_size)
         result = {
@@ -497,7 +497,7 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
     """A fresh model, or `init_from`'s weights at this grid."""
     if config.init_from is None:
         return PretrainModel(config.model)
-    model = convert.load_model(config.init_from, config.model.grid, store.tokenizer.digest)
+    model = convert.load(config.init_from, config.model.grid, store.tokenizer.digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
         raise InputError(
             f"init_from={config.init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "
