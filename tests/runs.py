@@ -277,7 +277,21 @@ def nothing(original, *args, **kwargs):
     return []
 
 
-EVENTS = {f.__name__: f for f in (kill, terminate, half_a_checkpoint, half_a_line, nan_loss, input_error, nothing)}
+def only_without_reducers(original, *args, **kwargs):
+    """destroy_process_group that fails while a DistributedDataParallel is alive: see distributed.leave_world."""
+    import gc
+
+    from torch.nn.parallel import DistributedDataParallel
+
+    alive = [x for x in gc.get_objects() if type(x) is DistributedDataParallel]
+    assert not alive, "a reducer outlives its process group"
+    return original(*args, **kwargs)
+
+
+EVENTS = {
+    f.__name__: f
+    for f in (kill, terminate, half_a_checkpoint, half_a_line, nan_loss, input_error, nothing, only_without_reducers)
+}
 
 
 # --- what a run left ------------------------------------------------------------------------------------------------------

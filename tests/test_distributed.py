@@ -139,6 +139,15 @@ def test_another_number_of_processes(store_folder, whole, tmp_path):
         torch.testing.assert_close(line, expected, **NEAR)
 
 
+@pytest.mark.parametrize("code", [0, 143])
+def test_process_groups_end_after_their_reducers(store_folder, tmp_path, code):
+    """Otherwise one run in ten hangs at its end, or after a signal."""
+    hook = hooks(undrawn, on_call("torch.distributed:destroy_process_group", 1, "only_without_reducers"))
+    if code:
+        hook = hooks(hook, on_call("vimpac.training.pretrain:Trainer.update", 2, "terminate"))
+    run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook, code)
+
+
 # --- mistakes -------------------------------------------------------------------------------------------------------------
 
 
