@@ -10,6 +10,7 @@ from torch.testing import assert_close
 
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
+from vimpac.ops.info_nce import _AllGather
 
 RANKS, ROWS, WIDTH = 4, 3, 5
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of some dozen terms of order 1
@@ -259,6 +260,9 @@ def _rank(rank, folder):
             grads = torch.autograd.grad(loss, (z1, z2))
             assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
             results[backend, name] = loss.detach(), *grads
+    grad = torch.ones(RANKS * ROWS, WIDTH)
+    (summed,) = torch.autograd.grad(_AllGather.apply(z1, dist.group.WORLD), z1, grad)
+    assert (summed == RANKS).all() and (grad == 1).all()  # the incoming gradient is someone else's: not summed in place
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
