@@ -19,7 +19,8 @@ from vimpac.errors import InputError
 from vimpac.training import pretrain as pretrain_module
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
-from vimpac.training.pretrain import MetricsLog, Stopped, interpolate_moments, pretrain
+from vimpac.training.metrics import MetricsLog
+from vimpac.training.pretrain import Stopped, interpolate_moments, pretrain
 from vimpac.training.progress import Progress
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,13 +114,13 @@ KILLED = {
     "before the first update": on_call("vimpac.training.pretrain:Trainer.update", 1, "kill"),
     "before the first checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 2, "kill"),
     "writing the first checkpoint": on_call("torch:save", 1, "half_a_checkpoint"),
-    "a line half written": on_call("vimpac.training.pretrain:MetricsLog.write", 4, "half_a_line"),
+    "a line half written": on_call("vimpac.training.metrics:MetricsLog.write", 4, "half_a_line"),
     "lines of updates that have no checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 6, "kill"),
     "naming a checkpoint": on_call("vimpac.atomic:publish", 3, "kill"),
     "writing the last checkpoint": on_call("torch:save", 3, "half_a_checkpoint"),
     "before the model": on_call("vimpac.convert:save", 1, "kill"),
     "in the evaluation": on_call("vimpac.evaluation.held_out:partners_found", 1, "kill"),
-    "the final line half written": on_call("vimpac.training.pretrain:MetricsLog.write", 7, "half_a_line"),
+    "the final line half written": on_call("vimpac.training.metrics:MetricsLog.write", 7, "half_a_line"),
     "drawing": on_call("vimpac.figures:plot_curves", 1, "kill"),
 }
 

@@ -258,6 +258,7 @@ PRESETS: dict[str, tuple[str, TrainConfig]] = {
         TrainConfig(
             synthetic_videos=256,
             fit_frame_size=True,
+            held_out=0.125,
             output="runs/demo",
             model=ModelConfig(layers=4, width=128, heads=4, grid=(5, 8, 8), dropout=0.0, head_width=512, head_out=128),
             steps=200,

@@ -13,7 +13,6 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
-import math
 import shutil
 import signal
 import time
@@ -37,11 +36,11 @@ from vimpac.model.positions import interpolate_state
 from vimpac.training import distributed
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from vimpac.training.distributed import BatchPlan, World
+from vimpac.training.metrics import MetricsLog
 from vimpac.training.optim import adamw, learning_rate
 from vimpac.training.progress import Progress
 from vimpac.training.step import PretrainStep
 
-METRICS = ("loss", "mask_loss", "contrastive_loss", "mask_accuracy")
 MAY_CHANGE = frozenset({"data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "compile"})
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -408,89 +407,6 @@ class Trainer:
             progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
         progress.summary(result)
         return result
-
-
-class MetricsLog:
-    """Metrics of each update, kept on the device until someone looks: RUN/metrics.jsonl, TensorBoard, the progress line."""
-
-    def __init__(self, run: Path, world: World, step: int):
-        self.path, self.world = run / "metrics.jsonl", world
-        self.waiting: list[dict] = []
-        self.since = time.perf_counter()
-        self.events = None
-        if world.is_first:
-            self._drop_lines_after(step)
-            if importlib.util.find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
-
-    def add(self, metrics: dict) -> None:
-        self.waiting.append(metrics)
-
-    def flush(self, progress: Progress, batch_size: int, may_overflow: bool) -> None:
-        """Write what waits. Raises InputError when a loss or the gradient is not finite.
-
-        may_overflow: a gradient that is not finite was skipped by the scaler; the line says null.
-        """
-        names = [name for name in self.waiting[0] if isinstance(self.waiting[0][name], Tensor)]
-        values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self.waiting])  # [updates, names]
-        values = distributed.mean_over_ranks(values, self.world).tolist()
-        now = time.perf_counter()
-        speed = len(self.waiting) * batch_size / (now - self.since)
-        self.since = now
-        lines, bad = [], []
-        for metrics, row in zip(self.waiting, values, strict=True):
-            line = {"step": metrics["step"], **{name: None for name in METRICS}, **metrics}
-            line |= dict(zip(names, row, strict=True)) | {"videos_per_second": speed}
-            if may_overflow and not math.isfinite(line["grad_norm"]):
-                line["grad_norm"] = None
-            bad = not_finite(line)
-            if bad:
-                break
-            lines.append(line)
-        self.waiting = []
-        if self.world.is_first and lines:
-            self.write(lines)
-            progress.update(lines[-1])
-        if bad:
-            kept = list_checkpoints(self.path.parent)
-            raise InputError(
-                f"step {line['step']}: {', '.join(bad)} is not finite, so the run stops; "
-                + (f"the last checkpoint before it is {kept[-1]}" if kept else "no checkpoint was written before it")
-                + ". Try a lower --learning-rate (the paper went 1e-3, 5e-4, 3e-4, … until training converged) or --precision "
-                "fp32, in another --output"
-            )
-
-    def write(self, lines: list[dict]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
-        if self.events is not None:
-            for line in lines:
-                for name, value in line.items():
-                    if name not in ("step", "final") and value is not None:
-                        self.events.add_scalar(f"{'final' if line.get('final') else 'train'}/{name}", value, line["step"])
-            self.events.flush()
-
-    def _drop_lines_after(self, step: int) -> None:
-        """A resumed run writes the updates after its checkpoint again."""
-        if self.path.exists():
-            lines = [_parsed(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line in lines if line and not line.get("final") and line["step"] <= step]
-            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
-
-
-def _parsed(line: str) -> dict | None:
-    try:
-        return json.loads(line)
-    except ValueError:  # cut short when the run was killed
-        return None
-
-
-def not_finite(line: dict) -> list[str]:
-    """`name=value` of the terms of a line that are not finite."""
-    terms = (*METRICS[1:3], "loss", "grad_norm")
-    return [f"{name}={line[name]}" for name in terms if line[name] is not None and not math.isfinite(line[name])]
 
 
 def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
