@@ -489,7 +489,6 @@ def test_opcheck(dtype, strided, options):
         (axial_attention, "slot", "inductor"),
         (packed, "slot", "inductor"),
         (axial_attention, "reference", "aot_eager"),
-        (packed, "reference", "aot_eager"),
         (packed, "sdpa", "aot_eager"),
     ],
 )

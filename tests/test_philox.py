@@ -51,14 +51,13 @@ def test_compiled_products_do_not_overflow(device):
     """A compiler takes a product of two positive words for positive; scalar and vector code differ in what then happens."""
     counters = torch.randint(2**32, (5, 1), generator=torch.Generator().manual_seed(0)).to(device)
 
-    def words(counters, seed, n):
-        return torch.stack(philox((counters, counters >> 7, torch.arange(n, device=device), 1), seed), -1)
+    def words(counters, seed):
+        return torch.stack(philox((counters, counters >> 7, torch.arange(33, device=device), 1), seed, 7), -1)
 
     compiled = torch.compile(words, fullgraph=True)
-    for n in (1, 33):
-        for seed in (0, -1, -(2**62), 2**63 - 1, key_seed(PI_KEY)):
-            seed = seed_tensor(seed, device)
-            assert torch.equal(compiled(counters, seed, n), words(counters, seed, n))
+    for seed in (0, -1, -(2**62), 2**63 - 1, key_seed(PI_KEY)):
+        seed = seed_tensor(seed, device)
+        assert torch.equal(compiled(counters, seed), words(counters, seed))
 
 
 def test_counters_broadcast_with_ints(device):
