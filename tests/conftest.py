@@ -15,7 +15,7 @@ def device(request):
 
 @pytest.fixture
 def one_thread():
-    """One torch thread, as in the processes of `runs.Run`: with tiny tensors more of them only wait for each other."""
+    """One torch thread, as in the processes of `runs.Run`: with many short ops more of them only wait for each other."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -137,15 +137,6 @@ def test_noise_shares():
 # --- Table 2 ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def one_thread():
-    """For thousands of short ops: on a busy machine the threads' meeting after each takes five times as long as the work."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 @pytest.mark.parametrize("grid", TABLE_2)
 def test_table_2_over_clips(grid, one_thread):
     """The share that the op masks over 20,000 clips, within 0.2 points of the print and of what is expected.
