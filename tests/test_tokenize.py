@@ -247,7 +247,8 @@ def wait_until(condition, seconds=10):
 
 
 def test_two_ranks_make_the_same_store(videos, whole, tmp_path):
-    command = ["torchrun", "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-m", "vimpac.cli"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run"]  # the command of that name may not be on PATH
+    command = [*torchrun, "--standalone", "--nproc-per-node=2", "--no-python", sys.executable, "-m", "vimpac.cli"]
     command += ["tokenize", videos, tmp_path / "store", "--codes=32", "--frame-size=32", "--fps=5"]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
