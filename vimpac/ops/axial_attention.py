@@ -22,9 +22,7 @@ thread holds of a 32-wide row of 16×8 matrix-instruction tiles. (Seven rounds a
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
 from collections.abc import Sequence
 
 import torch
@@ -265,7 +263,7 @@ def preference(axes: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
     """Short lines: the kernels, else the reference. Products of axes and long lines: scaled_dot_product_attention."""
     if longest_line(axes, shape) > LONGEST_LINE or any("x" in axis for axis in axes):
         return ("sdpa",)
-    return ("cuda", "cpu", "reference")  # triton by name only, until it has run on a GPU
+    return ("cuda", "triton", "cpu", "reference")
 
 
 ARGUMENTS = "Tensor qkv, Tensor cls_qkv, str[] axes, Tensor? pad, float dropout_p, Tensor? seed, bool cls_in_context"
@@ -293,13 +291,7 @@ backends.register("axial_attention", "sdpa", backends.always)
 
 
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
-    reasons = []
-    if importlib.util.find_spec("triton") is None:
-        reasons.append("triton is not installed")
-    if qkv.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"tensors are on {qkv.device}, it needs a CUDA device")
-    if qkv.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        reasons.append(f"{qkv.dtype}, it takes float32, float16 and bfloat16")
+    reasons = backends.why_not_triton(qkv, backends.HALF_AND_SINGLE)
     if any("x" in axis for axis in axes) or longest_line(axes, qkv.shape) > LONGEST_LINE:
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
@@ -307,21 +299,8 @@ def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) ->
     return reasons
 
 
-def _triton_forward(*arguments):
-    from vimpac.kernels.axial_attention import forward  # triton compiles at the first call, not at import
-
-    return forward(*arguments)
-
-
-def _triton_backward(*arguments):
-    from vimpac.kernels.axial_attention import backward
-
-    return backward(*arguments)
-
-
-for _key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
-    backends.implement("axial_attention", "triton", _key, _triton_forward)
-    backends.implement("axial_attention_backward", "triton", _key, _triton_backward)
+backends.implement_triton("axial_attention", "axial_attention.forward")
+backends.implement_triton("axial_attention_backward", "axial_attention.backward")
 backends.register("axial_attention", "triton", _why_not_triton)
 
 

@@ -15,6 +15,8 @@ come from Python (`define`), so a backend only has to bring `implement` (or its 
 from __future__ import annotations
 
 import functools
+import importlib
+import importlib.util
 import os
 from collections.abc import Callable, Sequence
 
@@ -23,6 +25,8 @@ import torch
 WhyNot = Callable[..., "list[str]"]
 
 COMPILED = ("cuda", "triton", "cpu")  # the overloads that every op defines
+HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+HAS_TRITON = importlib.util.find_spec("triton") is not None
 _LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
 _REGISTRY: dict[str, dict[str, WhyNot]] = {}
 
@@ -41,6 +45,29 @@ def define_overload(name: str, overload: str, schema: str, fake: Callable) -> No
 def implement(name: str, overload: str, key: str, function: Callable) -> None:
     """Give an overload its implementation for a dispatch key such as "CUDA" or "CompositeExplicitAutograd"."""
     _LIBRARY.impl(f"{name}.{overload}", function, key)
+
+
+def implement_triton(name: str, function: str) -> None:
+    """Give `vimpac::NAME.triton` a function of kernels/, "module.function"; its module is imported at the first call."""
+    module, function = function.split(".")
+
+    def launch(*arguments):
+        return getattr(importlib.import_module(f"vimpac.kernels.{module}"), function)(*arguments)
+
+    for key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
+        implement(name, "triton", key, launch)
+
+
+def why_not_triton(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """The reasons that all Triton kernels share for not running on a tensor."""
+    reasons = []
+    if not HAS_TRITON:
+        reasons.append("triton is not installed")
+    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+        reasons.append(f"tensors are on {x.device}, it needs a CUDA device")
+    if x.dtype not in dtypes:
+        reasons.append(f"{x.dtype}, it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
+    return reasons
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:

@@ -1,0 +1,109 @@
+"""Triton kernels under test: natively on a GPU, in Triton's interpreter on a CPU, and compiled for GPUs that are not there.
+
+The interpreter must be chosen before triton is imported, so a test file that uses it runs itself once more in a process of its
+own: it has one `test_in_the_interpreter` that calls `run_in_interpreter(__file__)`, and marks its kernel tests `runs_kernels`.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+NATIVE = DEVICE.type == "cuda"
+ARCHITECTURES = [80, 90, 100]
+SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one program may have (CUDA programming guide)
+
+
+def runs_kernels(test):
+    """Marks a test that calls Triton kernels: it runs on a GPU (marker gpu), and in the interpreter's process."""
+    skip = pytest.mark.skipif(not (INTERPRETED or NATIVE), reason="no CUDA device; the interpreter's process runs it")
+    return skip(pytest.mark.gpu(test))
+
+
+not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter's process only runs kernels")
+
+
+def run_in_interpreter(file: str, timeout: int = 600) -> None:
+    """Run a test file's kernel tests on this CPU, in a process where TRITON_INTERPRET is 1; its failures are this test's."""
+    if INTERPRETED:
+        pytest.skip("this is the interpreter's process")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-m", "gpu", file]
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-2000:]
+
+
+def poison_new_tensors(monkeypatch) -> None:
+    """Uninitialised memory holds NaN, or the smallest integer: an element that no kernel writes is seen."""
+    monkeypatch.setattr(torch.Tensor, "new_empty", _poisoned(torch.Tensor.new_empty))
+    for name in ("empty", "empty_like"):
+        monkeypatch.setattr(torch, name, _poisoned(getattr(torch, name)))
+
+
+def _poisoned(function):
+    def make(*args, **kwargs):
+        new = function(*args, **kwargs)
+        if new.dtype == torch.bool:
+            return new.fill_(True)
+        return new.fill_(float("nan") if new.is_floating_point() else torch.iinfo(new.dtype).min)
+
+    return make
+
+
+@dataclass
+class Binary:
+    """What a kernel was compiled to."""
+
+    ptx: str
+    sass: str  # nvdisasm's text
+    usage: str  # cuobjdump -res-usage: registers, stack, local memory
+    shared: int  # bytes of shared memory a program
+
+
+def compile_kernel(function, architecture: int, signature: dict, constants: dict, launch: dict, folder: Path) -> Binary:
+    """Compile a Triton kernel for an architecture that need not be there, and disassemble it.
+
+    signature: argument → Triton type ("*bf16", "i32", a tuple of types for a tuple argument); every argument in `constants`
+    is a constexpr. Pointers and tuples of strides are taken as divisible by 16, as Triton finds them for aligned tensors.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = {name: "constexpr" if name in constants else signature[name] for name in function.arg_names}
+    aligned = [["tt.divisibility", 16]]
+    attributes = {}
+    for i, kind in enumerate(signature.values()):
+        if isinstance(kind, tuple):
+            attributes |= {(i, j): aligned for j in range(len(kind))}
+        elif kind.startswith("*"):
+            attributes[(i,)] = aligned
+    source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    cubin = folder / "kernel.cubin"
+    cubin.write_bytes(binary.asm["cubin"])
+    usage, sass = (
+        subprocess.run([tools / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
+        for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+    )
+    return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared)
+
+
+def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bool = True) -> None:
+    """No spill and no local memory, shared memory within the chip, 16-byte global loads, and matrix instructions."""
+    assert " STACK:0 " in binary.usage and " LOCAL:0 " in binary.usage, binary.usage
+    assert "LDL" not in binary.sass and "STL" not in binary.sass
+    assert binary.shared <= SHARED_BYTES[architecture]
+    if wide_loads:
+        assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.sass.splitlines())
+    if matrix:
+        assert any(name in binary.ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
