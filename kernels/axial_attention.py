@@ -1,12 +1,14 @@
 """Axial attention with a shared [CLS] in one launch, forward and backward, for lines of 1 to 64 tokens.
 
-A program owns one head of one clip and walks over the lines of that head's axis, a tile of token rows at a time. Rows are
-read in place, whatever the strides. A tile is P blocks of LP rows (LP: 16, 32 or 64); a block holds one line, or, for lines of
-up to 7 tokens, as many as fit, kept apart by a block-diagonal mask. So scores are P small matrix products, [P, LP, LP].
+A program, usually a single warp, owns one head of one clip and a share of the lines of that head's axis. It walks over them a
+block of LP rows at a time (LP: 16, 32 or 64). A block holds one line, or, for lines of up to 7 tokens, as many as fit in 16
+rows, kept apart by a block-diagonal mask. Rows are read in place, whatever the strides.
 
-[CLS] costs no row: as a key it is one more score column, as a query one more probability vector a line, both plain products
-with vectors that stay in registers. Its output and gradients are summed over lines in registers; only where a clip's lines are
-split over several programs are the parts written out and added up, in a fixed order, by a second kernel. No atomics.
+[CLS] costs no row of the block. Its query, key, value and output gradient are rows 0 to 3 of one constant 16-row matrix c, and
+everything that involves them is a narrow matrix product with it: scores on [CLS] are a column of q cᵀ, what [CLS] adds to a
+token's output is one more product, weights · c. Sums over lines ([CLS]'s output, its gradients) collect in the rows of one
+16-row accumulator; each program writes its part, and a second kernel adds the parts in a fixed order. No atomics: the same
+inputs give the same bits, and a clip's bits do not depend on the batch.
 
 Backward recomputes the probabilities from q and k. Bytes moved: 4 tensors [B, T, H, W, N, D] forward (q, k, v, out), 7 backward
 (q, k, v, grad, and three gradients).
@@ -14,14 +16,13 @@ Backward recomputes the probabilities from q and k. Bytes moved: 4 tensors [B, T
 
 from __future__ import annotations
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 
-FORWARD_ELEMENTS, BACKWARD_ELEMENTS = 4096, 1024  # rows × head width of a tile
-FORWARD, BACKWARD = {"num_warps": 4, "num_stages": 2}, {"num_warps": 4, "num_stages": 1}
-# Chosen so that nothing spills on sm_80, sm_90 and sm_100; not measured on a GPU yet.
-PROGRAMS = 1024  # fewer heads × clips than this: a clip's lines are split over several programs
+BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes
 
 
 @triton.jit
@@ -50,39 +51,49 @@ def _halves(w):
 
 
 @triton.jit
-def _bits32(row, group, is_cls, seed, R: tl.constexpr):
-    """16 bits of keys 32·group … 32·group + 31 of each row, [R, 32]."""
-    calls = 4 * group + tl.arange(0, 4)
-    rows = row[:, None] + tl.zeros((R, 4), tl.int64)
-    w0, w1, w2, w3 = _philox(rows, calls[None, :], is_cls, seed)
-    pairs = tl.join(tl.join(_halves(w0), _halves(w1)), tl.join(_halves(w2), _halves(w3)))  # [R, 8, b, a], word 2a + b
-    return tl.reshape(tl.permute(pairs, (0, 3, 2, 1)), (R, 32))
+def _words(row, group, is_cls, seed):
+    """Words of keys 32·group … 32·group + 31 of each row, four times [R, 4]: call c's word w at [:, c] of the w-th."""
+    rows = row[:, None] + tl.zeros((row.shape[0], 4), tl.int64)
+    return _philox(rows, (4 * group + tl.arange(0, 4))[None, :], is_cls, seed)
 
 
 @triton.jit
-def _bits16(row, is_cls, seed, R: tl.constexpr):
-    """16 bits of keys 0 … 15 of each row, [R, 16]."""
-    rows = row[:, None] + tl.zeros((R, 4), tl.int64)
-    w0, w1, _w2, _w3 = _philox(rows, tl.arange(0, 4)[None, :], is_cls, seed)
-    return tl.reshape(tl.permute(tl.join(_halves(w0), _halves(w1)), (0, 2, 1)), (R, 16))
-
-
-@triton.jit
-def _line_bits(row, is_cls, seed, R: tl.constexpr, LP: tl.constexpr):
-    """16 bits of each key of a row of more than 8 keys, [R, LP]."""
-    if LP == 16:
-        return _bits16(row, is_cls, seed, R)
-    elif LP == 32:
-        return _bits32(row, 0, is_cls, seed, R)
+def _unpack(w0, w1, w2, w3, KEYS: tl.constexpr):
+    """16 bits of keys 0 … KEYS - 1 of a group, [R, KEYS], KEYS 16 or 32."""
+    R: tl.constexpr = w0.shape[0]
+    low = tl.join(_halves(w0), _halves(w1))  # [R, 8, word]
+    if KEYS == 16:
+        return tl.reshape(tl.permute(low, (0, 2, 1)), (R, 16))
     else:
-        both = tl.join(_bits32(row, 0, is_cls, seed, R), _bits32(row, 1, is_cls, seed, R))
-        return tl.reshape(tl.permute(both, (0, 2, 1)), (R, 64))
+        both = tl.join(low, tl.join(_halves(w2), _halves(w3)))  # [R, 8, b, a], word 2a + b
+        return tl.reshape(tl.permute(both, (0, 3, 2, 1)), (R, 32))
 
 
 @triton.jit
-def _scale(bits, THRESHOLD: tl.constexpr):
-    """What dropout multiplies a probability with."""
-    return tl.where(bits >= THRESHOLD, 65536 / (65536 - THRESHOLD), 0.0)
+def _column(x, j: tl.constexpr):
+    """Column j of [R, C]."""
+    return tl.sum(tl.where(tl.arange(0, x.shape[1])[None, :] == j, x, tl.zeros_like(x)), 1)
+
+
+@triton.jit
+def _keep(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, KEYS: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Which probabilities of each row dropout keeps: on the line's keys [R, LP], on [CLS] [R]."""
+    if KEYS <= 8:
+        w0, w1, w2, w3 = _philox(row, 0, is_cls, seed)
+        key = tl.arange(0, LP)[None, :] % L
+        keys = _pick(w0[:, None], w1[:, None], w2[:, None], w3[:, None], key)
+        cls = _pick(w0, w1, w2, w3, tl.full(row.shape, L, tl.int32))
+    else:
+        w = _words(row, 0, is_cls, seed)
+        keys = _unpack(w[0], w[1], w[2], w[3], 16 if LP == 16 else 32)
+        if LP == 64:
+            w = _words(row, 1, is_cls, seed)
+            keys = tl.join(keys, _unpack(w[0], w[1], w[2], w[3], 32))
+            keys = tl.reshape(tl.permute(keys, (0, 2, 1)), (row.shape[0], 64))
+        NEXT: tl.constexpr = L == LP and L >= 32  # [CLS] is the first key of the next group
+        word = _philox(row, L // 8, is_cls, seed)[0] if NEXT else _column(w[L % 32 // 8], L % 8 // 2)
+        cls = (word >> (16 * (L % 2))) & 0xFFFF
+    return keys >= THRESHOLD, cls >= THRESHOLD
 
 
 @triton.jit
@@ -97,118 +108,57 @@ def _coordinates(line, place, AXIS: tl.constexpr, T: tl.constexpr, H: tl.constex
 
 
 @triton.jit
-def _tile(tile, AXIS: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr, P: tl.constexpr, LP: tl.constexpr):
-    """Rows of a tile: token coordinates t, h, w and whether the row is a token, [P·LP]."""
-    L: tl.constexpr = (T, H, W)[AXIS]
-    PACK: tl.constexpr = 16 // L if L <= 7 else 1  # lines a block
-    o = tl.arange(0, P * LP)
-    i = o % LP
-    line = (tile * P + o // LP) * PACK + i // L
+def _rows(block, AXIS: tl.constexpr, GRID: tl.constexpr, LP: tl.constexpr, PACK: tl.constexpr):
+    """The rows of a block: coordinates t, h, w, raster index in the clip, whether there is such a token."""
+    T: tl.constexpr = GRID[0]
+    H: tl.constexpr = GRID[1]
+    W: tl.constexpr = GRID[2]
+    L: tl.constexpr = GRID[AXIS]
+    i = tl.arange(0, LP)
+    line = block * PACK + i // L
     m_row = (i < PACK * L) & (line < T * H * W // L)
     t, h, w = _coordinates(tl.where(m_row, line, 0), i % L, AXIS, T, H, W)
-    return t, h, w, m_row
+    return t, h, w, (t * H + h) * W + w, m_row
 
 
 @triton.jit
-def _dropout_tokens(row, seed, L: tl.constexpr, P: tl.constexpr, LP: tl.constexpr, KEYS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Factors of the token rows: on the line's keys [P, LP, LP], on [CLS] [P, LP]."""
-    key = tl.arange(0, LP) % L
-    if KEYS <= 8:
-        words = _philox(row, 0, 0, seed)
-        keys = _pick(words[0][:, None], words[1][:, None], words[2][:, None], words[3][:, None], key[None, :])
-        cls = _pick(words[0], words[1], words[2], words[3], tl.full((P * LP,), L, tl.int32))
-    else:
-        keys = _line_bits(row, 0, seed, P * LP, LP)
-        words = _philox(row, 4 * (L // 32) + (L % 8) // 2, 0, seed)
-        cls = (words[(L % 32) // 8] >> (16 * (L % 2))) & 0xFFFF
-    return tl.reshape(_scale(keys, THRESHOLD), (P, LP, LP)), tl.reshape(_scale(cls, THRESHOLD), (P, LP))
+def _lines(block, AXIS: tl.constexpr, GRID: tl.constexpr, Q: tl.constexpr, PACK: tl.constexpr):
+    """The lines of a block: raster index of the first token in the clip, whether there is such a line."""
+    T: tl.constexpr = GRID[0]
+    H: tl.constexpr = GRID[1]
+    W: tl.constexpr = GRID[2]
+    i = tl.arange(0, Q)
+    line = block * PACK + i
+    m_line = (i < PACK) & (line < T * H * W // GRID[AXIS])
+    t, h, w = _coordinates(tl.where(m_line, line, 0), tl.zeros((Q,), tl.int32), AXIS, T, H, W)
+    return (t * H + h) * W + w, m_line
 
 
 @triton.jit
-def _dropout_cls(
-    row, seed, L: tl.constexpr, P: tl.constexpr, Q: tl.constexpr, LP: tl.constexpr, KEYS: tl.constexpr, THRESHOLD: tl.constexpr
-):
-    """Factors of [CLS]'s rows, one a line: on the line's keys [P, Q, LP], on [CLS] [P, Q]."""
-    key = tl.arange(0, LP) % L
-    if KEYS <= 8:
-        words = _philox(row, 0, 1, seed)
-        keys = _pick(words[0][:, None], words[1][:, None], words[2][:, None], words[3][:, None], key[None, :])
-        cls = _pick(words[0], words[1], words[2], words[3], tl.full((P * Q,), L, tl.int32))
-    else:
-        keys = _line_bits(row, 1, seed, P * Q, LP)
-        words = _philox(row, 4 * (L // 32) + (L % 8) // 2, 1, seed)
-        cls = (words[(L % 32) // 8] >> (16 * (L % 2))) & 0xFFFF
-    return tl.reshape(_scale(keys, THRESHOLD), (P, Q, LP)), tl.reshape(_scale(cls, THRESHOLD), (P, Q))
-
-
-@triton.jit
-def _probabilities(
-    q,
-    k,
-    k_cls,
-    m_key,
-    SCALE: tl.constexpr,
-    L: tl.constexpr,
-    PACK: tl.constexpr,
-    P: tl.constexpr,
-    LP: tl.constexpr,
-    CONTEXT: tl.constexpr,
-):
-    """Softmax of the token rows over their line and [CLS]: [P, LP, LP] and [P, LP]. q, k [P, LP, D], m_key [P, LP]."""
-    i = tl.arange(0, LP)
-    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
-    scores = tl.dot(q, tl.permute(k, (0, 2, 1)), input_precision="ieee") * SCALE
-    scores = tl.where(same_line[None] & m_key[:, None, :], scores, float("-inf"))
-    top = tl.max(scores, 2)
+def _softmax(scores, score_cls, m_line, CONTEXT: tl.constexpr):
+    """exp2(scores) [R, LP] and exp2(score_cls) [R], each row divided by their sum; 0 where there is nothing to sum."""
+    top = tl.max(scores, 1)
+    top = tl.maximum(top, score_cls) if CONTEXT else tl.where(top == float("-inf"), 0.0, top)
+    probs = tl.exp2(scores - top[:, None])
+    total = tl.sum(probs, 1)
+    prob_cls = tl.zeros_like(total)
     if CONTEXT:
-        score_cls = tl.sum(q.to(tl.float32) * k_cls[None, None, :], 2) * SCALE
-        top = tl.maximum(top, score_cls)
-        probs = tl.exp(scores - top[:, :, None])
-        prob_cls = tl.exp(score_cls - top)
-        total = tl.sum(probs, 2) + prob_cls
-    else:
-        top = tl.where(top == float("-inf"), 0.0, top)
-        probs = tl.exp(scores - top[:, :, None])
-        prob_cls = tl.zeros((P, LP), tl.float32)
-        total = tl.sum(probs, 2)
-    inverse = tl.where(total > 0, 1.0 / total, 0.0)
-    return probs * inverse[:, :, None], prob_cls * inverse
-
-
-@triton.jit
-def _probabilities_cls(
-    k,
-    q_cls,
-    k_cls,
-    m_key,
-    m_line,
-    SCALE: tl.constexpr,
-    L: tl.constexpr,
-    PACK: tl.constexpr,
-    P: tl.constexpr,
-    Q: tl.constexpr,
-    LP: tl.constexpr,
-    CONTEXT: tl.constexpr,
-):
-    """Softmax of [CLS]'s row on each line over the line and [CLS]: [P, Q, LP] and [P, Q], 0 on lines that are none."""
-    i = tl.arange(0, LP)
-    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
-    score = tl.sum(k.to(tl.float32) * q_cls[None, None, :], 2) * SCALE
-    scores = tl.where(on_line[None] & m_key[:, None, :], score[:, None, :], float("-inf"))
-    top = tl.max(scores, 2)
-    if CONTEXT:
-        score_cls = tl.sum(q_cls * k_cls, 0) * SCALE
-        top = tl.maximum(top, score_cls)
-        probs = tl.exp(scores - top[:, :, None])
-        prob_cls = tl.exp(score_cls - top)
-        total = tl.sum(probs, 2) + prob_cls
-    else:
-        top = tl.where(top == float("-inf"), 0.0, top)
-        probs = tl.exp(scores - top[:, :, None])
-        prob_cls = tl.zeros((P, Q), tl.float32)
-        total = tl.sum(probs, 2)
+        prob_cls = tl.exp2(score_cls - top)
+        total += prob_cls
     inverse = tl.where(m_line & (total > 0), 1.0 / total, 0.0)
-    return probs * inverse[:, :, None], prob_cls * inverse
+    return probs * inverse[:, None], prob_cls * inverse
+
+
+@triton.jit
+def _place(weights, j: tl.constexpr, kind: tl.constexpr):
+    """[R] → [R, 16] with the weights in column j: times c it adds weight · row j of c to each row."""
+    return tl.where(tl.arange(0, 16)[None, :] == j, weights[:, None], 0.0).to(kind)
+
+
+@triton.jit
+def _place_row(weights, j: tl.constexpr, kind: tl.constexpr):
+    """[R] → [16, R] with the weights in row j: times a block it collects the weighted sum of its rows in row j."""
+    return tl.where(tl.arange(0, 16)[:, None] == j, weights[None, :], 0.0).to(kind)
 
 
 @triton.jit
@@ -225,76 +175,78 @@ def _forward_axis(
     strides,
     cls_strides,
     AXIS: tl.constexpr,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     LP: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    L: tl.constexpr = (T, H, W)[AXIS]
-    S: tl.constexpr = T * H * W // L
-    P: tl.constexpr = ROWS // LP
+    L: tl.constexpr = GRID[AXIS]
+    TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
+    S: tl.constexpr = TOKENS // L
     PACK: tl.constexpr = 16 // L if L <= 7 else 1
     Q: tl.constexpr = (1, 16, 8, 8, 4, 4, 2, 2)[L] if L <= 7 else 1
+    LOG2: tl.constexpr = SCALE * 1.4426950408889634  # scores in units of exp2
+    KEPT: tl.constexpr = 65536 / (65536 - THRESHOLD)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
     o_d = tl.arange(0, BD)
+    o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head * s_n
+    name = b * TOKENS * N + head  # of the clip's first row, for dropout
+    value = tl.load(seed) if THRESHOLD > 0 else 0
     p_cls = cls_qkv + b * c_b + head * c_n + o_d
+    c = tl.load(p_cls[None, :] + o_c[:, None] * c_3, mask=(o_c < 3)[:, None] & m_d[None, :], other=0.0)  # q, k, v
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
     k_cls = tl.load(p_cls + c_3, mask=m_d, other=0.0).to(tl.float32)
-    v_cls = tl.load(p_cls + 2 * c_3, mask=m_d, other=0.0).to(tl.float32)
-    sum_out = tl.zeros((LP, BD), tl.float32)
-    sum_cls = tl.zeros((P, Q), tl.float32)
-    for tile in range(split, tl.cdiv(S, P * PACK), SPLITS):
-        t, h, w, m_row = _tile(tile, AXIS, T, H, W, P, LP)
-        token = (b * T + t) * (H * W) + h * W + w  # int64 raster index
-        offset = t.to(tl.int64) * s_t + h.to(tl.int64) * s_h + w.to(tl.int64) * s_w
+    itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
+    i = tl.arange(0, LP)
+    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
+    collected = tl.zeros((16, BD), tl.float32)  # row 0: [CLS]'s output from the lines' values
+    from_itself = tl.zeros((Q,), tl.float32)
+    for block in range(split, tl.cdiv(S, PACK), SPLITS):
+        t, h, w, token, m_row = _rows(block, AXIS, GRID, LP, PACK)
+        first, m_line = _lines(block, AXIS, GRID, Q, PACK)
+        offset = t.to(index) * s_t + h.to(index) * s_h + w.to(index) * s_w
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
-        q = tl.reshape(tl.load(pointer, mask=mask, other=0.0), (P, LP, BD))
-        k = tl.reshape(tl.load(pointer + s_3, mask=mask, other=0.0), (P, LP, BD))
-        v = tl.reshape(tl.load(pointer + 2 * s_3, mask=mask, other=0.0), (P, LP, BD))
+        q = tl.load(pointer, mask=mask, other=0.0)
+        k = tl.load(pointer + s_3, mask=mask, other=0.0)
+        v = tl.load(pointer + 2 * s_3, mask=mask, other=0.0)
         m_key = m_row
         if PAD:
-            m_key = m_row & (tl.load(pad + token, mask=m_row, other=1) == 0)
-        m_key = tl.reshape(m_key, (P, LP))
-        probs, prob_cls = _probabilities(q, k, k_cls, m_key, SCALE, L, PACK, P, LP, CONTEXT)
-        line = (tile * P + tl.arange(0, P)[:, None]) * PACK + tl.arange(0, Q)[None, :]
-        m_line = (tl.arange(0, Q)[None, :] < PACK) & (line < S)
-        cls_probs, cls_prob = _probabilities_cls(k, q_cls, k_cls, m_key, m_line, SCALE, L, PACK, P, Q, LP, CONTEXT)
+            m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
+        if THRESHOLD > 0:  # while the loads are under way
+            keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
+            cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2
+        scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
+        score_cls = _column(tl.dot(q, tl.trans(c), input_precision="ieee"), 1) * LOG2
+        probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
+        cls_scores = _column(tl.dot(k, tl.trans(c), input_precision="ieee"), 0) * LOG2
+        cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
+        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
         if THRESHOLD > 0:
-            value = tl.load(seed)
-            keep, keep_cls = _dropout_tokens(token * N + head, value, L, P, LP, L + CONTEXT, THRESHOLD)
-            probs *= keep
-            prob_cls *= keep_cls
-            t0, h0, w0 = _coordinates(
-                tl.reshape(tl.where(m_line, line, 0), (P * Q,)), tl.zeros((P * Q,), tl.int32), AXIS, T, H, W
-            )
-            first = (b * T + t0) * (H * W) + h0 * W + w0
-            keep, keep_cls = _dropout_cls(first * N + head, value, L, P, Q, LP, L + CONTEXT, THRESHOLD)
-            cls_probs *= keep
-            cls_prob *= keep_cls
-        y = tl.dot(probs.to(v.dtype), v, input_precision="ieee")
+            probs, prob_cls = tl.where(keep, probs * KEPT, 0.0), tl.where(keep_cls, prob_cls * KEPT, 0.0)
+            cls_probs, cls_prob = tl.where(cls_keep, cls_probs * KEPT, 0.0), tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
+        y = tl.dot(probs.to(kind), v, input_precision="ieee")
         if CONTEXT:
-            y += prob_cls[:, :, None] * v_cls[None, None, :]
-        tl.store(
-            out + (token * N + head)[:, None] * D + o_d[None, :],
-            tl.reshape(y, (P * LP, BD)).to(out.dtype.element_ty),
-            mask=mask,
-        )
-        sum_out += tl.sum(tl.sum(cls_probs, 1)[:, :, None] * v.to(tl.float32), 0)
-        sum_cls += cls_prob
-    y_cls = tl.sum(sum_out, 0) + tl.sum(tl.sum(sum_cls, 0), 0) * v_cls
+            y = tl.dot(_place(prob_cls, 2, kind), c, y, input_precision="ieee")
+            from_itself += cls_prob
+        collected = tl.dot(_place_row(tl.sum(cls_probs, 0), 0, kind), v, collected, input_precision="ieee")
+        tl.store(out + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], y.to(kind), mask=mask)
+    y_cls = tl.sum(tl.where(o_c[:, None] == 0, collected, 0.0), 0)
+    y_cls += tl.sum(from_itself, 0) * tl.load(p_cls + 2 * c_3, mask=m_d, other=0.0).to(tl.float32)
     tl.store(part + ((b * N + head) * SPLITS + split) * D + o_d, y_cls / S, mask=m_d)
 
 
@@ -308,18 +260,18 @@ def _forward(
     part,
     strides,
     cls_strides,
+    AXES: tl.constexpr,
+    LPS: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    AXES: tl.constexpr,
-    LPS: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % N  # neighbouring programs take neighbouring heads: their rows share memory pages
@@ -340,19 +292,17 @@ def _forward(
                 strides,
                 cls_strides,
                 AXES[g],
-                GRID[0],
-                GRID[1],
-                GRID[2],
+                GRID,
                 N,
                 D,
                 BD,
                 LPS[g],
-                max(ROWS, LPS[g]),
                 SPLITS,
                 SCALE,
                 THRESHOLD,
                 CONTEXT,
                 PAD,
+                WIDE,
             )
 
 
@@ -372,110 +322,114 @@ def _backward_axis(
     strides,
     cls_strides,
     AXIS: tl.constexpr,
-    T: tl.constexpr,
-    H: tl.constexpr,
-    W: tl.constexpr,
+    GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
     LP: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
-    L: tl.constexpr = (T, H, W)[AXIS]
-    S: tl.constexpr = T * H * W // L
-    P: tl.constexpr = ROWS // LP
+    L: tl.constexpr = GRID[AXIS]
+    TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
+    S: tl.constexpr = TOKENS // L
     PACK: tl.constexpr = 16 // L if L <= 7 else 1
     Q: tl.constexpr = (1, 16, 8, 8, 4, 4, 2, 2)[L] if L <= 7 else 1
+    LOG2: tl.constexpr = SCALE * 1.4426950408889634
+    KEPT: tl.constexpr = 65536 / (65536 - THRESHOLD)
+    kind: tl.constexpr = qkv.dtype.element_ty
+    index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
     o_d = tl.arange(0, BD)
+    o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head * s_n
+    name = b * TOKENS * N + head  # of the clip's first row, for dropout
+    value = tl.load(seed) if THRESHOLD > 0 else 0
     p_cls = cls_qkv + b * c_b + head * c_n + o_d
+    p_grad = grad + ((B.to(tl.int64) * TOKENS + b) * N + head) * D + o_d
+    c = tl.load(p_cls[None, :] + o_c[:, None] * c_3, mask=(o_c < 3)[:, None] & m_d[None, :], other=0.0)
+    c = tl.where(o_c[:, None] == 3, tl.load(p_grad, mask=m_d, other=0.0)[None, :], c)  # q, k, v, gradient of S · output
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
     k_cls = tl.load(p_cls + c_3, mask=m_d, other=0.0).to(tl.float32)
     v_cls = tl.load(p_cls + 2 * c_3, mask=m_d, other=0.0).to(tl.float32)
-    row_cls = B.to(tl.int64) * (T * H * W) + b
-    g_cls = tl.load(grad + (row_cls * N + head) * D + o_d, mask=m_d, other=0.0).to(tl.float32) / S  # of each line's output
-    dp_cls_cls = tl.sum(g_cls * v_cls, 0)
-    sum_dq = tl.zeros((LP, BD), tl.float32)  # of q_cls, from the lines' keys
-    sum_dk = tl.zeros((LP, BD), tl.float32)  # of k_cls, from the lines' queries
-    sum_dv = tl.zeros((LP, BD), tl.float32)
-    sum_ds = tl.zeros((P, Q), tl.float32)  # of the score of [CLS] on itself
-    sum_p = tl.zeros((P, Q), tl.float32)
-    for tile in range(split, tl.cdiv(S, P * PACK), SPLITS):
-        t, h, w, m_row = _tile(tile, AXIS, T, H, W, P, LP)
-        token = (b * T + t) * (H * W) + h * W + w
-        offset = t.to(tl.int64) * s_t + h.to(tl.int64) * s_h + w.to(tl.int64) * s_w
+    g_cls = tl.load(p_grad, mask=m_d, other=0.0).to(tl.float32)
+    itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
+    dp_itself = tl.sum(g_cls * v_cls, 0) + tl.zeros((Q,), tl.float32)
+    i = tl.arange(0, LP)
+    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
+    collected = tl.zeros((16, BD), tl.float32)  # rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines
+    ds_itself = tl.zeros((Q,), tl.float32)
+    from_itself = tl.zeros((Q,), tl.float32)
+    for block in range(split, tl.cdiv(S, PACK), SPLITS):
+        t, h, w, token, m_row = _rows(block, AXIS, GRID, LP, PACK)
+        first, m_line = _lines(block, AXIS, GRID, Q, PACK)
+        offset = t.to(index) * s_t + h.to(index) * s_h + w.to(index) * s_w
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
-        q = tl.reshape(tl.load(pointer, mask=mask, other=0.0), (P, LP, BD))
-        k = tl.reshape(tl.load(pointer + s_3, mask=mask, other=0.0), (P, LP, BD))
-        v = tl.reshape(tl.load(pointer + 2 * s_3, mask=mask, other=0.0), (P, LP, BD))
-        g = tl.reshape(tl.load(grad + (token * N + head)[:, None] * D + o_d[None, :], mask=mask, other=0.0), (P, LP, BD))
+        q = tl.load(pointer, mask=mask, other=0.0)
+        k = tl.load(pointer + s_3, mask=mask, other=0.0)
+        v = tl.load(pointer + 2 * s_3, mask=mask, other=0.0)
+        g = tl.load(grad + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], mask=mask, other=0.0)
         m_key = m_row
         if PAD:
-            m_key = m_row & (tl.load(pad + token, mask=m_row, other=1) == 0)
-        m_key = tl.reshape(m_key, (P, LP))
-        probs, prob_cls = _probabilities(q, k, k_cls, m_key, SCALE, L, PACK, P, LP, CONTEXT)
-        line = (tile * P + tl.arange(0, P)[:, None]) * PACK + tl.arange(0, Q)[None, :]
-        m_line = (tl.arange(0, Q)[None, :] < PACK) & (line < S)
-        cls_probs, cls_prob = _probabilities_cls(k, q_cls, k_cls, m_key, m_line, SCALE, L, PACK, P, Q, LP, CONTEXT)
-        # Gradients of the dropped probabilities, then of the probabilities: dropout is a factor (keep) on both sides.
-        dp = tl.dot(g, tl.permute(v, (0, 2, 1)), input_precision="ieee")
-        dp_cls = tl.sum(g.to(tl.float32) * v_cls[None, None, :], 2)  # [P, LP], on the key [CLS]
-        cls_dp = tl.sum(v.to(tl.float32) * g_cls[None, None, :], 2)[:, None, :]  # [P, 1, LP], of the query [CLS]
+            m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
+        if THRESHOLD > 0:  # while the loads are under way
+            keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
+            cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
+        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2
+        scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
+        score_cls = _column(tl.dot(q, tl.trans(c), input_precision="ieee"), 1) * LOG2
+        probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
+        cls_scores = _column(tl.dot(k, tl.trans(c), input_precision="ieee"), 0) * LOG2
+        cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
+        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
+        dropped, dropped_cls, cls_dropped, cls_dropped_itself = probs, prob_cls, cls_probs, cls_prob
         if THRESHOLD > 0:
-            value = tl.load(seed)
-            keep, keep_cls = _dropout_tokens(token * N + head, value, L, P, LP, L + CONTEXT, THRESHOLD)
-            t0, h0, w0 = _coordinates(
-                tl.reshape(tl.where(m_line, line, 0), (P * Q,)), tl.zeros((P * Q,), tl.int32), AXIS, T, H, W
-            )
-            first = (b * T + t0) * (H * W) + h0 * W + w0
-            cls_keep, cls_keep_cls = _dropout_cls(first * N + head, value, L, P, Q, LP, L + CONTEXT, THRESHOLD)
-            dropped, dropped_cls = probs * keep, prob_cls * keep_cls
-            cls_dropped, cls_dropped_cls = cls_probs * cls_keep, cls_prob * cls_keep_cls
-            dp, dp_cls = dp * keep, dp_cls * keep_cls
-            cls_dp, cls_dp_cls = cls_dp * cls_keep, dp_cls_cls * cls_keep_cls
-        else:
-            dropped, dropped_cls, cls_dropped, cls_dropped_cls = probs, prob_cls, cls_probs, cls_prob
-            cls_dp_cls = dp_cls_cls + tl.zeros((P, Q), tl.float32)
-        delta = tl.sum(probs * dp, 2) + prob_cls * dp_cls
-        ds = probs * (dp - delta[:, :, None]) * SCALE
-        ds_cls = prob_cls * (dp_cls - delta) * SCALE  # [P, LP]
-        cls_delta = tl.sum(cls_probs * cls_dp, 2) + cls_prob * cls_dp_cls
-        cls_ds = tl.sum(cls_probs * (cls_dp - cls_delta[:, :, None]), 1) * SCALE  # [P, LP]: a key belongs to one line
-        w_cls = tl.sum(cls_dropped, 1)  # [P, LP]
-        dq = tl.dot(ds.to(k.dtype), k, input_precision="ieee")
-        dk = (
-            tl.dot(tl.permute(ds, (0, 2, 1)).to(q.dtype), q, input_precision="ieee") + cls_ds[:, :, None] * q_cls[None, None, :]
-        )
-        dv = (
-            tl.dot(tl.permute(dropped, (0, 2, 1)).to(g.dtype), g, input_precision="ieee")
-            + w_cls[:, :, None] * g_cls[None, None, :]
-        )
+            dropped, dropped_cls = tl.where(keep, probs * KEPT, 0.0), tl.where(keep_cls, prob_cls * KEPT, 0.0)
+            cls_dropped = tl.where(cls_keep, cls_probs * KEPT, 0.0)
+            cls_dropped_itself = tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
+        p_out = dqkv + (b * TOKENS * 3 * N + head) * D + (token.to(index) * (3 * N * D))[:, None] + o_d[None, :]
+        dv = tl.dot(tl.trans(dropped.to(kind)), g, input_precision="ieee")
+        dv = tl.dot(_place(tl.sum(cls_dropped, 0) / S, 3, kind), c, dv, input_precision="ieee")
+        tl.store(p_out + 2 * N * D, dv.to(kind), mask=mask)
         if CONTEXT:
-            dq += ds_cls[:, :, None] * k_cls[None, None, :]
-            sum_dk += tl.sum(ds_cls[:, :, None] * q.to(tl.float32), 0)
-            sum_dv += tl.sum(dropped_cls[:, :, None] * g.to(tl.float32), 0)
-            sum_ds += cls_prob * (cls_dp_cls - cls_delta) * SCALE
-            sum_p += cls_dropped_cls
-        sum_dq += tl.sum(cls_ds[:, :, None] * k.to(tl.float32), 0)
-        p_out = dqkv + (token * 3 * N + head)[:, None] * D + o_d[None, :]
-        kind = dqkv.dtype.element_ty
-        tl.store(p_out, tl.reshape(dq, (P * LP, BD)).to(kind), mask=mask)
-        tl.store(p_out + N * D, tl.reshape(dk, (P * LP, BD)).to(kind), mask=mask)
-        tl.store(p_out + 2 * N * D, tl.reshape(dv, (P * LP, BD)).to(kind), mask=mask)
-    total_ds = tl.sum(tl.sum(sum_ds, 0), 0)
-    p_part = part + ((b * N + head) * SPLITS + split) * 3 * D + o_d
-    tl.store(p_part, tl.sum(sum_dq, 0) + total_ds * k_cls, mask=m_d)
-    tl.store(p_part + D, tl.sum(sum_dk, 0) + total_ds * q_cls, mask=m_d)
-    tl.store(p_part + 2 * D, tl.sum(sum_dv, 0) + tl.sum(tl.sum(sum_p, 0), 0) * g_cls, mask=m_d)
+            collected = tl.dot(_place_row(dropped_cls, 2, kind), g, collected, input_precision="ieee")
+            from_itself += cls_dropped_itself
+        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
+        dp_cls = _column(tl.dot(g, tl.trans(c), input_precision="ieee"), 2)
+        cls_dp = _column(tl.dot(v, tl.trans(c), input_precision="ieee"), 3)[None, :]
+        cls_dp_itself = dp_itself
+        if THRESHOLD > 0:  # dropout is a factor on both sides: of the probabilities and of their gradients
+            dp, dp_cls = tl.where(keep, dp * KEPT, 0.0), tl.where(keep_cls, dp_cls * KEPT, 0.0)
+            cls_dp, cls_dp_itself = tl.where(cls_keep, cls_dp * KEPT, 0.0), tl.where(cls_keep_itself, dp_itself * KEPT, 0.0)
+        delta = tl.sum(probs * dp, 1) + prob_cls * dp_cls
+        ds = (probs * (dp - delta[:, None]) * SCALE).to(kind)
+        cls_delta = tl.sum(cls_probs * cls_dp, 1) + cls_prob * cls_dp_itself
+        cls_ds = tl.sum(cls_probs * (cls_dp - cls_delta[:, None]), 0) * SCALE  # [LP]: a key is on one line
+        dq = tl.dot(ds, k, input_precision="ieee")
+        dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
+        dk = tl.dot(_place(cls_ds / S, 0, kind), c, dk, input_precision="ieee")
+        tl.store(p_out + N * D, dk.to(kind), mask=mask)
+        collected = tl.dot(_place_row(cls_ds, 0, kind), k, collected, input_precision="ieee")
+        if CONTEXT:
+            ds_cls = prob_cls * (dp_cls - delta) * SCALE
+            dq = tl.dot(_place(ds_cls, 1, kind), c, dq, input_precision="ieee")
+            collected = tl.dot(_place_row(ds_cls, 1, kind), q, collected, input_precision="ieee")
+            ds_itself += cls_prob * (cls_dp_itself - cls_delta)
+        tl.store(p_out, dq.to(kind), mask=mask)
+    ds = tl.sum(ds_itself, 0) * (SCALE / S)
+    row = o_c[:, None]
+    parts = tl.where(row == 0, collected / S + ds * k_cls[None, :], collected + ds * q_cls[None, :])
+    parts = tl.where(row == 2, collected + (tl.sum(from_itself, 0) / S) * g_cls[None, :], parts)
+    p_part = part + (((b * N + head) * SPLITS + split) * 3 + row) * D + o_d[None, :]
+    tl.store(p_part, parts, mask=(row < 3) & m_d[None, :])
 
 
 @triton.jit
@@ -490,18 +444,18 @@ def _backward(
     B,
     strides,
     cls_strides,
+    AXES: tl.constexpr,
+    LPS: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
     BD: tl.constexpr,
-    AXES: tl.constexpr,
-    LPS: tl.constexpr,
-    ROWS: tl.constexpr,
     SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
     THRESHOLD: tl.constexpr,
     CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     program = tl.program_id(0)
     head = program % N
@@ -524,81 +478,114 @@ def _backward(
                 strides,
                 cls_strides,
                 AXES[g],
-                GRID[0],
-                GRID[1],
-                GRID[2],
+                GRID,
                 N,
                 D,
                 BD,
                 LPS[g],
-                max(ROWS, LPS[g]),
                 SPLITS,
                 SCALE,
                 THRESHOLD,
                 CONTEXT,
                 PAD,
+                WIDE,
             )
+
+
+@triton.jit
+def _add_parts(part, out, rows, KINDS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
+    """[CLS]'s rows of out from the programs' parts [B, N, SPLITS, KINDS, D]."""
+    head = tl.program_id(0) % N
+    b = (tl.program_id(0) // N).to(tl.int64)
+    o_d = tl.arange(0, BD)[None, :]
+    o_k = tl.arange(0, triton.next_power_of_2(KINDS))[:, None]
+    mask = (o_k < KINDS) & (o_d < D)
+    total = tl.zeros((triton.next_power_of_2(KINDS), BD), tl.float32)
+    for split in range(SPLITS):
+        total += tl.load(part + (((b * N + head) * SPLITS + split) * KINDS + o_k) * D + o_d, mask=mask, other=0.0)
+    pointer = out + (((rows.to(tl.int64) + b) * KINDS + o_k) * N + head) * D + o_d
+    tl.store(pointer, total.to(out.dtype.element_ty), mask=mask)
 
 
 def forward(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
     """qkv [B, T, H, W, 3, N, D], cls_qkv [B, 3, N, D] → packed rows [B·T·H·W + B, N, D]."""
-    B, T, H, W, _, N, D = qkv.shape
-    out = qkv.new_empty(B * T * H * W + B, N, D)
-    splits = _splits(B, N)
-    part = torch.empty(B, N, splits, D, dtype=torch.float32, device=qkv.device)
-    if B:
-        arguments = (qkv, cls_qkv, *_optional(pad, seed, out), out, part, *_strides(qkv, cls_qkv))
-        options = _options(qkv, axes, pad, dropout_p, cls_in_context)
-        _forward[(B * splits * N,)](*arguments, **options, ROWS=rows(D, FORWARD_ELEMENTS), SPLITS=splits, **FORWARD)
-    out[B * T * H * W :] = part.sum(2).to(out.dtype)
+    out = qkv.new_empty(_rows_of(qkv), *qkv.shape[5:])
+    _launch(_forward, 1, (), (), qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out)
     return out
 
 
 def backward(grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
     """grad: contiguous packed rows [B·T·H·W + B, N, D] → gradient of qkv and cls_qkv as packed rows [.., 3, N, D]."""
-    B, T, H, W, _, N, D = qkv.shape
-    out = qkv.new_empty(B * T * H * W + B, 3, N, D)
-    splits = _splits(B, N)
-    part = torch.empty(B, N, splits, 3, D, dtype=torch.float32, device=qkv.device)
-    if B:
-        arguments = (grad, qkv, cls_qkv, *_optional(pad, seed, out), out, part, B, *_strides(qkv, cls_qkv))
-        options = _options(qkv, axes, pad, dropout_p, cls_in_context)
-        _backward[(B * splits * N,)](*arguments, **options, ROWS=rows(D, BACKWARD_ELEMENTS), SPLITS=splits, **BACKWARD)
-    out[B * T * H * W :] = part.sum(2).transpose(1, 2).to(out.dtype)
+    out = qkv.new_empty(_rows_of(qkv), *qkv.shape[4:])
+    _launch(_backward, 3, (grad,), (len(qkv),), qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out)
     return out
 
 
-def rows(D, elements):
-    """Token rows of a tile, a power of two from 16 to 64."""
-    return max(16, min(64, elements // triton.next_power_of_2(D)))
+def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out):
+    B, N, D = len(qkv), *qkv.shape[5:]
+    if B == 0:
+        return
+    options = constants(qkv, axes, pad, dropout_p, cls_in_context)
+    splits = options["SPLITS"]
+    part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
+    optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
+    strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
+    grid = (B * splits * N,)
+    shape = launch_shape(kernel is _forward, options, capability(qkv.device))
+    kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape)
+    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, options["BD"], splits, num_warps=1)
 
 
-def _splits(B, N):
-    return max(1, min(8, PROGRAMS // max(1, B * N)))
+def _rows_of(qkv):
+    return math.prod(qkv.shape[:4]) + len(qkv)
 
 
-def _optional(pad, seed, unused):
-    """Pointers for what is not there: never read."""
-    return unused if pad is None else pad.contiguous(), unused if seed is None else seed
-
-
-def _strides(qkv, cls_qkv):
-    return tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
-
-
-def _options(qkv, axes, pad, dropout_p, cls_in_context):
+def constants(qkv, axes, pad, dropout_p, cls_in_context):
     """What a kernel is compiled for."""
     _, T, H, W, _, N, D = qkv.shape
     codes = tuple("THW".index(axis) for axis in axes)
+    lengths = [(T, H, W)[code] for code in codes]
+    blocks = max(triton.cdiv(T * H * W // length, lines_of_block(length)) for length in lengths)
+    extent = sum((size - 1) * stride for size, stride in zip((T, H, W), qkv.stride()[1:4], strict=True))
     return {
+        "AXES": codes,
+        "LPS": tuple(max(16, triton.next_power_of_2(length)) for length in lengths),
         "GRID": (T, H, W),
         "N": N,
         "D": D,
         "BD": max(16, triton.next_power_of_2(D)),
-        "AXES": codes,
-        "LPS": tuple(max(16, triton.next_power_of_2((T, H, W)[code])) for code in codes),
+        "SPLITS": triton.cdiv(blocks, BLOCKS),
         "SCALE": D**-0.5,
         "THRESHOLD": min(round(dropout_p * 65536), 65535),
         "CONTEXT": int(cls_in_context),
         "PAD": pad is not None,
+        "WIDE": max(3 * T * H * W * N * D, extent) >= 2**31,
     }
+
+
+def lines_of_block(length):
+    return 16 // length if length <= 7 else 1
+
+
+def launch_shape(forward, options, capability):
+    """num_warps and num_stages for a compute capability such as 90.
+
+    Chosen by registers, spills and instructions a byte in the compiled code: a warp holds 1024 elements of a block. Two stages
+    (the next block's loads under way) cost no register forward, and spill backward above 512 elements. Left to itself, ptxas
+    spills a few bytes to run 12 warps instead of 10: maxnreg forbids it. Not measured on a GPU yet.
+    """
+    rows, packed = max(options["LPS"]), any(lines_of_block(options["GRID"][axis]) > 1 for axis in options["AXES"])
+    elements = rows * options["BD"]
+    warps = max(1, min(8, elements // 1024))
+    if not forward and elements == 1024 and (packed or (rows == 32 and capability < 90)):
+        warps = 2  # one warp would spill 16 to 90 bytes
+    shape = {"num_warps": warps, "num_stages": 2 if forward or elements <= 512 else 1}
+    return shape | ({"maxnreg": 255} if elements >= 1024 else {})
+
+
+def capability(device):
+    """Compute capability of a CUDA device, 80 for 8.0; 0 in the interpreter."""
+    if device.type != "cuda":
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

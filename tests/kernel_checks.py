@@ -6,9 +6,13 @@ own: it has one `test_in_the_interpreter` that calls `run_in_interpreter(__file_
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +72,9 @@ class Binary:
     shared: int  # bytes of shared memory a program
 
 
-def compile_kernel(function, architecture: int, signature: dict, constants: dict, launch: dict, folder: Path) -> Binary:
+def compile_kernel(
+    function, architecture: int, signature: dict, constants: dict, launch: dict, folder: Path | None = None
+) -> Binary:
     """Compile a Triton kernel for an architecture that need not be there, and disassemble it.
 
     signature: argument → Triton type ("*bf16", "i32", a tuple of types for a tuple argument); every argument in `constants`
@@ -89,12 +95,13 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(binary.asm["cubin"])
-    usage, sass = (
-        subprocess.run([tools / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
-        for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
-    )
+    with tempfile.TemporaryDirectory() as temporary:
+        cubin = Path(temporary) / "kernel.cubin"
+        cubin.write_bytes(binary.asm["cubin"])
+        usage, sass = (
+            subprocess.run([tools / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
+            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+        )
     return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared)
 
 
@@ -107,3 +114,23 @@ def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bo
         assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.sass.splitlines())
     if matrix:
         assert any(name in binary.ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+
+
+def check_all(check: Callable[..., None], jobs: Sequence[tuple]) -> None:
+    """Run check(*job) for every job, in as many processes as there are cores, since a compilation takes a second or two.
+
+    `check` is a function of a test module; the jobs that fail are this test's failures.
+    """
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        failed = [
+            f"{job}: {error!r}" for job, error in zip(jobs, pool.map(_error, [check] * len(jobs), jobs), strict=True) if error
+        ]
+    assert not failed, "\n".join(failed)
+
+
+def _error(check: Callable[..., None], job: tuple) -> AssertionError | None:
+    try:
+        check(*job)
+    except AssertionError as error:
+        return error
+    return None

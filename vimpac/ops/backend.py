@@ -52,7 +52,12 @@ def implement_triton(name: str, function: str) -> None:
     module, function = function.split(".")
 
     def launch(*arguments):
-        return getattr(importlib.import_module(f"vimpac.kernels.{module}"), function)(*arguments)
+        kernel = getattr(importlib.import_module(f"vimpac.kernels.{module}"), function)
+        device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
+        if device.type == "cuda" and device.index != torch.cuda.current_device():  # triton launches on the current one
+            with torch.cuda.device(device):
+                return kernel(*arguments)
+        return kernel(*arguments)
 
     for key in ("CUDA", "CPU"):  # on the CPU in Triton's interpreter
         implement(name, "triton", key, launch)

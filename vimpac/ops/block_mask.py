@@ -27,6 +27,8 @@ from vimpac.ops.philox import below, philox, seed_tensor, split_words
 
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
 PAD_OFFSET, MASK_OFFSET = 1, 4  # special ids after the vocabulary, as the released weights number them
+TRITON_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
+TRITON_WIDTH = 1024  # a row of tokens is held at once
 
 
 class BlockMask(NamedTuple):
@@ -52,6 +54,7 @@ def block_mask(
     depends on, beside `seed` (an int or a 0-dimensional int64 tensor).
     n_blocks: blocks a clip. ratio: instead of blocks, mask every token independently with this probability (Eq. 2).
     noisy: replace only 80 % of masked tokens by MASK (vocab_size + 4), 10 % by a random code, keep 10 % (section G.3).
+    backend: "triton" (CUDA), "reference" or None (chooses).
 
     Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these.
     """
@@ -168,3 +171,16 @@ SCHEMA = (
 )
 backends.define("block_mask", SCHEMA, _fake)
 backends.register("block_mask", "reference", backends.always)
+
+
+def _why_not_triton(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -> list[str]:
+    reasons = backends.why_not_triton(tokens, TRITON_DTYPES)
+    if tokens.shape[3] > TRITON_WIDTH:
+        reasons.append(f"W of {tokens.shape[3]}, it takes up to {TRITON_WIDTH}")
+    if vocab_size >= 2**31 - MASK_OFFSET:
+        reasons.append(f"vocab_size of {vocab_size}, it takes ids below 2^31")
+    return reasons
+
+
+backends.implement_triton("block_mask", "block_mask.draw")
+backends.register("block_mask", "triton", _why_not_triton)

@@ -5,7 +5,7 @@
     accuracy = share of rows whose largest logit is the target's
 
 Rows with a negative target do not count. The gradient of a block of logits is softmax - one_hot, known as soon as the block
-is: "chunked" computes it in the forward pass, block by block, and scales it in backward. A backend returns sums over rows;
+is: backends compute it in the forward pass, block by block, and backward scales it. A backend returns sums over rows;
 the division by their number waits for the loss's own gradient, since softmax / M alone underflows in float16.
 """
 
@@ -29,7 +29,7 @@ def masked_cross_entropy(
     hidden [M, C], weight [V, C], bias [V]: floating, one device; hidden and weight share a dtype, or are in autocast,
     whose dtype the product then runs in.
     target [M] int64: class of each row, negative = the row does not count. No counting row gives loss and accuracy 0.
-    backend: "chunked" (default), "reference" or None.
+    backend: "chunked", "triton" (CUDA), "reference" or None (chooses).
 
     Raises ValueError for other shapes, dtypes or devices.
     """
@@ -136,3 +136,11 @@ backends.define_overload("masked_cross_entropy", "chunked", SCHEMA, _zeros)
 backends.implement("masked_cross_entropy", "chunked", "CompositeExplicitAutograd", _chunked)
 backends.register("masked_cross_entropy", "reference", backends.always)
 backends.register("masked_cross_entropy", "chunked", backends.always)
+
+
+def _why_not_triton(hidden, weight, bias, target) -> list[str]:
+    return backends.why_not_triton(hidden, backends.HALF_AND_SINGLE)
+
+
+backends.implement_triton("masked_cross_entropy", "masked_cross_entropy.sums")
+backends.register("masked_cross_entropy", "triton", _why_not_triton)
