@@ -13,11 +13,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
@@ -30,6 +33,11 @@ def runs_kernels(test):
     """Marks a test that calls Triton kernels: it runs on a GPU (marker gpu), and in the interpreter's process."""
     skip = pytest.mark.skipif(not (INTERPRETED or NATIVE), reason="no CUDA device; the interpreter's process runs it")
     return skip(pytest.mark.gpu(test))
+
+
+def runs_in_interpreter(test):
+    """Marks a test of what only the interpreter can show."""
+    return pytest.mark.skipif(not INTERPRETED, reason="the interpreter's process runs it")(pytest.mark.gpu(test))
 
 
 not_interpreted = pytest.mark.skipif(INTERPRETED, reason="the interpreter's process only runs kernels")
@@ -134,3 +142,50 @@ def _error(check: Callable[..., None], job: tuple) -> AssertionError | None:
     except AssertionError as error:
         return error
     return None
+
+
+# --- bytes asked of memory --------------------------------------------------------------------------------------------
+
+
+class EagerBytes(TorchDispatchMode):
+    """Adds up what torch's ops read and write: each op's inputs and outputs, views free."""
+
+    def __init__(self):
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        inputs, outputs = ([x for x in tree_leaves(y) if isinstance(x, torch.Tensor)] for y in ((args, kwargs), out))
+        if not func.is_view and "empty" not in str(func) and "detach" not in str(func):
+            self.bytes += sum(_distinct_bytes(x) for x in (*inputs, *outputs))
+        return out
+
+
+def _distinct_bytes(x: torch.Tensor) -> int:
+    """Of what an expanded tensor really holds."""
+    elements = 1
+    for size, stride in zip(x.shape, x.stride(), strict=True):
+        elements *= size if stride else 1
+    return elements * x.element_size()
+
+
+@contextmanager
+def count_kernel_bytes():
+    """In the interpreter: a list that collects the bytes that every load and store of a kernel asks for, masked lanes free."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    counted = []
+
+    def counting(method):
+        def run(builder, pointers, *arguments):
+            mask = arguments[1] if method.__name__ == "create_masked_store" else arguments[0]
+            counted.append(int(mask.data.sum()) * pointers.get_element_ty().primitive_bitwidth // 8)
+            return method(builder, pointers, *arguments)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("create_masked_load", "create_masked_store"):
+            patch.setattr(InterpreterBuilder, name, counting(getattr(InterpreterBuilder, name)))
+        yield counted

@@ -8,12 +8,15 @@ from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
     SHARED_BYTES,
+    EagerBytes,
     check_all,
     check_binary,
     compile_kernel,
+    count_kernel_bytes,
     not_interpreted,
     poison_new_tensors,
     run_in_interpreter,
+    runs_in_interpreter,
     runs_kernels,
 )
 
@@ -119,6 +122,48 @@ def test_one_program_or_several(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # sums over lines, in another order
         else:
             assert torch.equal(a, b)
+
+
+# --- bytes ------------------------------------------------------------------------------------------------------------
+
+
+def tensors_moved(axes, backend, dtype, count):
+    """Bytes that forward, and backward, ask of memory, in units of one tensor [B, T, H, W, N, D]."""
+    qkv = torch.randn(1, 5, 16, 16, 3, 2, 64, dtype=dtype)
+    leaves = [qkv.requires_grad_(), qkv[:, 0, 0, 0].detach().clone().requires_grad_()]
+    unit = qkv.numel() // 3 * qkv.element_size()
+    p = 0.1 if backend == "triton" else 0.0  # the reference's random numbers would count for themselves
+    moved = []
+    with count() as counter:
+        out = axial_attention(*leaves, axes, None, p, 1, backend=backend)
+        moved.append(total(counter) / unit)
+    upstream = [torch.randn_like(x) for x in out]
+    with count() as counter:
+        torch.autograd.grad(out, leaves, upstream)
+        moved.append(total(counter) / unit)
+    return moved
+
+
+def total(counter):
+    return counter.bytes if isinstance(counter, EagerBytes) else sum(counter)
+
+
+@runs_in_interpreter
+@pytest.mark.parametrize("axes", [("T",), ("H", "W")])
+def test_moves_each_tensor_once(axes):
+    """Forward reads q, k, v and writes out; backward reads q, k, v and a gradient and writes three. [CLS] and parts: 5 %."""
+    forward, backward = tensors_moved(axes, "triton", torch.float16, count_kernel_bytes)
+    assert 4 <= forward <= 1.05 * 4
+    assert 7 <= backward <= 1.05 * 7
+
+
+@not_interpreted
+@pytest.mark.parametrize("axes", [("T",), ("H", "W")])
+@pytest.mark.parametrize("backend, least", [("reference", (20, 25)), ("sdpa", (11, 20))])
+def test_plain_torch_moves_several_times_as_much(backend, least, axes):
+    """The same count of what torch's ops read and write: the factor that docs/kernels.md expects of a GPU."""
+    forward, backward = tensors_moved(axes, backend, torch.float32, EagerBytes)
+    assert forward > least[0] and backward > least[1]
 
 
 @not_interpreted

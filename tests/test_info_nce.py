@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
-from vimpac.ops.info_nce import _AllGather
+from vimpac.ops.info_nce import _AllGather, packed_dtype
 
 RANKS, ROWS, WIDTH = 4, 3, 5
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of some dozen terms of order 1
@@ -54,45 +54,43 @@ def by_loops(z1, z2, temperature):
 # --- a kernel's slot --------------------------------------------------------------------------------------------------
 
 
-def directions(rows1, rows2, columns1, columns2, offset, temperature):
-    """Rows, scores without the row itself, and the partner's column, for both directions."""
-    m, n = len(rows1), len(columns1)
-    me = torch.arange(m, device=rows1.device) + offset
-    columns = torch.cat([columns1, columns2])
-    for rows, itself, partner in ((rows1, me, me + n), (rows2, me + n, me)):
-        yield rows, columns, (rows @ columns.T / temperature).scatter(1, itself[:, None], -math.inf), partner[:, None]
+def slot_pack(z1, z2):
+    features = torch.cat([z1, z2]).to(packed_dtype(z1.dtype))
+    return features, 1 / features.to(torch.promote_types(z1.dtype, torch.float32)).norm(dim=1).clamp_min(1e-12)
 
 
-def slot_forward(*arguments):
-    assert all(x.is_contiguous() and x.dtype in (torch.float32, torch.float64) for x in arguments[:4])
-    loss, lses = 0.0, []
-    for _, _, scores, partner in directions(*arguments):
-        lses.append(scores.logsumexp(1))
-        loss = loss + (lses[-1] - scores.gather(1, partner)[:, 0]).mean()
-    return loss, torch.stack(lses)
+def slot_scores(features, inverse, offset, rows, temperature):
+    """Unit features, scores of the rows without the row itself, and each row's partner among the columns."""
+    unit = features.to(inverse.dtype) * inverse[:, None]
+    itself = offset + torch.arange(rows, device=features.device)
+    scores = (unit[offset : offset + rows] @ unit.T / temperature).scatter(1, itself[:, None], -math.inf)
+    return unit, scores, itself.roll(rows // 2)[:, None]
 
 
-def slot_backward(grad, rows1, rows2, columns1, columns2, lse, offset, temperature):
-    grad_rows, grad_columns = [], 0.0
-    call = (rows1, rows2, columns1, columns2, offset, temperature)
-    for (rows, columns, scores, partner), norm in zip(directions(*call), lse, strict=True):
-        probs = (scores - norm[:, None]).exp()
-        d = grad / (len(rows) * temperature) * probs.scatter_add(1, partner, -torch.ones_like(partner, dtype=probs.dtype))
-        grad_rows.append(d @ columns)
-        grad_columns = grad_columns + d.T @ rows
-    return *grad_rows, *(x.clone() for x in grad_columns.chunk(2))
+def slot_forward(features, inverse, offset, rows, temperature):
+    assert features.is_contiguous() and inverse.dtype in (torch.float32, torch.float64)
+    _, scores, partner = slot_scores(features, inverse, offset, rows, temperature)
+    lse = scores.logsumexp(1)
+    return (lse - scores.gather(1, partner)[:, 0]).sum() / (rows // 2), lse
+
+
+def slot_backward(grad, features, inverse, lse, offset, rows, temperature):
+    unit, scores, partner = slot_scores(features, inverse, offset, rows, temperature)
+    mine, lengths = slice(offset, offset + rows), inverse[offset : offset + rows, None]
+    of_columns = grad.repeat_interleave(rows)
+    weights = of_columns[mine, None] * (scores - lse[mine, None]).exp() + of_columns * (scores - lse).exp()
+    weights = weights.scatter_add(1, partner, -2 * of_columns[mine, None])
+    g = weights @ unit / (rows // 2 * temperature)
+    along = (g * unit[mine]).sum(1, keepdim=True) * (lengths < 1e12)
+    return ((g - along * unit[mine]) * lengths).to(features.dtype)
 
 
 def add_slot():
     """A backend "slot" behind its own overloads, as a kernel would come."""
-    from vimpac.ops.info_nce import _fake_backward, _fake_forward
+    from vimpac.ops.info_nce import SCHEMAS
 
-    for name, fake, function in (
-        ("info_nce", _fake_forward, slot_forward),
-        ("info_nce_backward", _fake_backward, slot_backward),
-    ):
-        schema = str(backends.overload(name, "triton")._schema).removeprefix(f"vimpac::{name}.triton")
-        backends.define_overload(name, "slot", schema, fake)
+    for name, function in (("info_nce_pack", slot_pack), ("info_nce", slot_forward), ("info_nce_backward", slot_backward)):
+        backends.define_overload(name, "slot", *SCHEMAS[name])
         backends.implement(name, "slot", "CompositeExplicitAutograd", function)
     backends.register("info_nce", "slot", backends.always)
 
@@ -216,21 +214,21 @@ def test_saves_features_not_scores():
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
         info_nce(z1, z2, backend="slot")
-    assert max(saved) <= 50 * 8  # scores are 2 · 50 · 100
+    assert max(saved) <= 2 * 50 * 8  # both views; scores are 2 · 50 · 100
 
 
 # --- the slot under torch.compile and opcheck -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m, n, offset", [(6, 6, 0), (3, 6, 3), (1, 1, 0)])
-def test_opcheck(dtype, m, n, offset):
-    columns = [F.normalize(z.detach(), dim=1).contiguous() for z in features(n, 4, dtype=dtype)]
-    rows = [c[offset : offset + m] for c in columns]
-    lse = slot_forward(*rows, *columns, offset, 0.2)[1]
-    rows = [r.clone() for r in rows]
-    torch.library.opcheck(backends.overload("info_nce", "slot"), (*rows, *columns, offset, 0.2))
-    arguments = (torch.tensor(1.5, dtype=dtype), *rows, *columns, lse, offset, 0.2)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rows, ranks, offset", [(12, 1, 0), (4, 3, 4), (2, 1, 0)])
+def test_opcheck(dtype, rows, ranks, offset):
+    z1, z2 = (z.detach() for z in features(rows // 2 * ranks, 4, dtype=dtype))
+    torch.library.opcheck(backends.overload("info_nce_pack", "slot"), (z1, z2))
+    packed = slot_pack(z1, z2)
+    torch.library.opcheck(backends.overload("info_nce", "slot"), (*packed, offset, rows, 0.2))
+    lse = torch.cat([slot_forward(*packed, rank * rows, rows, 0.2)[1] for rank in range(ranks)])
+    arguments = (torch.full_like(lse[:ranks], 1.5), *packed, lse, offset, rows, 0.2)
     torch.library.opcheck(backends.overload("info_nce_backward", "slot"), arguments)
 
 
@@ -240,6 +238,13 @@ def test_compiles_whole(backend):
         expected = value_and_gradients(info_nce, *features(n, 6), backend="reference")
         for ours, true in zip(value_and_gradients(compiled, *features(n, 6)), expected, strict=True):
             assert_close(ours, true, **FLOAT32)
+
+
+def test_compiles_one_tensor_twice(backend):
+    compiled = torch.compile(lambda z: info_nce(z, z, backend=backend), fullgraph=True, backend="aot_eager")
+    z, _ = features(5, 6)
+    (grad,), (expected,) = (torch.autograd.grad(f(z), z) for f in (compiled, lambda z: info_nce(z, z, backend="reference")))
+    assert_close(grad, expected, **FLOAT32)
 
 
 # --- ranks of a group -------------------------------------------------------------------------------------------------

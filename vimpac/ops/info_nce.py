@@ -3,8 +3,8 @@
     z1, z2 [n, d] → loss = mean_i ℓ(z1_i → z2_i) + mean_i ℓ(z2_i → z1_i)
     ℓ(a → b) = logsumexp over all 2n - 1 other features x of (a·x / γ) - a·b / γ        features normalised to length 1
 
-Written on unit features with local rows against all columns, so that the ranks of a process group share the work: rank r
-holds rows offset…offset + m of n. Each rank returns the mean over its own rows. The mean over ranks is Eq. 5, and the
+Written with local rows against all columns, so that the ranks of a process group share the work: rank r holds rows
+offset…offset + m of n. Each rank returns the mean over its own rows. The mean over ranks is Eq. 5, and the
 gradient that DistributedDataParallel averages is the gradient of Eq. 5 over the whole batch.
 """
 
@@ -33,24 +33,25 @@ def info_nce(
     z1, z2 [n, d] floating: features of the first and second clip of n videos, any length (they are normalised here).
     temperature: γ > 0. group: gather the features of its ranks, each with the same n, as further negatives; the result is
     then the mean over this rank's rows, whose mean over ranks is Eq. 5.
+    backend: "reference" or "triton"; by default triton on a GPU, for float32, float16 and bfloat16 features.
 
     Raises ValueError for other shapes, dtypes, devices or temperatures.
     """
     _check(z1, z2, temperature)
     if z1.shape[0] == 0:
         return (z1.sum() + z2.sum()).to(torch.promote_types(z1.dtype, torch.float32))  # no rows: zero, with a gradient
-    dtype = torch.promote_types(z1.dtype, torch.float32)
-    rows = [F.normalize(z.to(dtype), dim=-1).contiguous() for z in (z1, z2)]  # kernels see contiguous features only
-    columns, offset = rows, 0
-    if group is not None and group.size() > 1:
-        columns, offset = [_AllGather.apply(z, group) for z in rows], group.rank() * z1.shape[0]
-    call = (*rows, *columns, offset, temperature)
-    match backends.choose("info_nce", backend, ("cuda", "triton", "cpu", "reference"), *call):
+    group = None if group is None or group.size() == 1 else group
+    match backends.choose("info_nce", backend, ("cuda", "triton", "cpu", "reference"), z1, z2):
         case "reference":
-            return info_nce_reference(*call)
+            dtype = torch.promote_types(z1.dtype, torch.float32)
+            rows = [F.normalize(z.to(dtype), dim=-1) for z in (z1, z2)]
+            if group is None:
+                return info_nce_reference(*rows, *rows, 0, temperature)
+            columns = [_AllGather.apply(z, group) for z in rows]
+            return info_nce_reference(*rows, *columns, group.rank() * z1.shape[0], temperature)
         case name:
-            # views: dynamo refuses a Function that gets one tensor twice
-            return _InfoNCE.apply(*rows, *(x.view_as(x) for x in columns), offset, temperature, name)
+            z2 = z2.view_as(z2) if z2 is z1 else z2  # dynamo refuses a Function that gets one tensor twice
+            return _InfoNCE.apply(z1, z2, temperature, group, name)
 
 
 @backends.full_precision
@@ -72,9 +73,7 @@ class _AllGather(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, group):
         ctx.group, ctx.rows = group, x.shape[0]
-        out = x.new_empty(group.size() * x.shape[0], x.shape[1])
-        dist.all_gather_into_tensor(out, x.contiguous(), group=group)
-        return out
+        return _all_gather(x, group)
 
     @staticmethod
     def backward(ctx, grad):
@@ -84,21 +83,43 @@ class _AllGather(torch.autograd.Function):
         return grad[start : start + ctx.rows], None
 
 
+def _all_gather(x, group):
+    """[m, ...] of each rank → [ranks·m, ...]."""
+    out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
+    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    return out
+
+
 class _InfoNCE(torch.autograd.Function):
-    """A backend's kernels, differentiable. Saves the features and one logsumexp a row, never scores."""
+    """A backend's kernels, differentiable. Saves the features, one length and one logsumexp a row, never scores.
+
+    In a group the features are gathered, and in backward the logsumexps and the ranks' upstream gradients: scores are
+    symmetric, so a rank has all it needs for the whole gradient of its own features, and no gradient is sent around.
+    """
 
     @staticmethod
-    def forward(ctx, rows1, rows2, columns1, columns2, offset, temperature, backend):
-        loss, lse = backends.overload("info_nce", backend)(rows1, rows2, columns1, columns2, offset, temperature)
-        ctx.save_for_backward(rows1, rows2, columns1, columns2, lse)
-        ctx.options = offset, temperature, backend
+    def forward(ctx, z1, z2, temperature, group, backend):
+        features, inverse = backends.overload("info_nce_pack", backend)(z1, z2)
+        rows, offset = features.shape[0], 0
+        if group is not None:
+            offset = group.rank() * rows
+            features, inverse = _all_gather(features, group), _all_gather(inverse, group)
+        loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
+        ctx.save_for_backward(features, inverse, lse)
+        ctx.options = offset, rows, temperature, group, backend
+        ctx.dtype = z1.dtype
         return loss
 
     @staticmethod
     def backward(ctx, grad):
-        offset, temperature, backend = ctx.options
+        features, inverse, lse = ctx.saved_tensors
+        offset, rows, temperature, group, backend = ctx.options
+        grad = grad.reshape(1)
+        if group is not None:
+            grad, lse = _all_gather(grad, group), _all_gather(lse, group)
         op = backends.overload("info_nce_backward", backend)
-        return *op(grad, *ctx.saved_tensors, offset, temperature), None, None, None
+        dz = op(grad, features, inverse, lse, offset, rows, temperature).to(ctx.dtype)
+        return dz[: rows // 2], dz[rows // 2 :], None, None, None
 
 
 def _check(z1, z2, temperature) -> None:
@@ -112,21 +133,54 @@ def _check(z1, z2, temperature) -> None:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
-FEATURES = "Tensor rows1, Tensor rows2, Tensor columns1, Tensor columns2"
+# What a compiled backend brings. Packed: the first views, then the second views, of rank 0, of rank 1, …
+#   info_nce_pack      z1, z2 [m, d] → features [2m, d] (float16 widened to float32), inverse [2m] = 1 / max(length, 1e-12)
+#   info_nce           rows offset…offset + rows of features [N, d] against all of them → the mean over them, lse [rows]
+#   info_nce_backward  grad [N / rows], one a rank, lse [N] → the gradient of these rows' z1 and z2, [rows, d]
+PACKED = "Tensor features, Tensor inverse"
+OPTIONS = "int offset, int rows, float temperature"
 
 
-def _fake_forward(rows1, rows2, columns1, columns2, offset, temperature):
-    return rows1.new_empty(()), rows1.new_empty(2, rows1.shape[0])
+def _accumulator(dtype):
+    return torch.promote_types(dtype, torch.float32)
 
 
-def _fake_backward(grad, rows1, rows2, columns1, columns2, lse, offset, temperature):
-    return tuple(torch.empty_like(x) for x in (rows1, rows2, columns1, columns2))
+def packed_dtype(dtype):
+    """Of the features in a kernel: bfloat16 has float32's range, float16 has not enough for the sums' weights."""
+    return dtype if dtype == torch.bfloat16 else _accumulator(dtype)
 
 
-backends.define("info_nce", f"({FEATURES}, int offset, float temperature) -> (Tensor loss, Tensor lse)", _fake_forward)
-backends.define(
-    "info_nce_backward",
-    f"(Tensor grad, {FEATURES}, Tensor lse, int offset, float temperature) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_backward,
-)
+def _fake_pack(z1, z2):
+    m, d = z1.shape
+    return z1.new_empty(2 * m, d, dtype=packed_dtype(z1.dtype)), z1.new_empty(2 * m, dtype=_accumulator(z1.dtype))
+
+
+def _fake_forward(features, inverse, offset, rows, temperature):
+    return inverse.new_empty(()), inverse.new_empty(rows)
+
+
+def _fake_backward(grad, features, inverse, lse, offset, rows, temperature):
+    return features.new_empty(rows, features.shape[1])
+
+
+SCHEMAS = {
+    "info_nce_pack": ("(Tensor z1, Tensor z2) -> (Tensor features, Tensor inverse)", _fake_pack),
+    "info_nce": (f"({PACKED}, {OPTIONS}) -> (Tensor loss, Tensor lse)", _fake_forward),
+    "info_nce_backward": (f"(Tensor grad, {PACKED}, Tensor lse, {OPTIONS}) -> Tensor", _fake_backward),
+}
+for _name, (_schema, _fake) in SCHEMAS.items():
+    backends.define(_name, _schema, _fake)
 backends.register("info_nce", "reference", backends.always)
+
+
+def _why_not_triton(z1, z2) -> list[str]:
+    reasons = backends.why_not_triton(z1, backends.HALF_AND_SINGLE)
+    if z1.shape[1] == 0:
+        reasons.append("features of width 0")
+    return reasons
+
+
+backends.implement_triton("info_nce_pack", "info_nce.pack")
+backends.implement_triton("info_nce", "info_nce.forward")
+backends.implement_triton("info_nce_backward", "info_nce.backward")
+backends.register("info_nce", "triton", _why_not_triton)

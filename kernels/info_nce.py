@@ -1,0 +1,420 @@
+"""InfoNCE on packed features: no score leaves a tile, forward or backward.
+
+features [N, d] are the videos' features, in bfloat16 as they came or in float32, first views of a rank, then its second views,
+rank after rank; inverse [N] holds 1 / length. This process scores the rows offset…offset + rows against all N columns.
+Scores are (x_i·x_j) / (length_i length_j γ): products of the features themselves, which the tensor cores take in
+bfloat16 as they are, and in float32 as three tf32 products (float32's accuracy; one where torch allows tf32 in its own).
+
+Forward keeps a running maximum and sum a row (online logsumexp). Scores are symmetric, so a row's gradient needs no second pass
+over columns and no gradient of the columns: with p_ij = exp(s_ij - lse_i), g_r rank r's upstream gradient,
+
+    d loss / d unit_i = Σ_{j ≠ i} (g_i p_ij + g_j p_ji - 2 g_i [j is i's partner]) unit_j / (m γ)
+
+Where rows alone would not fill the GPU, the columns are split over programs too, whose partial sums are added in a fixed order
+by the kernel that follows. No atomics. Memory beyond the features and their gradient: 2 floats a row, and the partial sums.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+
+class Launch(NamedTuple):
+    """A tile of BM rows × BN columns, d in steps of BK; programs that a multiprocessor holds at a time; width of a gradient."""
+
+    BM: int
+    BN: int
+    BK: int
+    num_warps: int
+    num_stages: int
+    resident: int
+    width: int = 256  # more of d is shared by several programs, which all compute the scores
+
+
+# By compute capability and bytes a feature. Chosen so that nothing spills at d = 256; not measured on a GPU yet.
+# Float32 in backward: 64×64 tiles spill on sm_90 (432 bytes a thread); on sm_100 Triton 3.6 runs out of tensor memory with
+# gradients wider than 128.
+FORWARD = {
+    (8, 4): Launch(64, 64, 32, 4, 3, 2),
+    (8, 2): Launch(64, 64, 32, 4, 3, 4),
+    (9, 4): Launch(128, 64, 32, 8, 3, 2),
+    (9, 2): Launch(128, 64, 64, 8, 3, 2),
+    (10, 4): Launch(128, 64, 32, 8, 3, 1),
+    (10, 2): Launch(128, 64, 64, 8, 3, 1),
+}
+BACKWARD = {
+    (8, 4): Launch(64, 32, 16, 8, 2, 1),
+    (8, 2): Launch(64, 64, 64, 8, 2, 1),
+    (9, 4): Launch(128, 32, 32, 8, 2, 1),
+    (9, 2): Launch(128, 32, 64, 8, 2, 1),
+    (10, 4): Launch(64, 64, 32, 8, 2, 1, 128),
+    (10, 2): Launch(64, 64, 64, 8, 2, 1),
+}
+MAX_SPLITS = 16
+ROWS_PER_PROGRAM = 8  # of the kernels that only read and write
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def _pack_view(z, stride, features, inverse, m, first, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr):
+    """Copy R rows of a view to rows first… of the features; write 1 / length, where lengths are at least 1e-12."""
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    m_r = r < m
+    p_z = z + r.to(tl.int64)[:, None] * stride
+    p_x = features + (first + r).to(tl.int64)[:, None] * D
+    squares = tl.zeros((R,), tl.float32)
+    for k in range(0, D, BD):
+        o_d = k + tl.arange(0, BD)
+        mask = m_r[:, None] & (o_d < D)[None, :]
+        b_z = tl.load(p_z + o_d[None, :], mask=mask, other=0.0)
+        tl.store(p_x + o_d[None, :], b_z.to(features.dtype.element_ty), mask=mask)
+        squares += tl.sum(b_z.to(tl.float32) * b_z.to(tl.float32), 1)
+    length = tl.sqrt_rn(squares)
+    tl.store(inverse + first + r, tl.where(length <= 1e-12, 1e12, tl.div_rn(1.0, length)), mask=m_r)
+
+
+@triton.jit(do_not_specialize=["m"])
+def _pack(z1, z2, stride1, stride2, features, inverse, m, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr):
+    _pack_view(z1, stride1, features, inverse, m, 0, D, BD, R)
+    _pack_view(z2, stride2, features, inverse, m, m, D, BD, R)
+
+
+@triton.jit
+def _split(x):
+    """float32 as a tf32 (10 bits after the point, rounded to nearest) and the rest, which tf32 holds to 2^-21 of x."""
+    high = ((x.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+    return high, x - high
+
+
+@triton.jit
+def _dot(a, b, total, TF32: tl.constexpr):
+    """total + a @ b. In float32: three tf32 products, small ones first; the fourth is below float32's rounding.
+
+    Written out because Triton's own "tf32x3" takes more registers: backward spilled on sm_90, 248 bytes a thread.
+    """
+    if a.dtype != tl.float32:
+        return tl.dot(a, b, total)
+    elif TF32:
+        return tl.dot(a, b, total, input_precision="tf32")
+    else:
+        a_high, a_low = _split(a)
+        b_high, b_low = _split(b)
+        total = tl.dot(a_low, b_high, total, input_precision="tf32")
+        total = tl.dot(a_high, b_low, total, input_precision="tf32")
+        return tl.dot(a_high, b_high, total, input_precision="tf32")
+
+
+@triton.jit
+def _products(
+    p_i,
+    p_j,
+    m_i,
+    m_j,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    """x_i · x_j of a tile, [BM, BN] float32. p_i, p_j: its first row and column; offsets inside a tile fit int32."""
+    o_k = tl.arange(0, BK)
+    o_i = tl.arange(0, BM) * D
+    o_j = tl.arange(0, BN) * D
+    products = tl.zeros((BM, BN), tl.float32)
+    for k in range(0, D, BK):
+        m_k = o_k < D - k
+        b_i = tl.load(p_i + o_i[:, None] + (k + o_k)[None, :], mask=m_i[:, None] & m_k[None, :], other=0.0)
+        b_j = tl.load(p_j + o_j[None, :] + (k + o_k)[:, None], mask=m_j[None, :] & m_k[:, None], other=0.0)
+        products = _dot(b_i, b_j, products, TF32)
+    return products
+
+
+@triton.jit(do_not_specialize=["N", "rows", "offset", "splits"])
+def _forward(
+    features,
+    inverse,
+    part,
+    N,
+    rows,
+    offset,
+    splits,
+    scale,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TF32: tl.constexpr,
+):
+    """part [3, splits, rows]: maximum, sum of 2^(score - maximum), partner's score; scores times log2(e)."""
+    tiles = tl.cdiv(rows, BM)
+    split = tl.program_id(0) // tiles
+    first = tl.program_id(0) % tiles * BM
+    r = first + tl.arange(0, BM)
+    m_i = r < rows
+    i = offset + r
+    partner = tl.where(r < rows // 2, i + rows // 2, i - rows // 2)
+    p_i = features + (offset + first).to(tl.int64) * D
+    scale_i = tl.load(inverse + i, mask=m_i, other=0.0) * scale
+    top = tl.full((BM,), float("-inf"), tl.float32)
+    total = tl.zeros((BM,), tl.float32)
+    hit = tl.zeros((BM,), tl.float32)
+    columns = tl.cdiv(N, BN)
+    for tile in range(split * columns // splits, (split + 1) * columns // splits):
+        j = tile * BN + tl.arange(0, BN)
+        m_j = j < N
+        scores = _products(p_i, features + tl.cast(tile * BN, tl.int64) * D, m_i, m_j, D, BM, BN, BK, TF32)
+        scores = scores * scale_i[:, None] * tl.load(inverse + j, mask=m_j, other=0.0)[None, :]
+        hit += tl.sum(tl.where(j[None, :] == partner[:, None], scores, 0.0), 1)
+        scores = tl.where(m_j[None, :] & (j[None, :] != i[:, None]), scores, float("-inf"))
+        new = tl.maximum(top, tl.max(scores, 1))  # finite: N and BN are even, no tile holds the row alone
+        total = total * tl.exp2(top - new) + tl.sum(tl.exp2(scores - new[:, None]), 1)
+        top = new
+    p_part = part + split.to(tl.int64) * rows + r
+    size = splits.to(tl.int64) * rows
+    tl.store(p_part, top, mask=m_i)
+    tl.store(p_part + size, total, mask=m_i)
+    tl.store(p_part + 2 * size, hit, mask=m_i)
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def _combine(part, lse, loss, rows, splits, R: tl.constexpr, SPLITS: tl.constexpr):
+    """One program for all rows: a few microseconds beside the tiles, and the mean has one order."""
+    s = tl.arange(0, SPLITS)
+    size = splits.to(tl.int64) * rows
+    sums = tl.zeros((R,), tl.float32)
+    for first in range(0, rows, R):
+        r = first + tl.arange(0, R)
+        mask = (s < splits)[:, None] & (r < rows)[None, :]
+        p_part = part + s[:, None].to(tl.int64) * rows + r[None, :]
+        b_top = tl.load(p_part, mask=mask, other=float("-inf"))
+        b_total = tl.load(p_part + size, mask=mask, other=0.0)
+        b_hit = tl.load(p_part + 2 * size, mask=mask, other=0.0)
+        top = tl.where(r < rows, tl.max(b_top, 0), 0.0)
+        total = tl.sum(b_total * tl.exp2(b_top - top[None, :]), 0)
+        log = top + tl.log2(tl.where(r < rows, total, 1.0))
+        tl.store(lse + r, log * LN_2, mask=r < rows)
+        sums += log - tl.sum(b_hit, 0)
+    tl.store(loss, tl.sum(sums, 0) * LN_2 / (rows // 2))
+
+
+@triton.jit
+def _weighted(weights, x, total, TF32: tl.constexpr):
+    """total + weights @ x, weights float32."""
+    if x.dtype == tl.bfloat16:
+        high = weights.to(tl.bfloat16)  # two products keep 16 bits of a weight; gradients are rounded to 8
+        total = tl.dot((weights - high.to(tl.float32)).to(tl.bfloat16), x, total)
+        return tl.dot(high, x, total)
+    else:
+        return _dot(weights, x, total, TF32)
+
+
+@triton.jit(do_not_specialize=["N", "rows", "offset", "splits"])
+def _backward(
+    grad,
+    features,
+    inverse,
+    lse,
+    part,
+    N,
+    rows,
+    offset,
+    splits,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    TF32: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    """part [splits, rows, D]: sums of the header's formula without 1 / (m γ)."""
+    tiles = tl.cdiv(rows, BM)
+    program = tl.program_id(0)  # neighbours read the same columns
+    first = program % tiles * BM
+    r = first + tl.arange(0, BM)
+    split = program // tiles % splits
+    o_d = program // (tiles * splits) * BD + tl.arange(0, BD)
+    m_d = o_d < D
+    m_i = r < rows
+    i = offset + r
+    partner = tl.where(r < rows // 2, i + rows // 2, i - rows // 2)
+    p_i = features + (offset + first).to(tl.int64) * D
+    scale_i = tl.load(inverse + i, mask=m_i, other=0.0) * scale
+    lse_i = tl.load(lse + i, mask=m_i, other=0.0) * LOG2_E
+    grad_i = tl.load(grad + offset // rows)
+    o_x = tl.arange(0, BN) * D
+    total = tl.zeros((BM, BD), tl.float32)
+    columns = tl.cdiv(N, BN)
+    for tile in range(split * columns // splits, (split + 1) * columns // splits):
+        j = tile * BN + tl.arange(0, BN)
+        m_j = j < N
+        p_j = features + tl.cast(tile * BN, tl.int64) * D
+        scores = _products(p_i, p_j, m_i, m_j, D, BM, BN, BK, TF32)
+        inverse_j = tl.load(inverse + j, mask=m_j, other=0.0)
+        lse_j = tl.load(lse + j, mask=m_j, other=0.0) * LOG2_E
+        scores = scores * scale_i[:, None] * inverse_j[None, :]
+        if not GROUP:
+            weights = grad_i * (tl.exp2(scores - lse_i[:, None]) + tl.exp2(scores - lse_j[None, :]))
+        else:
+            grad_j = tl.load(grad + j // rows, mask=m_j, other=0.0)
+            weights = grad_i * tl.exp2(scores - lse_i[:, None]) + grad_j[None, :] * tl.exp2(scores - lse_j[None, :])
+        weights = tl.where(j[None, :] == partner[:, None], weights - 2 * grad_i, weights)
+        weights = tl.where(m_j[None, :] & (j[None, :] != i[:, None]), weights, 0.0) * inverse_j[None, :]
+        x = tl.load(p_j + o_x[:, None] + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
+        total = _weighted(weights, x, total, TF32)
+    p_part = part + (split.to(tl.int64) * rows + r)[:, None] * D + o_d[None, :]
+    tl.store(p_part, total, mask=m_i[:, None] & m_d[None, :])
+
+
+@triton.jit
+def _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D: tl.constexpr, BD: tl.constexpr, R: tl.constexpr):
+    """Columns k… of R rows' unit features and of their gradients, splits added up, [R, BD]."""
+    o_d = (k + tl.arange(0, BD))[None, :]
+    mask = m_r[:, None] & (o_d < D)
+    unit = tl.load(p_x + o_d, mask=mask, other=0.0).to(tl.float32) * b_inverse[:, None]
+    total = tl.zeros((R, BD), tl.float32)
+    for first in range(0, splits, 4):
+        for s in tl.static_range(4):  # four loads in flight
+            split = first + s + tl.zeros((1, 1), tl.int64)
+            total += tl.load(part + split * size + row + o_d, mask=mask & (split < splits), other=0.0)
+    return unit, total
+
+
+@triton.jit
+def _along(unit, g, b_inverse):
+    """unit·g, which the normalisation takes out. A length below 1e-12 counts as 1e-12, whatever the features."""
+    return tl.where(b_inverse < 1e12, tl.sum(unit * g, 1), 0.0)
+
+
+@triton.jit(do_not_specialize=["rows", "offset", "splits"])
+def _finish(
+    part,
+    features,
+    inverse,
+    out,
+    rows,
+    offset,
+    splits,
+    scale,
+    D: tl.constexpr,
+    BD: tl.constexpr,
+    R: tl.constexpr,
+):
+    """Add the splits up and go back through the normalisation: (g - unit (unit·g)) / length. out may be part, for one split."""
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    m_r = r < rows
+    size = rows.to(tl.int64) * D
+    row = r.to(tl.int64)[:, None] * D
+    p_x = features + (offset + r).to(tl.int64)[:, None] * D
+    b_inverse = tl.load(inverse + offset + r, mask=m_r, other=0.0)
+    along = tl.zeros((R,), tl.float32)
+    if D > BD:
+        for k in range(0, D, BD):
+            unit, g = _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D, BD, R)
+            along += _along(unit, g, b_inverse)
+    for k in range(0, D, BD):
+        unit, g = _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D, BD, R)
+        if D <= BD:
+            along = _along(unit, g, b_inverse)
+        dz = (g - unit * along[:, None]) * scale * b_inverse[:, None]
+        o_d = (k + tl.arange(0, BD))[None, :]
+        tl.store(out + row + o_d, dz.to(out.dtype.element_ty), mask=m_r[:, None] & (o_d < D))
+
+
+def pack(z1, z2):
+    """z1, z2 [m, d] → features [2m, d] in bfloat16 or float32, inverse lengths [2m]."""
+    m, D = z1.shape
+    z1, z2 = (z if z.stride(1) == 1 else z.contiguous() for z in (z1, z2))
+    features = z1.new_empty(2 * m, D, dtype=torch.bfloat16 if z1.dtype == torch.bfloat16 else torch.float32)
+    inverse = torch.empty(2 * m, dtype=torch.float32, device=z1.device)
+    grid = (triton.cdiv(m, ROWS_PER_PROGRAM),)
+    arguments = (z1, z2, z1.stride(0), z2.stride(0), features, inverse, m)
+    _pack[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4)
+    return features, inverse
+
+
+def forward(features, inverse, offset, rows, temperature):
+    N, D = features.shape
+    launch = choose(FORWARD, features)
+    tiles = triton.cdiv(rows, launch.BM)
+    splits = count_splits(tiles, triton.cdiv(N, launch.BN), launch.resident * multiprocessors(features))
+    part = torch.empty(3, splits, rows, dtype=torch.float32, device=features.device)
+    lse = torch.empty(rows, dtype=torch.float32, device=features.device)
+    loss = torch.empty((), dtype=torch.float32, device=features.device)
+    arguments = (features, inverse, part, N, rows, offset, splits, LOG2_E.value / temperature)
+    _forward[(tiles * splits,)](*arguments, **options(launch, D))
+    _combine[(1,)](part, lse, loss, rows, splits, R=256, SPLITS=MAX_SPLITS, num_warps=8)
+    return loss, lse
+
+
+def backward(grad, features, inverse, lse, offset, rows, temperature):
+    """The gradient of both views, [rows, d]. grad has one number a rank."""
+    N, D = features.shape
+    launch = choose(BACKWARD, features)
+    BD = block(D, launch.width)
+    tiles = triton.cdiv(rows, launch.BM) * triton.cdiv(D, BD)
+    splits = count_splits(tiles, triton.cdiv(N, launch.BN), launch.resident * multiprocessors(features))
+    part = torch.empty(splits, rows, D, dtype=torch.float32, device=features.device)
+    arguments = (grad, features, inverse, lse, part, N, rows, offset, splits, LOG2_E.value / temperature)
+    _backward[(tiles * splits,)](*arguments, BD=BD, GROUP=rows < N, **options(launch, D))
+    in_place = splits == 1 and features.dtype == torch.float32
+    out = part.view(rows, D) if in_place else features.new_empty(rows, D)
+    arguments = (part, features, inverse, out, rows, offset, splits, 2 / (rows * temperature))
+    grid = (triton.cdiv(rows, ROWS_PER_PROGRAM),)
+    _finish[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4)
+    return out
+
+
+def block(D, most):
+    """Columns of a tile: a power of two."""
+    return max(16, min(most, triton.next_power_of_2(D)))
+
+
+def choose(table, features):
+    """The launch for a device. Architectures that are not in the table get the smallest tiles, compute capability 8's."""
+    major = torch.cuda.get_device_capability(features.device)[0] if features.is_cuda else 8
+    size = features.element_size()
+    return table.get((major, size), table[8, size])
+
+
+def options(launch, D):
+    return {
+        "D": D,
+        "BM": launch.BM,
+        "BN": launch.BN,
+        "BK": block(D, launch.BK),
+        "TF32": allows_tf32(),
+        "num_warps": launch.num_warps,
+        "num_stages": launch.num_stages,
+    }
+
+
+def allows_tf32():
+    """In float32 products: torch's own switch. `allow_tf32` says the same, but raises where the newer switch was used."""
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def multiprocessors(features):
+    return torch.cuda.get_device_properties(features.device).multi_processor_count if features.is_cuda else 132
+
+
+@functools.cache
+def count_splits(tiles, columns, programs):
+    """Programs that share a tile of rows: the fewest that keep the GPU 90 % busy, else those that do best.
+
+    columns: their tiles. programs: that the GPU holds at a time.
+    """
+
+    def busy(splits):
+        rounds = triton.cdiv(tiles * splits, programs) * triton.cdiv(columns, splits)
+        return tiles * columns / (rounds * programs)
+
+    choices = range(1, min(MAX_SPLITS, columns) + 1)
+    return next((splits for splits in choices if busy(splits) >= 0.9), max(choices, key=busy))
