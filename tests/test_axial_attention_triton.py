@@ -7,6 +7,7 @@ import torch
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
+    NATIVE,
     SHARED_BYTES,
     EagerBytes,
     check_all,
@@ -21,6 +22,7 @@ from kernel_checks import (
 )
 
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
+from vimpac.ops import backend as backends
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -112,7 +114,7 @@ def test_one_program_or_several(monkeypatch):
     """However a clip's lines are split over programs, the tokens' bits are the same and [CLS] agrees."""
     from vimpac.kernels import axial_attention as kernels
 
-    qkv, cls, pad = inputs((5, 7, 6), 2, 16, torch.float32)
+    qkv, cls, pad = inputs((5, 4, 3), 2, 16, torch.float32)
     results = []
     for blocks in (1, 1000):
         monkeypatch.setattr(kernels, "BLOCKS", blocks)
@@ -122,6 +124,52 @@ def test_one_program_or_several(monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # sums over lines, in another order
         else:
             assert torch.equal(a, b)
+
+
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("strided", [False, True])
+@pytest.mark.parametrize("padded, p, context", [(False, 0.0, True), (True, 0.2, False)])
+def test_opcheck(dtype, strided, padded, p, context):
+    """Schema, fake and aliasing of the real ops."""
+    qkv, cls, pad = inputs((2, 3, 2), 2, 16, dtype)
+    if not strided:
+        qkv, cls = qkv.contiguous(), cls.contiguous()
+    seed = torch.tensor(5, device=DEVICE) if p else None
+    call = (qkv, cls, ("T", "W"), pad if padded else None, p, seed, context)
+    torch.library.opcheck(backends.overload("axial_attention", "triton"), call)
+    grad = torch.randn(2 * 13, 2, 16, device=DEVICE).to(dtype)
+    torch.library.opcheck(backends.overload("axial_attention_backward", "triton"), (grad, *call))
+
+
+@runs_kernels
+@pytest.mark.parametrize("clips", [1024, 1100])
+def test_more_lines_than_65535(clips):
+    """65,536 lines and more, where a grid's second and third dimension end."""
+    if not NATIVE:
+        pytest.skip("too many lines for the interpreter")
+    qkv = torch.randn(clips, 1, 64, 4, 3, 1, 16, device=DEVICE)
+    cls = torch.randn(clips, 3, 1, 16, device=DEVICE)
+    for backend in ("triton", "sdpa"):
+        got = run(axial_attention, qkv, cls, ("W",), backend=backend)
+        for a, b in zip(got, run(axial_attention, qkv, cls, ("W",), backend="reference"), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)  # float32 sums in another order
+
+
+@runs_kernels
+@pytest.mark.parametrize("far", ["clips", "frames"])
+def test_offsets_past_two_to_the_31(far):
+    """Strides below 2^31 whose products are above: a clip's own offset, and (WIDE) offsets within a clip, need 64 bits."""
+    clips, grid = ((3, (2, 2, 1)), (1, (3, 2, 1)))[far == "frames"]
+    step = 2**30 + 2**28
+    whole = torch.empty(2 * step + 1000, dtype=torch.float16, device=DEVICE)  # 5 GiB, hardly any of it touched
+    t, h, w = (grid[1] * grid[2] * 48, grid[2] * 48, 48)
+    qkv = whole.as_strided((clips, *grid, 3, 1, 16), (step, step if far == "frames" else t, h, w, 16, 16, 1))
+    qkv.copy_(torch.randn(qkv.shape))
+    cls = torch.randn(clips, 3, 1, 16).to(qkv)
+    near = qkv.clone(memory_format=torch.contiguous_format)
+    for a, b in zip(*(run(axial_attention, x, cls, ("T",), backend="triton") for x in (qkv, near)), strict=True):
+        assert torch.equal(a, b)
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------

@@ -86,7 +86,7 @@ class Backbone(nn.Module):
     def embed(self, tokens: Tensor) -> Tensor:
         """Eq. 7, for tokens and [CLS]: rows [R, C]."""
         x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
-        cls = (self.cls + self.positions.cls).expand(len(tokens), -1)
+        cls = (self.cls + self.positions.cls).expand(tokens.shape[0], -1)
         return self._dropout(self.embedding_norm(torch.cat([x.flatten(0, 3), cls])))
 
     def _dropout(self, x: Tensor) -> Tensor:

@@ -133,11 +133,19 @@ def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None,
         B, S, L = q.shape[0], q.shape[1], q.shape[3] - 1
         k, v = k[..., : L + cls_in_context, :], v[..., : L + cls_in_context, :]
         is_key = None if pad is None else ~line_pad(pad, axis, q)[..., : L + cls_in_context].flatten(0, 1)
-        out = F.scaled_dot_product_attention(*(x.flatten(0, 1) for x in (q, k, v)), is_key, dropout_p)
-        out = out.unflatten(0, (B, S))
+        out = _sdpa(*(x.flatten(0, 1) for x in (q, k, v)), is_key, dropout_p).unflatten(0, (B, S))
         outs.append(from_lines(out[..., :L, :], axis, qkv.shape[:4]))
         cls_outs.append(out[..., L, :].mean(1))
     return torch.cat(outs, 4), torch.cat(cls_outs, 1)
+
+
+def _sdpa(q, k, v, is_key, dropout_p):
+    """In parts where a CUDA grid's dimension, which torch's kernels put the lines on, would end at 65,535."""
+    if q.device.type != "cuda" or q.shape[0] <= 65535:
+        return F.scaled_dot_product_attention(q, k, v, is_key, dropout_p)
+    masks = [None] * -(-q.shape[0] // 65535) if is_key is None else is_key.split(65535)
+    parts = zip(q.split(65535), k.split(65535), v.split(65535), masks, strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*part, dropout_p) for part in parts])
 
 
 def dropout_keep(seed: Tensor, p: float, shape: Sequence[int], heads: slice, axis: str, keys: int) -> Tensor:

@@ -138,7 +138,7 @@ def _check(z1, z2, temperature) -> None:
 #   info_nce           rows offset…offset + rows of features [N, d] against all of them → the mean over them, lse [rows]
 #   info_nce_backward  grad [N / rows], one a rank, lse [N] → the gradient of these rows' z1 and z2, [rows, d]
 PACKED = "Tensor features, Tensor inverse"
-OPTIONS = "int offset, int rows, float temperature"
+OPTIONS = "SymInt offset, SymInt rows, float temperature"  # symbolic: a changing batch compiles once
 
 
 def _accumulator(dtype):
