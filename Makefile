@@ -1,5 +1,6 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
 # make test                                    install what is missing, then the whole test suite and ruff
+# make gpu                                     every kernel test and benchmark on this machine's GPU; installs nothing
 # make clean                                   remove the environment
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ PROCESSES ?= $(shell $(BIN)/python -c "import torch; print(max(1, torch.cuda.dev
 # What decides what is installed; a stamp holds its checksum, so that a second call installs nothing.
 STAMP := $(shell cat pyproject.toml setup.py Makefile | cksum | cut -d' ' -f1)
 
-.PHONY: train test clean
+.PHONY: train test gpu clean
 
 train: $(VENV)/run-$(STAMP)
 	$(BIN)/python -m vimpac.training.launch --standalone --nproc-per-node=$(PROCESSES) train.py $(ARGS)
@@ -22,6 +23,9 @@ test: $(VENV)/test-$(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+gpu:
+	$(PYTHON) benchmarks/gpu.py
 
 $(VENV)/run-$(STAMP): | $(BIN)/python
 	$(BIN)/pip install --quiet "$(TORCH)"

@@ -85,6 +85,11 @@ def register(op: str, name: str, why_not: WhyNot) -> None:
     _REGISTRY.setdefault(op, {})[name] = why_not
 
 
+def names(op: str) -> list[str]:
+    """The implementations of an op, those that cannot run here too."""
+    return list(_REGISTRY[op])
+
+
 def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:
     """Name of the backend that runs `op(*args)`.
 

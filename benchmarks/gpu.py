@@ -1,0 +1,115 @@
+"""Everything that needs a GPU: kernel tests natively, compute-sanitizer on small shapes, every benchmark. `make gpu` runs it.
+
+It installs nothing, needs no network and nothing beyond torch, triton, numpy and pytest, and ends within 8 minutes: each step
+has a limit, and a step that meets it has failed. Logs and results go to benchmarks/results/DEVICE; the exit status is 0 when
+every step was green.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import harness
+import torch
+
+ROOT = harness.ROOT
+TESTS = [  # the slowest first: they run side by side
+    "test_axial_attention_triton.py",
+    "test_whole_model_triton.py",
+    "test_info_nce_triton.py",
+    "test_block_mask_triton.py",
+    "test_masked_cross_entropy_triton.py",
+    "test_axial_attention.py",
+    "test_info_nce.py",
+    "test_block_mask.py",
+    "test_masked_cross_entropy.py",
+    "test_philox.py",
+]
+TEST_SECONDS, SANITIZER_SECONDS = 170, 60
+BENCHMARKS = {  # name → seconds
+    "axial_attention": 90,
+    "block_mask": 20,
+    "info_nce": 40,
+    "masked_cross_entropy": 30,
+    "attn_layouts": 60,
+}
+
+
+def main() -> int:
+    if not torch.cuda.is_available():
+        print(
+            "make gpu needs a CUDA device, and torch finds none here; make test checks the kernels without one", file=sys.stderr
+        )
+        return 2
+    device = harness.device_name(torch.device("cuda"))
+    folder = ROOT / "benchmarks" / "results" / harness.slug(device)
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    print(f"{device}, torch {torch.__version__}, triton {harness.triton_version()}, results in {folder}", flush=True)
+    steps = run_together({file: pytest(file) for file in TESTS}, TEST_SECONDS, folder)
+    steps += run_together(sanitizers(), SANITIZER_SECONDS, folder)
+    for name, seconds in BENCHMARKS.items():
+        command = [sys.executable, f"benchmarks/{name}.py", "--budget", str(seconds)]
+        steps += run_together({name: command}, 2 * seconds, folder)
+    result = {"device": device, "torch": torch.__version__, "triton": harness.triton_version(), "steps": steps}
+    (folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
+    failed = [step["name"] for step in steps if step["outcome"] != "green"]
+    print(f"failed: {', '.join(failed)}" if failed else "all green")
+    return 1 if failed else 0
+
+
+def pytest(file: str) -> list[str]:
+    return [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", f"tests/{file}"]
+
+
+def sanitizers() -> dict[str, list[str]]:
+    tool = shutil.which("compute-sanitizer")
+    if tool is None:
+        print("compute-sanitizer is not installed: skipped", flush=True)
+        return {}
+    command = [tool, "--error-exitcode", "99", "--tool"]
+    return {name: [*command, name, sys.executable, "tests/sanitize.py"] for name in ("memcheck", "racecheck")}
+
+
+def run_together(commands: dict[str, list[str]], seconds: float, folder: Path) -> list[dict]:
+    """Run commands side by side, each with its log; print and return name, outcome, seconds, last line."""
+    started, running = time.monotonic(), {}
+    for name, command in commands.items():
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if "sanitizer" in command[0]:  # torch's allocator hands out parts of large blocks, past whose ends nothing is noticed
+            environment["PYTORCH_NO_CUDA_MEMORY_CACHING"] = "1"
+        log = (folder / "logs" / f"{Path(name).stem}.log").open("w")
+        running[name] = (
+            subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True),
+            log,
+        )
+    return [wait(name, process, log, started, seconds) for name, (process, log) in running.items()]
+
+
+def wait(name: str, process: subprocess.Popen, log, started: float, seconds: float) -> dict:
+    try:
+        code = process.wait(max(0.0, seconds - (time.monotonic() - started)))
+        outcome = "green" if code == 0 else f"exit status {code}"
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # and what it started
+        process.wait()
+        outcome = f"more than {seconds:.0f} s"
+    log.close()
+    took = round(time.monotonic() - started, 1)
+    text = Path(log.name).read_text(errors="replace")
+    lines = text.strip().splitlines() or [""]
+    said = next((line for line in reversed(lines) if not line.startswith("{")), "")[:160]
+    print(f"{name:36} {outcome:16} {took:6.1f} s  {said}", flush=True)
+    if outcome != "green":
+        print("\n".join(line[:300] for line in lines[-40:] if not line.startswith("{")), flush=True)
+    return {"name": name, "outcome": outcome, "seconds": took, "said": said}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

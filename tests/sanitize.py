@@ -1,0 +1,31 @@
+"""Every Triton kernel once on small, odd shapes: what compute-sanitizer watches. `make gpu` runs it; it asserts nothing."""
+
+import torch
+
+from vimpac.ops import axial_attention, block_mask, info_nce, masked_cross_entropy
+
+
+def main():
+    device = torch.device("cuda")
+    for dtype in (torch.float32, torch.bfloat16):
+        for axes in (("T",), ("H", "W")):
+            qkv = torch.randn(2, 5, 6, 17, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
+            cls = torch.randn(2, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
+            pad = torch.rand(2, 5, 6, 17, device=device) < 0.3
+            out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="triton")
+            (out.sum() + cls_out.sum()).backward()
+        z1, z2 = (torch.randn(33, 40, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+        info_nce(z1, z2, backend="triton").backward()
+        hidden = torch.randn(37, 24, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.randn(101, 24, device=device, dtype=dtype, requires_grad=True)
+        bias = torch.zeros(101, device=device, requires_grad=True)
+        target = torch.randint(-3, 101, (37,), device=device)
+        masked_cross_entropy(hidden, weight, bias, target, backend="triton")[0].backward()
+    for ratio in (None, 0.3):
+        tokens = torch.randint(100, (9, 3, 5, 7), device=device)
+        block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")
+    torch.cuda.synchronize()
+
+
+if __name__ == "__main__":
+    main()
