@@ -432,7 +432,7 @@ def _backward_axis(
     tl.store(p_part, parts, mask=(row < 3) & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["B"])  # or B = 1 would be a constant, without .to
 def _backward(
     grad,
     qkv,
@@ -492,7 +492,7 @@ def _backward(
             )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _add_parts(part, out, rows, KINDS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
     """[CLS]'s rows of out from the programs' parts [B, N, SPLITS, KINDS, D]."""
     head = tl.program_id(0) % N

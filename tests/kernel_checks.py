@@ -144,6 +144,43 @@ def _error(check: Callable[..., None], job: tuple) -> AssertionError | None:
     return None
 
 
+class _AbsentGPU:
+    """What Triton asks of a driver before it compiles for a launch."""
+
+    def __init__(self, architecture: int):
+        self.architecture = architecture
+
+    def get_current_target(self):
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self):
+        return f"absent sm_{self.architecture}"  # a key of its own in each kernel's cache
+
+    def get_current_stream(self, _device):
+        return 0
+
+
+@contextmanager
+def launches_compile_only(architecture: int = 90):
+    """Kernels launched on CPU tensors go through all that a launch does, Triton's specialisation of real arguments and the
+    compilation included, and are not run. Yields the names of the kernels, launch by launch."""
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
+
+    names, run = [], JITFunction.run
+
+    def compile_only(function, *args, grid, warmup, **options):
+        names.append(function.__name__)
+        return run(function, *args, grid=grid, warmup=True, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", _AbsentGPU(architecture))
+        patch.setattr(JITFunction, "run", compile_only)
+        yield names
+
+
 # --- bytes asked of memory --------------------------------------------------------------------------------------------
 
 
