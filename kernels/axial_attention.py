@@ -16,6 +16,7 @@ Backward recomputes the probabilities from q and k. Bytes moved: 4 tensors [B, T
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -522,16 +523,16 @@ def backward(grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
 
 
 def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out):
-    B, N, D = len(qkv), *qkv.shape[5:]
+    B, N, D = qkv.shape[0], *qkv.shape[5:]
     if B == 0:
         return
-    options = constants(qkv, axes, pad, dropout_p, cls_in_context)
+    options = constants(qkv.shape[1:], qkv.stride()[1:4], tuple(axes), pad is not None, dropout_p, cls_in_context)
+    shape = launch_shape(kernel is _forward, options["AXES"], options["GRID"], options["BD"], capability(qkv.device))
     splits = options["SPLITS"]
     part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
     optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
     strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
     grid = (B * splits * N,)
-    shape = launch_shape(kernel is _forward, options, capability(qkv.device))
     kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape)
     _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, options["BD"], splits, num_warps=1)
 
@@ -540,13 +541,14 @@ def _rows_of(qkv):
     return math.prod(qkv.shape[:4]) + len(qkv)
 
 
-def constants(qkv, axes, pad, dropout_p, cls_in_context):
-    """What a kernel is compiled for."""
-    _, T, H, W, _, N, D = qkv.shape
+@functools.lru_cache(256)
+def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
+    """What a kernel is compiled for. shape [T, H, W, 3, N, D], strides of T, H, W."""
+    T, H, W, _, N, D = shape
     codes = tuple("THW".index(axis) for axis in axes)
     lengths = [(T, H, W)[code] for code in codes]
     blocks = max(triton.cdiv(T * H * W // length, lines_of_block(length)) for length in lengths)
-    extent = sum((size - 1) * stride for size, stride in zip((T, H, W), qkv.stride()[1:4], strict=True))
+    extent = sum((size - 1) * stride for size, stride in zip((T, H, W), strides, strict=True))
     return {
         "AXES": codes,
         "LPS": tuple(max(16, triton.next_power_of_2(length)) for length in lengths),
@@ -558,7 +560,7 @@ def constants(qkv, axes, pad, dropout_p, cls_in_context):
         "SCALE": D**-0.5,
         "THRESHOLD": min(round(dropout_p * 65536), 65535),
         "CONTEXT": int(cls_in_context),
-        "PAD": pad is not None,
+        "PAD": padded,
         "WIDE": max(3 * T * H * W * N * D, extent) >= 2**31,
     }
 
@@ -567,15 +569,17 @@ def lines_of_block(length):
     return 16 // length if length <= 7 else 1
 
 
-def launch_shape(forward, options, capability):
+@functools.lru_cache(256)
+def launch_shape(forward, axes, grid, width, capability):
     """num_warps and num_stages for a compute capability such as 90.
 
     Chosen by registers, spills and instructions a byte in the compiled code: a warp holds 1024 elements of a block. Two stages
     (the next block's loads under way) cost no register forward, and spill backward above 512 elements. Left to itself, ptxas
     spills a few bytes to run 12 warps instead of 10: maxnreg forbids it. Not measured on a GPU yet.
     """
-    rows, packed = max(options["LPS"]), any(lines_of_block(options["GRID"][axis]) > 1 for axis in options["AXES"])
-    elements = rows * options["BD"]
+    lengths = [grid[axis] for axis in axes]
+    rows, packed = max(16, triton.next_power_of_2(max(lengths))), lines_of_block(min(lengths)) > 1
+    elements = rows * width
     warps = max(1, min(8, elements // 1024))
     if not forward and elements == 1024 and (packed or (rows == 32 and capability < 90)):
         warps = 2  # one warp would spill 16 to 90 bytes

@@ -118,12 +118,14 @@ def test_one_program_or_several(monkeypatch):
     results = []
     for blocks in (1, 1000):
         monkeypatch.setattr(kernels, "BLOCKS", blocks)
+        kernels.constants.cache_clear()
         results.append(run(axial_attention, qkv, cls, ("T", "H"), pad, 0.1, 3, backend="triton"))
     for name, a, b in zip(("out", "cls_out", "qkv.grad", "cls_qkv.grad"), *results, strict=True):
         if name.startswith("cls"):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=5e-6)  # sums over lines, in another order
         else:
             assert torch.equal(a, b)
+    kernels.constants.cache_clear()  # of what BLOCKS was here
 
 
 @runs_kernels
@@ -238,10 +240,11 @@ HEADS = [(8, 64), (12, 64), (16, 32)]  # Table 3: Small, Base, Large-Half
 def check_compiled(architecture, kernel, grid, heads, width, axes):
     from vimpac.kernels import axial_attention as kernels
 
-    options = kernels.constants(torch.empty(1, *grid, 3, heads, width, device="meta"), axes, None, 0.1, True)
+    strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
+    options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
     function = getattr(kernels, kernel)
     types = {name: "*bf16" for name in function.arg_names} | TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options, architecture)
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], architecture)
     binary = compile_kernel(function, architecture, types, options, launch)
     check_binary(binary, architecture, matrix=True)
     programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
