@@ -42,8 +42,8 @@ def _inside(place, length_word, start_word, SIZE: tl.constexpr, LONGEST: tl.cons
     """Which places of an axis each block covers, [places, blocks]."""
     length = 1 + tl.umulhi(length_word, tl.full(length_word.shape, LONGEST, tl.uint32))
     start = tl.umulhi(start_word, SIZE - length + 1)
-    # Below start the difference wraps to a large number.
-    return place.to(tl.uint32)[:, None] - start[None, :] < length[None, :]
+    place = place.to(tl.uint32)[:, None]
+    return (place >= start[None, :]) & (place < (start + length)[None, :])
 
 
 @triton.jit
@@ -65,11 +65,11 @@ def _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID: tl.constexpr, LONGEST: tl
 
 
 @triton.jit
-def _independent(i, sample, seed, THRESHOLD: tl.constexpr):
+def _independent(i, sample, seed, threshold):
     """Whether token i is masked on its own (Eq. 2): four tokens share a call."""
     w0, w1, w2, w3 = _philox(sample, i // 4, 1, seed)
     word = tl.where(i % 4 < 2, tl.where(i % 4 == 0, w0, w1), tl.where(i % 4 == 2, w2, w3))
-    return word.to(tl.int64) < THRESHOLD  # up to 2^32
+    return word.to(tl.int64) < threshold.to(tl.int64)  # up to 2^32
 
 
 @triton.jit
@@ -92,6 +92,7 @@ def _mask_clip(
     sample,
     seed,
     n_blocks,
+    threshold,
     strides,
     s_w,
     GRID: tl.constexpr,
@@ -99,7 +100,7 @@ def _mask_clip(
     ROWS: tl.constexpr,
     WP: tl.constexpr,
     NB: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    INDEPENDENT: tl.constexpr,
     VOCAB: tl.constexpr,
     NOISY: tl.constexpr,
 ):
@@ -116,10 +117,10 @@ def _mask_clip(
         m = (o_r < T * H)[:, None] & (o_w < W)[None, :]
         row = (o_r // H).to(tl.int64) * s_t + (o_r % H).to(tl.int64) * s_h
         ids = tl.load(tokens + row[:, None] + o_w.to(tl.int64)[None, :] * s_w, mask=m, other=0)
-        if THRESHOLD < 0:
-            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID, LONGEST, NB)
+        if INDEPENDENT:
+            masked = _independent(i, sample, seed, threshold)
         else:
-            masked = _independent(i, sample, seed, THRESHOLD)
+            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID, LONGEST, NB)
         masked &= m & (ids != VOCAB + 1)  # PAD
         ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + 4, VOCAB, NOISY), ids)
         tl.store(new + i, ids, mask=m)
@@ -144,7 +145,7 @@ def _masked_before(state, ticket, total, PROGRAMS: tl.constexpr):
     return before
 
 
-@triton.jit(do_not_specialize=["B", "n_blocks"])
+@triton.jit(do_not_specialize=["B", "n_blocks", "threshold"])
 def _draw(
     tokens,
     sample_ids,
@@ -156,6 +157,7 @@ def _draw(
     state,
     B,
     n_blocks,
+    threshold,
     strides,
     s_w,
     s_sample,
@@ -164,7 +166,7 @@ def _draw(
     ROWS: tl.constexpr,
     WP: tl.constexpr,
     NB: tl.constexpr,
-    THRESHOLD: tl.constexpr,
+    INDEPENDENT: tl.constexpr,
     VOCAB: tl.constexpr,
     NOISY: tl.constexpr,
     PROGRAMS: tl.constexpr,
@@ -184,6 +186,7 @@ def _draw(
             tl.load(sample_ids + clip * s_sample),
             key,
             n_blocks,
+            threshold,
             strides,
             s_w,
             GRID,
@@ -191,7 +194,7 @@ def _draw(
             ROWS,
             WP,
             NB,
-            THRESHOLD,
+            INDEPENDENT,
             VOCAB,
             NOISY,
         )
@@ -216,8 +219,9 @@ def draw(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size):
     if B := tokens.shape[0]:
         *strides, s_w = tokens.stride()
         arguments = (tokens, sample_ids, seed, new, mask, indices, counts, _state(tokens.device), B, n_blocks)
+        threshold = 0 if ratio is None else round(ratio * 2**32)
         options = _options(tokens.shape[1:], n_blocks, ratio, noisy, vocab_size)
-        _draw[(min(B, PROGRAMS),)](*arguments, tuple(strides), s_w, sample_ids.stride(0), **options, **OPTIONS)
+        _draw[(min(B, PROGRAMS),)](*arguments, threshold, tuple(strides), s_w, sample_ids.stride(0), **options, **OPTIONS)
     return new, mask, indices, counts
 
 
@@ -231,7 +235,7 @@ def _options(grid, n_blocks, ratio, noisy, vocab_size):
         "ROWS": min(triton.next_power_of_2(T * H), TILE // WP),
         "WP": WP,
         "NB": min(32, triton.next_power_of_2(n_blocks)),  # a bit each
-        "THRESHOLD": -1 if ratio is None else round(ratio * 2**32),
+        "INDEPENDENT": ratio is not None,
         "VOCAB": vocab_size,
         "NOISY": noisy,
         "PROGRAMS": PROGRAMS,
@@ -251,7 +255,7 @@ def _state(device):
     key = device, stream.cuda_stream if stream else 0
     if key not in STATES:
         with ThreadPoolExecutor(1) as thread:
-            STATES[key] = thread.submit(_zeros, device).result()
+            STATES.setdefault(key, thread.submit(_zeros, device).result())
         if stream:
             stream.wait_stream(torch.cuda.default_stream(device))  # on which the new thread has filled it
     return STATES[key]

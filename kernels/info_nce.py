@@ -12,6 +12,9 @@ over columns and no gradient of the columns: with p_ij = exp(s_ij - lse_i), g_r 
 
 Where rows alone would not fill the GPU, the columns are split over programs too, whose partial sums are added in a fixed order
 by the kernel that follows. No atomics. Memory beyond the features and their gradient: 2 floats a row, and the partial sums.
+
+Tensor cores do not round their sums but cut them off, so an error grows with every step, always towards zero. In float32 no sum
+runs on for long: scores are added up every BK of d, gradients every 2048 columns, by ordinary additions.
 """
 
 from __future__ import annotations
@@ -56,6 +59,7 @@ BACKWARD = {
     (10, 2): Launch(64, 64, 64, 8, 2, 1),
 }
 MAX_SPLITS = 16
+COLUMNS = 2048  # that one sum on tensor cores runs over, float32 backward: they cut off, 1e-7 a step at worst, in one direction
 ROWS_PER_PROGRAM = 8  # of the kernels that only read and write
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
@@ -131,7 +135,10 @@ def _products(
         m_k = o_k < D - k
         b_i = tl.load(p_i + o_i[:, None] + (k + o_k)[None, :], mask=m_i[:, None] & m_k[None, :], other=0.0)
         b_j = tl.load(p_j + o_j[None, :] + (k + o_k)[:, None], mask=m_j[None, :] & m_k[:, None], other=0.0)
-        products = _dot(b_i, b_j, products, TF32)
+        if b_i.dtype == tl.float32:  # tensor cores cut sums off, always towards zero: none runs on for long
+            products += _dot(b_i, b_j, tl.zeros((BM, BN), tl.float32), TF32)
+        else:
+            products = _dot(b_i, b_j, products, TF32)
     return products
 
 
@@ -184,7 +191,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _combine(part, lse, loss, rows, splits, R: tl.constexpr, SPLITS: tl.constexpr):
-    """One program for all rows: a few microseconds beside the tiles, and the mean has one order."""
+    """One program for all rows, so that the mean has one order: 1 of 256 rows' steps a time, little beside n² scores."""
     s = tl.arange(0, SPLITS)
     size = splits.to(tl.int64) * rows
     sums = tl.zeros((R,), tl.float32)
@@ -214,7 +221,7 @@ def _weighted(weights, x, total, TF32: tl.constexpr):
         return _dot(weights, x, total, TF32)
 
 
-@triton.jit(do_not_specialize=["N", "rows", "offset", "splits"])
+@triton.jit(do_not_specialize=["N", "rows", "offset", "splits", "begin", "end"])
 def _backward(
     grad,
     features,
@@ -225,6 +232,8 @@ def _backward(
     rows,
     offset,
     splits,
+    begin,
+    end,
     scale,
     D: tl.constexpr,
     BD: tl.constexpr,
@@ -234,7 +243,7 @@ def _backward(
     TF32: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """part [splits, rows, D]: sums of the header's formula without 1 / (m γ)."""
+    """part [splits, rows, D]: sums of the header's formula without 1 / (m γ), over column tiles begin…end."""
     tiles = tl.cdiv(rows, BM)
     program = tl.program_id(0)  # neighbours read the same columns
     first = program % tiles * BM
@@ -251,8 +260,8 @@ def _backward(
     grad_i = tl.load(grad + offset // rows)
     o_x = tl.arange(0, BN) * D
     total = tl.zeros((BM, BD), tl.float32)
-    columns = tl.cdiv(N, BN)
-    for tile in range(split * columns // splits, (split + 1) * columns // splits):
+    columns = end - begin
+    for tile in range(begin + split * columns // splits, begin + (split + 1) * columns // splits):
         j = tile * BN + tl.arange(0, BN)
         m_j = j < N
         p_j = features + tl.cast(tile * BN, tl.int64) * D
@@ -360,16 +369,27 @@ def backward(grad, features, inverse, lse, offset, rows, temperature):
     launch = choose(BACKWARD, features)
     BD = block(D, launch.width)
     tiles = triton.cdiv(rows, launch.BM) * triton.cdiv(D, BD)
-    splits = count_splits(tiles, triton.cdiv(N, launch.BN), launch.resident * multiprocessors(features))
+    columns = triton.cdiv(N, launch.BN)
+    splits = count_splits(tiles, columns, launch.resident * multiprocessors(features))
     part = torch.empty(splits, rows, D, dtype=torch.float32, device=features.device)
-    arguments = (grad, features, inverse, lse, part, N, rows, offset, splits, LOG2_E.value / temperature)
-    _backward[(tiles * splits,)](*arguments, BD=BD, GROUP=rows < N, **options(launch, D))
+    for begin, end in ranges(columns, splits * COLUMNS // launch.BN if features.dtype == torch.float32 else columns):
+        target = part if begin == 0 else torch.empty_like(part)
+        arguments = (grad, features, inverse, lse, target, N, rows, offset, splits, begin, end, LOG2_E.value / temperature)
+        _backward[(tiles * splits,)](*arguments, BD=BD, GROUP=rows < N, **options(launch, D))
+        if begin:
+            part += target
     in_place = splits == 1 and features.dtype == torch.float32
     out = part.view(rows, D) if in_place else features.new_empty(rows, D)
     arguments = (part, features, inverse, out, rows, offset, splits, 2 / (rows * temperature))
     grid = (triton.cdiv(rows, ROWS_PER_PROGRAM),)
     _finish[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4)
     return out
+
+
+def ranges(columns, most):
+    """Equal parts of at most `most` of the column tiles, in order."""
+    parts = triton.cdiv(columns, max(1, most))
+    return [(columns * i // parts, columns * (i + 1) // parts) for i in range(parts)]
 
 
 def block(D, most):

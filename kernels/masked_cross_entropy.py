@@ -56,7 +56,7 @@ def _cross_entropy(
     for start in range(0, V, BLOCK):
         total += tl.exp(_logits(row, bias, start + o, V, PITCH) - top)
     lse = top + tl.log(tl.sum(total, 0))
-    tl.store(loss + n, tl.where(counts, lse - tl.sum(at_label, 0), 0.0))
+    tl.store(loss + n, tl.where(counts, tl.where(label < V, lse - tl.sum(at_label, 0), float("nan")), 0.0))
     tl.store(hits + n, tl.where(counts & (first == label), 1.0, 0.0))
     if GRADIENTS:
         for start in range(0, V, BLOCK):

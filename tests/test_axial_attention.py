@@ -465,6 +465,19 @@ def test_autocast_rounds_nothing(backend, axes):
     )  # and the definition itself, called directly
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_second_derivatives_are_refused(packed):
+    """A kernel's gradient has none: said aloud, not left out of a sum."""
+    rows = torch.randn(2 * 7, 3, 2, 4, requires_grad=True)
+    if packed:
+        out = axial_attention_packed(rows, (2, 1, 3), ("T", "W"), backend="slot")
+    else:
+        out = axial_attention(*MODULE.unpack(rows, (2, 2, 1, 3)), ("T", "W"), backend="slot")[0]
+    (grad,) = torch.autograd.grad(out.square().sum(), rows, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.square().sum() + rows.square().sum()).backward()
+
+
 # --- the slot under opcheck and torch.compile -------------------------------------------------------------------------
 
 

@@ -220,6 +220,7 @@ TYPES = {
     "state": "*i64",
     "B": "i32",
     "n_blocks": "i32",
+    "threshold": "i64",
     "strides": ("i32",) * 3,
     "s_sample": "i32",
 }

@@ -217,6 +217,14 @@ def test_saves_features_not_scores():
     assert max(saved) <= 2 * 50 * 8  # both views; scores are 2 · 50 · 100
 
 
+def test_second_derivatives_are_refused():
+    """A kernel's gradient has none: said aloud where it depends on the loss, not left out of a sum."""
+    z1, z2 = features(5, 4)
+    (grad,) = torch.autograd.grad(info_nce(z1, z2, backend="slot").square(), z1, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.square().sum() + z1.square().sum()).backward()
+
+
 # --- the slot under torch.compile and opcheck -------------------------------------------------------------------------
 
 

@@ -238,7 +238,7 @@ def test_many_videos():
     z2 = z1 + torch.randn(n, d, device=DEVICE)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    loss, dz1, _ = run(info_nce, z1, z2, temperature, backend="triton")
+    loss, *dz = run(info_nce, z1, z2, temperature, backend="triton")
     assert torch.cuda.max_memory_allocated() - before < 16 * z1.nbytes  # scores are 8192 times z1
     unit = torch.cat([F.normalize(z.double(), dim=1) for z in (z1, z2)])
     index = torch.arange(2 * n, device=DEVICE)
@@ -248,13 +248,15 @@ def test_many_videos():
         lse.append(scores.logsumexp(1))
         total = total + (lse[-1] - scores.gather(1, (rows[:, None] + n) % (2 * n))[:, 0]).sum()
     assert_close(loss.double(), total / n, rtol=1e-5, atol=0)  # float32 sums of 262,143 terms
-    lse, rows = torch.cat(lse), index[-1024:] - n  # the last rows of z1
-    scores = (unit[rows] @ unit.T / temperature).scatter_(1, rows[:, None], -math.inf)
-    weights = (scores - lse[rows, None]).exp() + (scores - lse).exp()
-    g = weights @ unit - 2 * unit[rows + n]
-    g = (g - unit[rows] * (g * unit[rows]).sum(1, keepdim=True)) / z1[rows].double().norm(dim=1, keepdim=True)
-    expected = 1.75 * g / (n * temperature)
-    assert (dz1[rows] - expected).norm() <= 1e-4 * expected.norm()  # float32 sums of 262,143 terms of both signs
+    lse = torch.cat(lse)
+    for view in (0, 1):  # a partner among the last columns, and among the first: its large term comes late or early in a sum
+        rows = index[:1024] + n * view
+        scores = (unit[rows] @ unit.T / temperature).scatter_(1, rows[:, None], -math.inf)
+        weights = (scores - lse[rows, None]).exp() + (scores - lse).exp()
+        g = weights @ unit - 2 * unit[(rows + n) % (2 * n)]
+        lengths = (z1, z2)[view][:1024].double().norm(dim=1, keepdim=True)
+        expected = 1.75 * (g - unit[rows] * (g * unit[rows]).sum(1, keepdim=True)) / lengths / (n * temperature)
+        assert (dz[view][:1024] - expected).norm() <= 1e-4 * expected.norm()  # float32 sums of 262,143 terms of both signs
 
 
 @runs_kernels
@@ -297,18 +299,63 @@ def tf32(x, nearest):
     return ((x.view(torch.int32) + (0x1000 if nearest else 0)) & -0x2000).view(torch.float32)
 
 
+def cut_off(x):
+    """float64 to float32 towards zero, as tensor cores keep their sums."""
+    near = x.float()
+    return torch.where(near.double().abs() > x.abs(), torch.nextafter(near, torch.zeros(())), near)
+
+
+def on_tensor_cores(products, total):
+    """Sums of products of matrices, 8 terms a step, each step cut off."""
+    for a, b in products:
+        for k in range(0, a.shape[1], 8):
+            total = cut_off(total.double() + a[:, k : k + 8].double() @ b[:, k : k + 8].double().T)
+    return total
+
+
 @not_interpreted
-def test_three_tf32_products_are_as_exact_as_float32():
-    """Scores of features that agree, the lower parts cut off by the tensor core, at most twice float32's error."""
+@pytest.mark.parametrize("d", [64, 256, 768])
+def test_three_tf32_products_are_as_exact_as_float32(d):
+    """Scores of features that agree, lower parts and sums cut off by the tensor core: at most twice float32's error."""
     g = torch.Generator().manual_seed(0)
-    shared = torch.randn(257, 256, generator=g)
-    f, h = (F.normalize(shared + 0.5 * torch.randn(257, 256, generator=g), dim=1) for _ in range(2))
-    exact = f.double() @ h.double().T / 0.05
+    shared = torch.randn(100, d, generator=g)
+    f, h = (F.normalize(shared + 0.5 * torch.randn(100, d, generator=g), dim=1) for _ in range(2))
+    exact = f.double() @ h.double().T
     (f_high, f_low), (h_high, h_low) = ((tf32(x, True), tf32(x - tf32(x, True), False)) for x in (f, h))
-    three = (f_low @ h_high.T + f_high @ h_low.T + f_high @ h_high.T) / 0.05
-    errors = [(x.double() - exact).abs() for x in (three, f @ h.T / 0.05, f_high @ h_high.T / 0.05)]
-    assert errors[0].max() <= 2 * errors[1].max() and errors[0].norm() <= 2 * errors[1].norm()
-    assert errors[2].norm() > 100 * errors[1].norm()  # one product is another thing
+    triples = [(f_low, h_high), (f_high, h_low), (f_high, h_high)]
+    three, running = torch.zeros(100, 100), torch.zeros(100, 100)
+    for k in range(0, d, 32):  # BK of every launch, or half of it
+        steps = [(a[:, k : k + 32], b[:, k : k + 32]) for a, b in triples]
+        three += on_tensor_cores(steps, torch.zeros(100, 100))
+        running = on_tensor_cores(steps, running)
+    plain, ours, one, naive = ((x.double() - exact).norm() for x in (f @ h.T, three, f_high @ h_high.T, running))
+    assert ours <= 2 * plain
+    assert one > 100 * plain  # a single product is another thing
+    assert naive > 2 * plain or d == 64  # and so is a sum that never leaves the tensor core
+
+
+@runs_kernels
+def test_long_sums_are_taken_in_parts(monkeypatch):
+    """A float32 gradient over more columns than one sum may run over: several launches, the same result."""
+    from vimpac.kernels import info_nce as kernels
+
+    z1, z2 = inputs(130, 16)
+    whole = run(info_nce, z1, z2, backend="triton")
+    monkeypatch.setattr(kernels, "COLUMNS", 64)
+    monkeypatch.setattr(kernels, "MAX_SPLITS", 2)
+    kernels.count_splits.cache_clear()
+    for a, b in zip(run(info_nce, z1, z2, backend="triton"), whole, strict=True):
+        assert_close(a, b, rtol=1e-5, atol=1e-6)  # sums in another order
+    kernels.count_splits.cache_clear()
+
+
+@not_interpreted
+def test_parts_of_long_sums():
+    from vimpac.kernels.info_nce import ranges
+
+    assert ranges(7, 3) == [(0, 2), (2, 4), (4, 7)]
+    assert ranges(6, 6) == [(0, 6)]
+    assert ranges(3, 0) == [(0, 1), (1, 2), (2, 3)]
 
 
 @not_interpreted
@@ -358,7 +405,8 @@ def compiled(kernel, architecture, dtype, d, folder, allow_tf32=False, group=Fal
     if kernel == "_backward":
         options |= {"BD": kernels.block(d, launch.width), "GROUP": group}
     tune = {name: options.pop(name) for name in ("num_warps", "num_stages")}
-    types = {name: "*fp32" for name in function.arg_names} | {name: "i32" for name in ("N", "rows", "offset", "splits")}
+    integers = ("N", "rows", "offset", "splits", "begin", "end")
+    types = {name: "*fp32" for name in function.arg_names} | dict.fromkeys(integers, "i32")
     types |= {"features": "*bf16" if dtype == torch.bfloat16 else "*fp32", "scale": "fp32"}
     return compile_kernel(function, architecture, types, options, tune, folder)
 

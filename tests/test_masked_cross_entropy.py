@@ -245,6 +245,14 @@ def test_second_gradient_of_one_forward(backend, small_chunks):
         assert_close(3 * a, b, rtol=1e-6, atol=0)  # one rounding of the factor, one of the product
 
 
+def test_second_derivatives_are_refused(backend, small_chunks):
+    hidden, weight, bias, target = inputs(10, 5, 11)
+    loss, _ = masked_cross_entropy(hidden, weight, bias, target, backend)
+    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        (grad.square().sum() + hidden.square().sum()).backward()
+
+
 def test_frozen_weight(backend, small_chunks):
     hidden, weight, bias, target = inputs(10, 5, 11)
     weight, bias = weight.detach(), bias.detach()

@@ -97,6 +97,15 @@ def test_no_row_counts(M, kernels):
 
 
 @runs_kernels
+@pytest.mark.parametrize("label", [11, 63, 64, 5000])
+def test_a_class_that_is_none_gives_nan(label, kernels):
+    """Targets are not read before the launch; a wrong one is seen in the loss, wherever past V it points."""
+    hidden, weight, bias, target = inputs(7, 5, 11, DEVICE)
+    target[3] = label
+    assert masked_cross_entropy(hidden, weight, bias, target, backend="triton")[0].isnan()
+
+
+@runs_kernels
 def test_large_logits_and_impossible_classes(kernels):
     """Sums of exponentials that would overflow, and classes whose bias is -inf."""
     hidden, weight, bias, target = (x.detach() for x in inputs(5, 4, 1030, DEVICE))

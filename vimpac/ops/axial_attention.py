@@ -28,6 +28,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import backend as backends
@@ -322,6 +323,7 @@ class _AxialAttention(torch.autograd.Function):
         return backends.overload("axial_attention", backend)(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         qkv, cls_qkv, pad, seed = ctx.saved_tensors
         axes, dropout_p, cls_in_context, backend = ctx.options
@@ -341,6 +343,7 @@ class _AxialAttentionPacked(torch.autograd.Function):
         return backends.overload("axial_attention", backend)(*unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         rows, pad, seed = ctx.saved_tensors
         grid, axes, dropout_p, cls_in_context, backend = ctx.options

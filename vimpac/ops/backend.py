@@ -68,11 +68,23 @@ def why_not_triton(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
     reasons = []
     if not HAS_TRITON:
         reasons.append("triton is not installed")
-    if x.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
-        reasons.append(f"tensors are on {x.device}, it needs a CUDA device")
+    if unfit := _unfit_for_triton(x.device):
+        reasons.append(unfit)
     if x.dtype not in dtypes:
         reasons.append(f"{x.dtype}, it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
     return reasons
+
+
+@torch.compiler.assume_constant_result
+def _unfit_for_triton(device: torch.device) -> str:
+    """Why the Triton kernels cannot run on a device, "" if they can."""
+    if device.type != "cuda":
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        return "" if interpreted else f"tensors are on {device}, it needs a CUDA device"
+    if torch.version.hip:
+        return "an AMD GPU, it is written for NVIDIA's"
+    major, minor = torch.cuda.get_device_capability(device)
+    return "" if major >= 8 else f"compute capability {major}.{minor}, it needs 8.0"
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
 
@@ -111,6 +112,7 @@ class _InfoNCE(torch.autograd.Function):
         return loss
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         features, inverse, lse = ctx.saved_tensors
         offset, rows, temperature, group, backend = ctx.options

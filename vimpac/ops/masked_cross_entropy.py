@@ -14,6 +14,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
 
@@ -28,7 +29,8 @@ def masked_cross_entropy(
 
     hidden [M, C], weight [V, C], bias [V]: floating, one device; hidden and weight share a dtype, or are in autocast,
     whose dtype the product then runs in.
-    target [M] int64: class of each row, negative = the row does not count. No counting row gives loss and accuracy 0.
+    target [M] int64: class of each row, negative = the row does not count. No counting row gives loss and accuracy 0. A class
+    of V or more is an error that the device reports, or a loss of NaN: targets are not read here.
     backend: "chunked", "triton" (CUDA), "reference" or None (chooses).
 
     Raises ValueError for other shapes, dtypes or devices.
@@ -71,6 +73,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return loss, accuracy
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad, _):
         counts, *grads = ctx.saved_tensors
         scale = grad / counts
