@@ -27,6 +27,25 @@ BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s
 
 
 @triton.jit
+def _dot(a, b, total=None):
+    """a @ b (+ total). float32 in three tf32 products of high and low parts, small ones first: float32's accuracy.
+
+    Tensor cores cut sums off instead of rounding them, so in float32 none runs on over several products. Triton's own products
+    of float32 ("ieee") are no matrix instructions: with as many warps they spilled up to 9 KB a thread and took a minute to
+    compile; on sm_100 Triton 3.6 made single tf32 products of some.
+    """
+    if a.dtype == tl.float32:
+        a_high = ((a.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        b_high = ((b.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
+        partial = tl.dot(a - a_high, b_high, input_precision="tf32")
+        partial = tl.dot(a_high, b - b_high, partial, input_precision="tf32")
+        partial = tl.dot(a_high, b_high, partial, input_precision="tf32")
+        return partial if total is None else total + partial
+    else:
+        return tl.dot(a, b, total)
+
+
+@triton.jit
 def _philox(row, call, is_cls, seed):
     """Four uint32 words of philox4x32-7 for int64 rows; vimpac/ops/axial_attention.py has the layout of their bits."""
     k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
@@ -202,13 +221,15 @@ def _forward_axis(
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
-    base = qkv + b * s_b + head * s_n
+    base = qkv + b * s_b + head.to(tl.int64) * s_n
     name = b * TOKENS * N + head  # of the clip's first row, for dropout
     value = tl.load(seed) if THRESHOLD > 0 else 0
-    p_cls = cls_qkv + b * c_b + head * c_n + o_d
-    c = tl.load(p_cls[None, :] + o_c[:, None] * c_3, mask=(o_c < 3)[:, None] & m_d[None, :], other=0.0)  # q, k, v
+    p_cls = cls_qkv + b * c_b + head.to(tl.int64) * c_n + o_d
+    m_kv = m_d if CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
+    m_c = tl.where(o_c[:, None] == 0, m_d[None, :], (o_c < 3)[:, None] & m_kv[None, :])
+    c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)  # q, k, v
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
-    k_cls = tl.load(p_cls + c_3, mask=m_d, other=0.0).to(tl.float32)
+    k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
     itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
     i = tl.arange(0, LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
@@ -223,31 +244,31 @@ def _forward_axis(
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
-        v = tl.load(pointer + 2 * s_3, mask=mask, other=0.0)
+        v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
         m_key = m_row
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
         if THRESHOLD > 0:  # while the loads are under way
             keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
             cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2
+        scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
-        score_cls = _column(tl.dot(q, tl.trans(c), input_precision="ieee"), 1) * LOG2
+        score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
         probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
-        cls_scores = _column(tl.dot(k, tl.trans(c), input_precision="ieee"), 0) * LOG2
+        cls_scores = _column(_dot(k, tl.trans(c)), 0) * LOG2
         cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
         cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
         if THRESHOLD > 0:
             probs, prob_cls = tl.where(keep, probs * KEPT, 0.0), tl.where(keep_cls, prob_cls * KEPT, 0.0)
             cls_probs, cls_prob = tl.where(cls_keep, cls_probs * KEPT, 0.0), tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
-        y = tl.dot(probs.to(kind), v, input_precision="ieee")
+        y = _dot(probs.to(kind), v)
         if CONTEXT:
-            y = tl.dot(_place(prob_cls, 2, kind), c, y, input_precision="ieee")
+            y = _dot(_place(prob_cls, 2, kind), c, y)
             from_itself += cls_prob
-        collected = tl.dot(_place_row(tl.sum(cls_probs, 0), 0, kind), v, collected, input_precision="ieee")
+        collected = _dot(_place_row(tl.sum(cls_probs, 0), 0, kind), v, collected)
         tl.store(out + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], y.to(kind), mask=mask)
     y_cls = tl.sum(tl.where(o_c[:, None] == 0, collected, 0.0), 0)
-    y_cls += tl.sum(from_itself, 0) * tl.load(p_cls + 2 * c_3, mask=m_d, other=0.0).to(tl.float32)
+    y_cls += tl.sum(from_itself, 0) * tl.load(p_cls + c_3 + c_3, mask=m_kv, other=0.0).to(tl.float32)
     tl.store(part + ((b * N + head) * SPLITS + split) * D + o_d, y_cls / S, mask=m_d)
 
 
@@ -349,16 +370,18 @@ def _backward_axis(
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
-    base = qkv + b * s_b + head * s_n
+    base = qkv + b * s_b + head.to(tl.int64) * s_n
     name = b * TOKENS * N + head  # of the clip's first row, for dropout
     value = tl.load(seed) if THRESHOLD > 0 else 0
-    p_cls = cls_qkv + b * c_b + head * c_n + o_d
+    p_cls = cls_qkv + b * c_b + head.to(tl.int64) * c_n + o_d
     p_grad = grad + ((B.to(tl.int64) * TOKENS + b) * N + head) * D + o_d
-    c = tl.load(p_cls[None, :] + o_c[:, None] * c_3, mask=(o_c < 3)[:, None] & m_d[None, :], other=0.0)
+    m_kv = m_d if CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
+    m_c = tl.where(o_c[:, None] == 0, m_d[None, :], (o_c < 3)[:, None] & m_kv[None, :])
+    c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)
     c = tl.where(o_c[:, None] == 3, tl.load(p_grad, mask=m_d, other=0.0)[None, :], c)  # q, k, v, gradient of S · output
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
-    k_cls = tl.load(p_cls + c_3, mask=m_d, other=0.0).to(tl.float32)
-    v_cls = tl.load(p_cls + 2 * c_3, mask=m_d, other=0.0).to(tl.float32)
+    k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
+    v_cls = tl.load(p_cls + c_3 + c_3, mask=m_kv, other=0.0).to(tl.float32)
     g_cls = tl.load(p_grad, mask=m_d, other=0.0).to(tl.float32)
     itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
     dp_itself = tl.sum(g_cls * v_cls, 0) + tl.zeros((Q,), tl.float32)
@@ -376,7 +399,7 @@ def _backward_axis(
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
-        v = tl.load(pointer + 2 * s_3, mask=mask, other=0.0)
+        v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
         g = tl.load(grad + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], mask=mask, other=0.0)
         m_key = m_row
         if PAD:
@@ -384,11 +407,11 @@ def _backward_axis(
         if THRESHOLD > 0:  # while the loads are under way
             keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
             cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
-        scores = tl.dot(q, tl.trans(k), input_precision="ieee") * LOG2
+        scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
-        score_cls = _column(tl.dot(q, tl.trans(c), input_precision="ieee"), 1) * LOG2
+        score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
         probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
-        cls_scores = _column(tl.dot(k, tl.trans(c), input_precision="ieee"), 0) * LOG2
+        cls_scores = _column(_dot(k, tl.trans(c)), 0) * LOG2
         cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
         cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
         dropped, dropped_cls, cls_dropped, cls_dropped_itself = probs, prob_cls, cls_probs, cls_prob
@@ -397,15 +420,15 @@ def _backward_axis(
             cls_dropped = tl.where(cls_keep, cls_probs * KEPT, 0.0)
             cls_dropped_itself = tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
         p_out = dqkv + (b * TOKENS * 3 * N + head) * D + (token.to(index) * (3 * N * D))[:, None] + o_d[None, :]
-        dv = tl.dot(tl.trans(dropped.to(kind)), g, input_precision="ieee")
-        dv = tl.dot(_place(tl.sum(cls_dropped, 0) / S, 3, kind), c, dv, input_precision="ieee")
+        dv = _dot(tl.trans(dropped.to(kind)), g)
+        dv = _dot(_place(tl.sum(cls_dropped, 0) / S, 3, kind), c, dv)
         tl.store(p_out + 2 * N * D, dv.to(kind), mask=mask)
         if CONTEXT:
-            collected = tl.dot(_place_row(dropped_cls, 2, kind), g, collected, input_precision="ieee")
+            collected = _dot(_place_row(dropped_cls, 2, kind), g, collected)
             from_itself += cls_dropped_itself
-        dp = tl.dot(g, tl.trans(v), input_precision="ieee")
-        dp_cls = _column(tl.dot(g, tl.trans(c), input_precision="ieee"), 2)
-        cls_dp = _column(tl.dot(v, tl.trans(c), input_precision="ieee"), 3)[None, :]
+        dp = _dot(g, tl.trans(v))
+        dp_cls = _column(_dot(g, tl.trans(c)), 2)
+        cls_dp = _column(_dot(v, tl.trans(c)), 3)[None, :]
         cls_dp_itself = dp_itself
         if THRESHOLD > 0:  # dropout is a factor on both sides: of the probabilities and of their gradients
             dp, dp_cls = tl.where(keep, dp * KEPT, 0.0), tl.where(keep_cls, dp_cls * KEPT, 0.0)
@@ -414,15 +437,15 @@ def _backward_axis(
         ds = (probs * (dp - delta[:, None]) * SCALE).to(kind)
         cls_delta = tl.sum(cls_probs * cls_dp, 1) + cls_prob * cls_dp_itself
         cls_ds = tl.sum(cls_probs * (cls_dp - cls_delta[:, None]), 0) * SCALE  # [LP]: a key is on one line
-        dq = tl.dot(ds, k, input_precision="ieee")
-        dk = tl.dot(tl.trans(ds), q, input_precision="ieee")
-        dk = tl.dot(_place(cls_ds / S, 0, kind), c, dk, input_precision="ieee")
+        dq = _dot(ds, k)
+        dk = _dot(tl.trans(ds), q)
+        dk = _dot(_place(cls_ds / S, 0, kind), c, dk)
         tl.store(p_out + N * D, dk.to(kind), mask=mask)
-        collected = tl.dot(_place_row(cls_ds, 0, kind), k, collected, input_precision="ieee")
+        collected = _dot(_place_row(cls_ds, 0, kind), k, collected)
         if CONTEXT:
             ds_cls = prob_cls * (dp_cls - delta) * SCALE
-            dq = tl.dot(_place(ds_cls, 1, kind), c, dq, input_precision="ieee")
-            collected = tl.dot(_place_row(ds_cls, 1, kind), q, collected, input_precision="ieee")
+            dq = _dot(_place(ds_cls, 1, kind), c, dq)
+            collected = _dot(_place_row(ds_cls, 1, kind), q, collected)
             ds_itself += cls_prob * (cls_dp_itself - cls_delta)
         tl.store(p_out, dq.to(kind), mask=mask)
     ds = tl.sum(ds_itself, 0) * (SCALE / S)
@@ -527,7 +550,8 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
     if B == 0:
         return
     options = constants(qkv.shape[1:], qkv.stride()[1:4], tuple(axes), pad is not None, dropout_p, cls_in_context)
-    shape = launch_shape(kernel is _forward, options["AXES"], options["GRID"], options["BD"], capability(qkv.device))
+    block = options["AXES"], options["GRID"], options["BD"], qkv.element_size()
+    shape = launch_shape(kernel is _forward, *block, capability(qkv.device))
     splits = options["SPLITS"]
     part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
     optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
@@ -570,16 +594,19 @@ def lines_of_block(length):
 
 
 @functools.lru_cache(256)
-def launch_shape(forward, axes, grid, width, capability):
+def launch_shape(forward, axes, grid, width, itemsize, capability):
     """num_warps and num_stages for a compute capability such as 90.
 
     Chosen by registers, spills and instructions a byte in the compiled code: a warp holds 1024 elements of a block. Two stages
     (the next block's loads under way) cost no register forward, and spill backward above 512 elements. Left to itself, ptxas
-    spills a few bytes to run 12 warps instead of 10: maxnreg forbids it. Not measured on a GPU yet.
+    spills a few bytes to run 12 warps instead of 10: maxnreg forbids it. float32 takes four times the registers: even with more
+    warps backward spills some 150 bytes. Not measured on a GPU yet.
     """
     lengths = [grid[axis] for axis in axes]
     rows, packed = max(16, triton.next_power_of_2(max(lengths))), lines_of_block(min(lengths)) > 1
     elements = rows * width
+    if itemsize == 4:
+        return {"num_warps": max(1, min(8, elements // 256)) if forward or elements <= 512 else 8, "num_stages": 1}
     warps = max(1, min(8, elements // 1024))
     if not forward and elements == 1024 and (packed or (rows == 32 and capability < 90)):
         warps = 2  # one warp would spill 16 to 90 bytes

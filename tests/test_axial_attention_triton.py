@@ -23,6 +23,7 @@ from kernel_checks import (
 
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
+from vimpac.ops.philox import philox, split_words
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -36,6 +37,9 @@ CASES = [  # grid, axes, heads, head width, cls_in_context, dropout
     ((2, 32, 2), ("H", "T"), 2, 32, True, 0.3),  # [CLS] is key 32: a call of its own
     ((1, 33, 4), ("W", "H"), 2, 16, True, 0.2),
     ((2, 64, 3), ("H",), 1, 128, False, 0.2),
+    ((1, 64, 2), ("H",), 1, 16, True, 0.2),
+    ((2, 7, 2), ("H",), 1, 16, True, 0.3),  # 8 keys, with [CLS] and without
+    ((2, 8, 2), ("H",), 1, 16, False, 0.3),
 ]
 
 
@@ -50,8 +54,10 @@ def inputs(grid, heads, width, dtype, clips=2):
     whole = torch.full((heads, clips, 3, T, H, W, width + 2), float("nan"))
     whole[..., :width] = torch.randn(whole[..., :width].shape, generator=g)
     qkv = whole.to(dtype)[..., :width].permute(1, 3, 4, 5, 2, 0, 6)
-    cls = torch.randn(clips, heads, 3, width, generator=g).to(dtype).transpose(1, 2)
-    pad = torch.rand(clips, T, H, W, generator=g) < 0.3
+    cls = torch.full((clips, heads, 3, width + 2), float("nan"))
+    cls[..., :width] = torch.randn(cls[..., :width].shape, generator=g)
+    cls = cls.to(dtype)[..., :width].transpose(1, 2)
+    pad = torch.rand(clips, W, T, H, generator=g).permute(0, 2, 3, 1) < 0.3
     pad[0, :, 0] = True  # lines without any token
     return qkv.to(DEVICE), cls.to(DEVICE), pad.to(DEVICE)
 
@@ -69,8 +75,12 @@ def run(function, qkv, cls, *arguments, **options):
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("grid, axes, heads, width, context, p", CASES)
 def test_float32_is_the_reference(grid, axes, heads, width, context, p, padded, monkeypatch):
-    """Values, gradients, [CLS], PAD and dropout, element by element; outputs start as NaN."""
+    """Values, gradients, [CLS], PAD and dropout, element by element; outputs start as NaN. One program a clip, or several."""
+    from vimpac.kernels import axial_attention as kernels
+
     poison_new_tensors(monkeypatch)
+    monkeypatch.setattr(kernels, "BLOCKS", 1 if padded else 16)
+    kernels.constants.cache_clear()
     qkv, cls, pad = inputs(grid, heads, width, torch.float32)
     call = (axes, pad if padded else None, p, 98765432109876, context)
     got = run(axial_attention, qkv, cls, *call, backend="triton")
@@ -159,19 +169,62 @@ def test_more_lines_than_65535(clips):
 
 
 @runs_kernels
-@pytest.mark.parametrize("far", ["clips", "frames"])
+@pytest.mark.parametrize("far", ["clips", "frames", "heads", "kinds"])
 def test_offsets_past_two_to_the_31(far):
     """Strides below 2^31 whose products are above: a clip's own offset, and (WIDE) offsets within a clip, need 64 bits."""
-    clips, grid = ((3, (2, 2, 1)), (1, (3, 2, 1)))[far == "frames"]
     step = 2**30 + 2**28
-    whole = torch.empty(2 * step + 1000, dtype=torch.float16, device=DEVICE)  # 5 GiB, hardly any of it touched
-    t, h, w = (grid[1] * grid[2] * 48, grid[2] * 48, 48)
-    qkv = whole.as_strided((clips, *grid, 3, 1, 16), (step, step if far == "frames" else t, h, w, 16, 16, 1))
+    whole = torch.empty(2 * step + 10_000, dtype=torch.float16, device=DEVICE)  # 5 GiB, hardly any of it touched
+    dimension = {"clips": 0, "frames": 1, "kinds": 4, "heads": 5}[far]
+    shape = [1, 1, 2, 1, 3, 1, 16]
+    shape[dimension] = 3
+    strides = list(torch.empty(shape, device="meta").stride())
+    strides[dimension] = step
+    qkv = whole.as_strided(shape, strides)
     qkv.copy_(torch.randn(qkv.shape))
-    cls = torch.randn(clips, 3, 1, 16).to(qkv)
+    cls = torch.randn(shape[0], 3, shape[5], 16).to(qkv)
     near = qkv.clone(memory_format=torch.contiguous_format)
     for a, b in zip(*(run(axial_attention, x, cls, ("T",), backend="triton") for x in (qkv, near)), strict=True):
         assert torch.equal(a, b)
+
+
+@runs_kernels
+@pytest.mark.parametrize("axes", [("T",), ("H", "W")])
+def test_cls_is_not_read_where_it_is_no_key(axes):
+    """cls_in_context=False: whatever [CLS]'s key and value are, they reach nothing."""
+    qkv, cls, _ = inputs((2, 3, 2), 2, 16, torch.float32)
+    expected = run(axial_attention, qkv, cls, axes, None, 0.0, None, False, backend="reference")
+    cls = cls.clone()
+    cls[:, 1:] = float("inf")
+    for a, b in zip(run(axial_attention, qkv, cls, axes, None, 0.0, None, False, backend="triton"), expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # as above
+
+
+@runs_kernels
+def test_words_of_rows_past_two_to_the_32():
+    """No tensor here has so many rows; the counter's high word, and a seed's, count all the same."""
+    global tl, kernel_philox  # where Triton looks names up
+    import triton
+    import triton.language as tl
+
+    from vimpac.kernels import axial_attention as kernels
+    from vimpac.ops.axial_attention import DROPOUT_ROUNDS
+
+    kernel_philox = kernels._philox
+
+    @triton.jit
+    def draw(rows, seed, out):
+        i = tl.arange(0, 4)
+        w0, w1, w2, w3 = kernel_philox(tl.load(rows + i), 5, 1, tl.load(seed))
+        tl.store(out + i, w0.to(tl.int64))
+        tl.store(out + 4 + i, w1.to(tl.int64))
+        tl.store(out + 8 + i, w2.to(tl.int64))
+        tl.store(out + 12 + i, w3.to(tl.int64))
+
+    rows = torch.tensor([7, 2**32 + 7, 2**40 - 1, 2**62], device=DEVICE)
+    seed = torch.tensor(-(2**61) + 3, device=DEVICE)
+    out = torch.zeros(4, 4, dtype=torch.int64, device=DEVICE)
+    draw[(1,)](rows, seed, out)
+    assert torch.equal(out, torch.stack(philox((*split_words(rows), 5, 1), seed, DROPOUT_ROUNDS)))
 
 
 # --- bytes ------------------------------------------------------------------------------------------------------------
@@ -244,7 +297,7 @@ def check_compiled(architecture, kernel, grid, heads, width, axes):
     options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
     function = getattr(kernels, kernel)
     types = {name: "*bf16" for name in function.arg_names} | TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], architecture)
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 2, architecture)
     binary = compile_kernel(function, architecture, types, options, launch)
     check_binary(binary, architecture, matrix=True)
     programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
@@ -257,3 +310,25 @@ def test_compiles_to_tensor_cores_without_spills(architecture):
     heads = HEADS if architecture == 90 else HEADS[::2]  # Base differs from Small in a constant only, and this takes a minute
     kinds = itertools.product(("_forward", "_backward"), GRIDS, heads, (("T",), ("H", "W")))
     check_all(check_compiled, [(architecture, kernel, grid, *heads, axes) for kernel, grid, heads, axes in kinds])
+
+
+def check_float32(architecture, kernel, width, axes):
+    """Three tf32 products for one, as many steps of each kind; a little local memory is all that is left of its registers."""
+    from vimpac.kernels import axial_attention as kernels
+
+    grid, heads = (5, 16, 16), 512 // width
+    strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
+    options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
+    function = getattr(kernels, kernel)
+    types = {name: "*fp32" for name in function.arg_names} | TYPES
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 4, architecture)
+    binary = compile_kernel(function, architecture, types, options, launch)
+    assert ".tf32" in binary.ptx or "kind::tf32" in binary.ptx
+    stack = int(binary.usage.split("STACK:")[1].split()[0])
+    assert stack <= (0 if kernel == "_forward" else 256), f"{stack} bytes of stack"
+    assert binary.shared <= 99 << 10  # what sm_86 and sm_120 have
+
+
+@not_interpreted
+def test_float32_runs_on_tensor_cores():
+    check_all(check_float32, list(itertools.product(ARCHITECTURES, ("_forward", "_backward"), (64, 32), (("T",), ("H", "W")))))

@@ -305,6 +305,8 @@ def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) ->
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
         reasons.append(f"head width {qkv.shape[6]}, it takes at most 128")
+    if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
+        reasons.append("bfloat16 in Triton's interpreter, which multiplies it wrongly")
     return reasons
 
 
