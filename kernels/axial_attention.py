@@ -551,7 +551,7 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
         return
     options = constants(qkv.shape[1:], qkv.stride()[1:4], tuple(axes), pad is not None, dropout_p, cls_in_context)
     block = options["AXES"], options["GRID"], options["BD"], qkv.element_size()
-    shape = launch_shape(kernel is _forward, *block, capability(qkv.device))
+    shape = launch_shape(kernel is _forward, *block)
     splits = options["SPLITS"]
     part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
     optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
@@ -594,8 +594,8 @@ def lines_of_block(length):
 
 
 @functools.lru_cache(256)
-def launch_shape(forward, axes, grid, width, itemsize, capability):
-    """num_warps and num_stages for a compute capability such as 90.
+def launch_shape(forward, axes, grid, width, itemsize):
+    """num_warps and num_stages.
 
     Chosen by registers, spills and instructions a byte in the compiled code: a warp holds 1024 elements of a block. Two stages
     (the next block's loads under way) cost no register forward, and spill backward above 512 elements. Left to itself, ptxas
@@ -608,15 +608,7 @@ def launch_shape(forward, axes, grid, width, itemsize, capability):
     if itemsize == 4:
         return {"num_warps": max(1, min(8, elements // 256)) if forward or elements <= 512 else 8, "num_stages": 1}
     warps = max(1, min(8, elements // 1024))
-    if not forward and elements == 1024 and (packed or (rows == 32 and capability < 90)):
-        warps = 2  # one warp would spill 16 to 90 bytes
+    if not forward and elements >= 1024 and (packed or rows == 32):
+        warps *= 2  # or some versions of Triton spill 8 to 90 bytes
     shape = {"num_warps": warps, "num_stages": 2 if forward or elements <= 512 else 1}
     return shape | ({"maxnreg": 255} if elements >= 1024 else {})
-
-
-def capability(device):
-    """Compute capability of a CUDA device, 80 for 8.0; 0 in the interpreter."""
-    if device.type != "cuda":
-        return 0
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor

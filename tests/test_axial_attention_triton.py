@@ -297,7 +297,7 @@ def check_compiled(architecture, kernel, grid, heads, width, axes):
     options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
     function = getattr(kernels, kernel)
     types = {name: "*bf16" for name in function.arg_names} | TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 2, architecture)
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 2)
     binary = compile_kernel(function, architecture, types, options, launch)
     check_binary(binary, architecture, matrix=True)
     programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
@@ -321,7 +321,7 @@ def check_float32(architecture, kernel, width, axes):
     options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
     function = getattr(kernels, kernel)
     types = {name: "*fp32" for name in function.arg_names} | TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 4, architecture)
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], 4)
     binary = compile_kernel(function, architecture, types, options, launch)
     assert ".tf32" in binary.ptx or "kind::tf32" in binary.ptx
     stack = int(binary.usage.split("STACK:")[1].split()[0])
@@ -331,4 +331,4 @@ def check_float32(architecture, kernel, width, axes):
 
 @not_interpreted
 def test_float32_runs_on_tensor_cores():
-    check_all(check_float32, list(itertools.product(ARCHITECTURES, ("_forward", "_backward"), (64, 32), (("T",), ("H", "W")))))
+    check_all(check_float32, list(itertools.product((90,), ("_forward", "_backward"), (64, 32), (("T",), ("H",)))))
