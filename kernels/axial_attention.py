@@ -31,8 +31,8 @@ def _dot(a, b, total=None):
     """a @ b (+ total). float32 in three tf32 products of high and low parts, small ones first: float32's accuracy.
 
     Tensor cores cut sums off instead of rounding them, so in float32 none runs on over several products. Triton's own products
-    of float32 ("ieee") are no matrix instructions: with as many warps they spilled up to 9 KB a thread and took a minute to
-    compile; on sm_100 Triton 3.6 made single tf32 products of some.
+    of float32 ("ieee") are no matrix instructions: backward spilled kilobytes a thread, lines of 64 tokens took up to 50 s to
+    compile, and on sm_100 Triton 3.6 made single tf32 products of some.
     """
     if a.dtype == tl.float32:
         a_high = ((a.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)

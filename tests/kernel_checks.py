@@ -80,9 +80,7 @@ class Binary:
     shared: int  # bytes of shared memory a program
 
 
-def compile_kernel(
-    function, architecture: int, signature: dict, constants: dict, launch: dict, folder: Path | None = None
-) -> Binary:
+def compile_kernel(function, architecture: int, signature: dict, constants: dict, launch: dict) -> Binary:
     """Compile a Triton kernel for an architecture that need not be there, and disassemble it.
 
     signature: argument → Triton type ("*bf16", "i32", a tuple of types for a tuple argument); every argument in `constants`

@@ -239,12 +239,12 @@ TYPES = {
     ],
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_without_spills(architecture, grid, dtype, ratio, noisy, tmp_path):
+def test_compiles_without_spills(architecture, grid, dtype, ratio, noisy):
     from vimpac.kernels import block_mask as kernels
 
     options = kernels._options(grid, 5, ratio, noisy, 8192) | {"s_w": 1}
     types = {"tokens": dtype, "new": dtype} | TYPES
-    binary = compile_kernel(kernels._draw, architecture, types, options, kernels.OPTIONS, tmp_path)
+    binary = compile_kernel(kernels._draw, architecture, types, options, kernels.OPTIONS)
     check_binary(binary, architecture, matrix=False)
     registers = int(binary.usage.split("REG:")[1].split()[0])
     assert registers <= 128  # 4 programs of 128 threads on a multiprocessor

@@ -396,7 +396,7 @@ def test_splits_fill_the_gpu():
 MATRIX = r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\.\S*(tf32|bf16|kind::f16)"
 
 
-def compiled(kernel, architecture, dtype, d, folder, allow_tf32=False, group=False):
+def compiled(kernel, architecture, dtype, d, allow_tf32=False, group=False):
     from vimpac.kernels import info_nce as kernels
 
     function = getattr(kernels, kernel)
@@ -408,7 +408,7 @@ def compiled(kernel, architecture, dtype, d, folder, allow_tf32=False, group=Fal
     integers = ("N", "rows", "offset", "splits", "begin", "end")
     types = {name: "*fp32" for name in function.arg_names} | dict.fromkeys(integers, "i32")
     types |= {"features": "*bf16" if dtype == torch.bfloat16 else "*fp32", "scale": "fp32"}
-    return compile_kernel(function, architecture, types, options, tune, folder)
+    return compile_kernel(function, architecture, types, options, tune)
 
 
 def products(binary):
@@ -430,19 +430,19 @@ def products(binary):
     ],
 )
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_to_tensor_cores_without_spills(architecture, kernel, dtype, d, tmp_path):
-    binary = compiled(kernel, architecture, dtype, d, tmp_path)
+def test_compiles_to_tensor_cores_without_spills(architecture, kernel, dtype, d):
+    binary = compiled(kernel, architecture, dtype, d)
     check_binary(binary, architecture, matrix=True)
     expected = {"tf32"} if dtype == torch.float32 else {"kind::f16"} if architecture == 100 else {"bf16"}
     assert products(binary).keys() == expected
 
 
 @not_interpreted
-def test_group_form_does_not_spill(tmp_path):
-    check_binary(compiled("_backward", 90, torch.float32, 256, tmp_path, group=True), 90, matrix=True)
+def test_group_form_does_not_spill():
+    check_binary(compiled("_backward", 90, torch.float32, 256, group=True), 90, matrix=True)
 
 
 @not_interpreted
-def test_three_products_where_torch_allows_one(tmp_path):
-    one, three = (products(compiled("_forward", 90, torch.float32, 256, tmp_path, x))["tf32"] for x in (True, False))
+def test_three_products_where_torch_allows_one():
+    one, three = (products(compiled("_forward", 90, torch.float32, 256, x))["tf32"] for x in (True, False))
     assert three == 3 * one

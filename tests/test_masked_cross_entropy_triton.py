@@ -208,12 +208,12 @@ def test_says_why_it_cannot_run():
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("dtype", ["*bf16", "*fp32"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-def test_compiles_to_wide_accesses_without_spills(architecture, dtype, gradients, tmp_path):
+def test_compiles_to_wide_accesses_without_spills(architecture, dtype, gradients):
     from vimpac.kernels import masked_cross_entropy as kernels
 
     types = {"logits": dtype, "bias": "*fp32", "target": "*i64", "loss": "*fp32", "hits": "*fp32", "V": "i32"}
     options = {"s_target": 1, "PITCH": 8256, "BLOCK": kernels.BLOCK, "GRADIENTS": gradients}
-    binary = compile_kernel(kernels._cross_entropy, architecture, types, options, kernels.OPTIONS, tmp_path)
+    binary = compile_kernel(kernels._cross_entropy, architecture, types, options, kernels.OPTIONS)
     check_binary(binary, architecture, matrix=False)
     narrow = [x for x in binary.sass.splitlines() if ("LDG" in x or "STG" in x) and ".128" not in x]
     assert len(narrow) == 3  # target, loss and hits; rows and bias go in 16 bytes
