@@ -21,12 +21,12 @@ import sys
 from collections.abc import Callable
 from functools import partial
 
-import harness
-import naive
 import torch
-from harness import Benchmark, Case, Impl
 from torch import Tensor, nn
 
+import harness
+import naive
+from harness import Benchmark, Case, Impl
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.losses import contrastive_loss, mask_loss
 from vimpac.model import PretrainModel

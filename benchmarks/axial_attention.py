@@ -20,13 +20,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 
-import harness
 import torch
 import torch.nn.functional as F
-from harness import Benchmark, Case, Impl
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import harness
+from harness import Benchmark, Case, Impl
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import axial_attention_packed, axial_attention_reference
 from vimpac.ops.axial_attention import from_lines, head_groups, line_qkv, preference, unpack

@@ -14,12 +14,12 @@ import math
 import sys
 from functools import partial
 
-import harness
-import naive
 import torch
-from harness import Benchmark, Case, Impl
 from torch import Tensor
 
+import harness
+import naive
+from harness import Benchmark, Case, Impl
 from vimpac.ops import block_mask, block_mask_reference
 from vimpac.ops.block_mask import MASK_OFFSET, expected_block_ratio
 from vimpac.training.step import blocks_for_ratio

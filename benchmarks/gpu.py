@@ -16,8 +16,9 @@ import sys
 import time
 from pathlib import Path
 
-import harness
 import torch
+
+import harness
 
 ROOT = harness.ROOT
 TESTS = [  # the slowest first: they run side by side

@@ -12,12 +12,12 @@ from __future__ import annotations
 import sys
 from functools import partial
 
-import harness
 import torch
 import torch.nn.functional as F
-from harness import Benchmark, Case, Impl
 from torch import Tensor
 
+import harness
+from harness import Benchmark, Case, Impl
 from vimpac.ops import info_nce, info_nce_reference
 
 D, TEMPERATURE = 256, 0.2

@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import sys
 
-import harness
 import torch
 import torch.nn.functional as F
-from harness import Benchmark, Case, Impl
 from torch import Tensor
 
+import harness
+from harness import Benchmark, Case, Impl
 from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
 
 PASSES = ("forward", "forward+backward")

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from runs import arguments, run, write_store
 
 

@@ -8,9 +8,9 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from test_philox import philox_ints
 from torch.testing import assert_close
 
+from test_philox import philox_ints
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
 

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
@@ -20,7 +21,6 @@ from kernel_checks import (
     runs_in_interpreter,
     runs_kernels,
 )
-
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
 from vimpac.ops.philox import philox, split_words

@@ -5,8 +5,8 @@ import math
 
 import pytest
 import torch
-from test_philox import philox_ints
 
+from test_philox import philox_ints
 from vimpac.ops import BlockMask, block_mask, block_mask_reference
 from vimpac.ops import backend as backends
 from vimpac.ops.block_mask import SCHEMA, _blocks, _fake, expected_block_ratio

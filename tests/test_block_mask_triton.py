@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
@@ -14,7 +15,6 @@ from kernel_checks import (
     runs_kernels,
 )
 from test_block_mask import SAMPLES, SEEDS, assert_same, clips
-
 from vimpac.ops import backend as backends
 from vimpac.ops import block_mask
 

@@ -5,8 +5,8 @@ import sys
 
 import numpy as np
 import pytest
-from test_video import noise, write_video
 
+from test_video import noise, write_video
 from vimpac import cli
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError

@@ -6,8 +6,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from runs import VOCABULARY, write_store
 
+from runs import VOCABULARY, write_store
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError

@@ -5,8 +5,8 @@ import time
 
 import pytest
 import torch
-from runs import Run, arguments, hooks, keep_weights, metrics, model_bytes, on_call, on_rank, run, undrawn, wide_start
 
+from runs import Run, arguments, hooks, keep_weights, metrics, model_bytes, on_call, on_rank, run, undrawn, wide_start
 from vimpac.errors import InputError
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.training.distributed import BatchPlan, plan_batches

@@ -5,8 +5,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from runs import VOCABULARY, tiny_config
 
+from runs import VOCABULARY, tiny_config
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
 from vimpac.evaluation.held_out import HELD_OUT_IDS, evaluate, most_frequent_token, nearest_visible, partners_found

@@ -6,6 +6,9 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
@@ -17,9 +20,6 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from torch.testing import assert_close
-from torch.utils._python_dispatch import TorchDispatchMode
-
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
 

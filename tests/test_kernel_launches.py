@@ -6,6 +6,7 @@ the shapes here are odd ones: one clip, one token, heads of width 1, strides of 
 
 import pytest
 import torch
+
 from kernel_checks import launches_compile_only, not_interpreted
 
 pytest.importorskip("triton", reason="triton is not installed")

@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.testing import assert_close
+
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
@@ -15,8 +17,6 @@ from kernel_checks import (
     runs_kernels,
 )
 from test_masked_cross_entropy import FLOAT32, Largest, inputs, values_and_gradients
-from torch.testing import assert_close
-
 from vimpac.ops import backend as backends
 from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
 

@@ -4,8 +4,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from runs import tiny_model
 
+from runs import tiny_model
 from vimpac.config import PRESETS, TrainConfig
 from vimpac.model import PretrainModel
 from vimpac.training.optim import adamw, learning_rate

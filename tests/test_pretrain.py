@@ -12,8 +12,8 @@ import time
 import numpy as np
 import pytest
 import torch
-from runs import MODEL, VOCABULARY, Run, arguments, metrics, model_bytes, on_call, run, tiny_config, write_store
 
+from runs import MODEL, VOCABULARY, Run, arguments, metrics, model_bytes, on_call, run, tiny_config, write_store
 from vimpac import convert
 from vimpac.errors import InputError
 from vimpac.training import pretrain as pretrain_module

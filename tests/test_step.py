@@ -5,8 +5,8 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
-from runs import MODEL, VOCABULARY, tiny_config
 
+from runs import MODEL, VOCABULARY, tiny_config
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce_reference, masked_cross_entropy_reference
 from vimpac.training.step import PretrainStep, blocks_for_ratio

@@ -9,8 +9,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from test_video import greys, noise, write_video
 
+from test_video import greys, noise, write_video
 from vimpac.config import TokenizeConfig
 from vimpac.data import tokenize as tokenize_module
 from vimpac.data.store import StoreWriter, TokenStore

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 import torch
-from runs import ROOT, arguments, metrics, train_main, write_store
 
+from runs import ROOT, arguments, metrics, train_main, write_store
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.training.checkpoint import list_checkpoints
 

@@ -5,9 +5,9 @@ On a GPU as it is; in the interpreter smaller, with the compiler's code generati
 
 import pytest
 import torch
-from kernel_checks import DEVICE, INTERPRETED, NATIVE, run_in_interpreter, runs_kernels
 from torch.testing import assert_close
 
+from kernel_checks import DEVICE, INTERPRETED, NATIVE, run_in_interpreter, runs_kernels
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
