@@ -25,6 +25,8 @@ test: $(VENV)/test-$(STAMP)
 	$(BIN)/python -m pytest
 
 gpu:
+	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \
+		{ echo "make gpu needs a Python with torch, triton, numpy and pytest, $(PYTHON) has not all: make gpu PYTHON=…" >&2; exit 1; }
 	$(PYTHON) benchmarks/gpu.py
 
 $(VENV)/run-$(STAMP): | $(BIN)/python
