@@ -1,0 +1,204 @@
+// Vectors for CPU kernels. A kernel is written once, over the compiler's own vector types, and compiled once for each instruction
+// set (setup.py sets VIMPAC_ISA and the compiler's flags); isa.h chooses among them at run time.
+//
+// What is compiled for an instruction set must not be linked in place of the same function compiled for another one. So such
+// files call nothing of the standard library but what is inlined, and all their functions are static or always inlined.
+#pragma once
+
+#include <cstdint>
+#include <type_traits>
+#include <utility>
+
+#include "axial_attention.h"
+#include "philox.h"
+
+namespace vimpac {
+
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+
+template <class T, int LANES>
+struct VectorOf {
+  typedef T type __attribute__((vector_size(LANES * sizeof(T))));
+};
+
+template <class T, int LANES>
+using Vector = typename VectorOf<T, LANES>::type;
+
+template <class T>
+constexpr int WIDTH = VECTOR_BYTES / static_cast<int>(sizeof(T));  // lanes that a register holds
+
+struct BFloat16 {
+  uint16_t bits;
+};
+
+// What a kernel computes in, and the integers of the same width.
+template <class T>
+struct Arithmetic {
+  using type = T;
+};
+template <>
+struct Arithmetic<BFloat16> {
+  using type = float;
+};
+
+// --- loads and stores, at any alignment --------------------------------------------------------------------------------
+
+template <class V, class T>
+HOST_DEVICE V raw_load(const T* from) {
+  V v;
+  __builtin_memcpy(&v, from, sizeof(V));
+  return v;
+}
+
+template <class V, class T>
+HOST_DEVICE void raw_store(T* to, V v) {
+  __builtin_memcpy(to, &v, sizeof(V));
+}
+
+template <int LANES>
+HOST_DEVICE Vector<float, LANES> load(const float* from) {
+  return raw_load<Vector<float, LANES>>(from);
+}
+
+template <int LANES>
+HOST_DEVICE Vector<double, LANES> load(const double* from) {
+  return raw_load<Vector<double, LANES>>(from);
+}
+
+template <int LANES>
+HOST_DEVICE Vector<float, LANES> load(const BFloat16* from) {
+  auto bits = __builtin_convertvector(raw_load<Vector<uint16_t, LANES>>(from), Vector<uint32_t, LANES>) << 16;
+  return (Vector<float, LANES>)bits;
+}
+
+template <int LANES>
+HOST_DEVICE void store(float* to, Vector<float, LANES> v) {
+  raw_store(to, v);
+}
+
+template <int LANES>
+HOST_DEVICE void store(double* to, Vector<double, LANES> v) {
+  raw_store(to, v);
+}
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+template <int LANES>
+HOST_DEVICE void store(BFloat16* to, Vector<float, LANES> v) {
+  auto bits = (Vector<uint32_t, LANES>)v;
+  auto rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  auto nan = (Vector<uint32_t, LANES>)(v != v);
+  rounded = (nan & 0x7FC0u) | (~nan & rounded);
+  raw_store(to, __builtin_convertvector(rounded, Vector<uint16_t, LANES>));
+}
+
+HOST_DEVICE float to_arithmetic(float x) { return x; }
+HOST_DEVICE double to_arithmetic(double x) { return x; }
+HOST_DEVICE float to_arithmetic(BFloat16 x) {
+  uint32_t bits = uint32_t{x.bits} << 16;
+  float value;
+  __builtin_memcpy(&value, &bits, 4);
+  return value;
+}
+
+HOST_DEVICE void from_arithmetic(float& to, float x) { to = x; }
+HOST_DEVICE void from_arithmetic(double& to, double x) { to = x; }
+HOST_DEVICE void from_arithmetic(BFloat16& to, float x) { store<1>(&to, Vector<float, 1>{x}); }
+
+// --- arithmetic --------------------------------------------------------------------------------------------------------
+
+template <class V>
+using Element = std::remove_cv_t<std::remove_reference_t<decltype(std::declval<V&>()[0])>>;
+
+template <class V>
+constexpr int LANES_OF = sizeof(V) / sizeof(Element<V>);
+
+// What combines the lanes of a register into one number.
+struct Lanes {
+  template <class V>
+  static HOST_DEVICE Element<V> sum(V v) {
+    if constexpr (LANES_OF<V> == 1) {
+      return v[0];
+    } else {
+      Vector<Element<V>, LANES_OF<V> / 2> half[2];
+      __builtin_memcpy(half, &v, sizeof(V));
+      return sum(half[0] + half[1]);
+    }
+  }
+
+  template <class V>
+  static HOST_DEVICE Element<V> max(V v) {
+    if constexpr (LANES_OF<V> == 1) {
+      return v[0];
+    } else {
+      Vector<Element<V>, LANES_OF<V> / 2> half[2];
+      __builtin_memcpy(half, &v, sizeof(V));
+      return max(half[0] > half[1] ? half[0] : half[1]);
+    }
+  }
+};
+
+// Coefficients of 2^f = Σ (f ln 2)^k / k!.
+template <class T, int DEGREE>
+struct ExponentialSeries {
+  T c[DEGREE + 1];
+  constexpr ExponentialSeries() : c{} {
+    double term = 1;
+    for (int k = 0; k <= DEGREE; ++k) {
+      c[k] = static_cast<T>(term);
+      term *= 0.69314718055994530942 / (k + 1);
+    }
+  }
+};
+
+// 2^x = 2^n 2^f with n the nearest integer and |f| <= 1/2, where the series is as exact as the type; x at most 0, and what lies
+// below the smallest normal number is 0.
+template <class V>
+HOST_DEVICE V exp2_series(V x) {
+  using T = Element<V>;
+  constexpr bool SINGLE = sizeof(T) == 4;
+  using U = Vector<std::conditional_t<SINGLE, uint32_t, uint64_t>, LANES_OF<V>>;
+  constexpr int DEGREE = SINGLE ? 7 : 13;
+  constexpr T LEAST = SINGLE ? -126 : -1022;
+  constexpr T ROUND = SINGLE ? T(12582912) : T(6755399441055744);  // 1.5 · 2^mantissa: added, it leaves an integer
+  constexpr ExponentialSeries<T, DEGREE> SERIES;
+  V inside = x > LEAST ? x : LEAST + V{};
+  V shifted = inside + ROUND;
+  V f = inside - (shifted - ROUND);
+  V power = SERIES.c[DEGREE] + V{};
+  UNROLL
+  for (int k = DEGREE - 1; k >= 0; --k) power = power * f + SERIES.c[k];
+  U exponent = (U)shifted << (SINGLE ? 23 : 52);  // the integer is in the low bits
+  V result = (V)((U)power + exponent);
+  return x >= LEAST ? result : V{};
+}
+
+template <class V>
+struct Product {  // philox.h's, for a vector of words
+  V high, low;
+  HOST_DEVICE Product(V x, uint32_t multiplier) {
+    auto product = __builtin_convertvector(x, Vector<uint64_t, LANES_OF<V>>) * multiplier;
+    high = __builtin_convertvector(product >> 32, V);
+    low = __builtin_convertvector(product, V);
+  }
+};
+
+namespace axial {
+template <class V>
+struct Exp2 {
+  static HOST_DEVICE V of(V x) {
+    if constexpr (std::is_floating_point_v<V>) {
+      return exp2_series(Vector<V, 1>{x})[0];
+    } else {
+      return exp2_series(x);
+    }
+  }
+};
+}  // namespace axial
+
+}  // namespace vimpac
