@@ -78,15 +78,16 @@ HOST_DEVICE void softmax_gradient(const V (&p)[K], S p_cls, V (&dp)[K], S& dp_cl
 constexpr int DROPOUT_ROUNDS = 7;
 
 struct Dropout {
-  uint32_t threshold;  // a probability whose 16 bits are below is dropped; 0: no dropout
-  float scale;         // of what is kept
+  uint32_t threshold = 0;  // a probability whose 16 bits are below is dropped; 0: no dropout
+  double scale = 1;        // of what is kept
 
+  Dropout() = default;
   HOST_DEVICE explicit Dropout(double p) {
     double words = p * 65536 + 0.5;  // p < 1 is checked in Python; halves round to even there, as here below
     threshold = static_cast<uint32_t>(words);
     if (threshold == words && (threshold & 1)) --threshold;
     if (threshold > 65535) threshold = 65535;
-    scale = static_cast<float>(65536.0 / (65536 - threshold));
+    scale = 65536.0 / (65536 - threshold);
   }
 };
 

@@ -110,6 +110,29 @@ HOST_DEVICE void from_arithmetic(float& to, float x) { to = x; }
 HOST_DEVICE void from_arithmetic(double& to, double x) { to = x; }
 HOST_DEVICE void from_arithmetic(BFloat16& to, float x) { store<1>(&to, Vector<float, 1>{x}); }
 
+// --- lanes -------------------------------------------------------------------------------------------------------------
+
+// Lanes of a and b, numbered through; four of them.
+template <int I0, int I1, int I2, int I3, class T>
+HOST_DEVICE Vector<T, 4> lanes(Vector<T, 4> a, Vector<T, 4> b) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I0, I1, I2, I3);
+#else
+  using I = std::conditional_t<sizeof(T) == 4, int32_t, int64_t>;
+  return __builtin_shuffle(a, b, Vector<I, 4>{I0, I1, I2, I3});
+#endif
+}
+
+template <class T>
+HOST_DEVICE void transpose(Vector<T, 4> (&x)[4]) {
+  auto low0 = lanes<0, 4, 1, 5, T>(x[0], x[1]), high0 = lanes<2, 6, 3, 7, T>(x[0], x[1]);
+  auto low1 = lanes<0, 4, 1, 5, T>(x[2], x[3]), high1 = lanes<2, 6, 3, 7, T>(x[2], x[3]);
+  x[0] = lanes<0, 1, 4, 5, T>(low0, low1);
+  x[1] = lanes<2, 3, 6, 7, T>(low0, low1);
+  x[2] = lanes<0, 1, 4, 5, T>(high0, high1);
+  x[3] = lanes<2, 3, 6, 7, T>(high0, high1);
+}
+
 // --- arithmetic --------------------------------------------------------------------------------------------------------
 
 template <class V>

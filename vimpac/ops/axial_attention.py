@@ -34,6 +34,7 @@ from vimpac.layouts import axis_dimensions
 from vimpac.ops import backend as backends
 from vimpac.ops.philox import philox, seed_tensor, split_words
 
+CPU_AXES = 16  # that _ops_cpu has room for
 LONGEST_LINE = 64  # tokens; longer lines and products of axes are scaled_dot_product_attention's
 DROPOUT_ROUNDS = 7
 
@@ -313,6 +314,23 @@ def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) ->
 backends.implement_triton("axial_attention", "axial_attention.forward")
 backends.implement_triton("axial_attention_backward", "axial_attention.backward")
 backends.register("axial_attention", "triton", _why_not_triton)
+
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _why_not_cpu(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
+    reasons = backends.why_not_library(qkv, "cpu", CPU_DTYPES)
+    if any("x" in axis for axis in axes) or longest_line(axes, qkv.shape) > LONGEST_LINE:
+        reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
+    if len(axes) > CPU_AXES:
+        reasons.append(f"{len(axes)} axes, it takes at most {CPU_AXES}")
+    return reasons
+
+
+for _name in SCHEMAS:
+    backends.implement_library(_name, "cpu")
+backends.register("axial_attention", "cpu", _why_not_cpu)
 
 
 class _AxialAttention(torch.autograd.Function):

@@ -9,16 +9,19 @@ backend runs or raises with every reason; it never falls back. `VIMPAC_BACKEND=r
 `VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op.
 
 Compiled implementations sit behind torch ops, one overload a backend: `vimpac::axial_attention.triton`. Schema and fake
-come from Python (`define`), so a backend only has to bring `implement` (or its C++ twin) for that overload.
+come from Python (`define`), so a backend only has to bring `implement` for that overload, or a C++ library (`implement_library`)
+that is loaded at the first use.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 
@@ -27,6 +30,7 @@ WhyNot = Callable[..., "list[str]"]
 COMPILED = ("cuda", "triton", "cpu")  # the overloads that every op defines
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+LIBRARIES = {"cpu": "_ops_cpu.so", "cuda": "_ops_cuda.so"}  # of csrc/, built by setup.py
 _LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
 _REGISTRY: dict[str, dict[str, WhyNot]] = {}
 
@@ -71,8 +75,12 @@ def why_not_triton(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
     if unfit := _unfit_for_triton(x.device):
         reasons.append(unfit)
     if x.dtype not in dtypes:
-        reasons.append(f"{x.dtype}, it takes {', '.join(str(dtype).removeprefix('torch.') for dtype in dtypes)}")
+        reasons.append(f"{x.dtype}, it takes {_names(dtypes)}")
     return reasons
+
+
+def _names(dtypes: Sequence[torch.dtype]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 @torch.compiler.assume_constant_result
@@ -85,6 +93,101 @@ def _unfit_for_triton(device: torch.device) -> str:
         return "an AMD GPU, it is written for NVIDIA's"
     major, minor = torch.cuda.get_device_capability(device)
     return "" if major >= 8 else f"compute capability {major}.{minor}, it needs 8.0"
+
+
+def implement_library(name: str, backend: str) -> None:
+    """Leave `vimpac::NAME.BACKEND` to a library of csrc/, "cpu" or "cuda", which the first call loads.
+
+    That call lands on a kernel that every device has and the library's own takes precedence over.
+    """
+
+    def load_and_call(*arguments):
+        if reason := library_error(backend):
+            raise RuntimeError(f"vimpac::{name}.{backend} cannot run: {reason}")
+        if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vimpac::{name}.{backend}", backend.upper()):
+            raise RuntimeError(f"{library_path(backend)} is older than this vimpac, it has no {name}: {REINSTALL}")
+        if all(x.device.type != backend for x in arguments if isinstance(x, torch.Tensor)):
+            raise RuntimeError(f"vimpac::{name}.{backend} needs its tensors on a {backend} device")
+        return overload(name, backend)(*arguments)
+
+    implement(name, backend, "CompositeExplicitAutograd", load_and_call)
+
+
+REINSTALL = "reinstall it beside this torch, pip install --no-build-isolation -e ."
+
+
+def library_path(backend: str) -> Path:
+    """Where a library of csrc/ is: in the package, or in the folder that VIMPAC_LIBRARIES names (a sanitized build)."""
+    folder = os.environ.get("VIMPAC_LIBRARIES")
+    return (Path(folder) if folder else Path(__file__).resolve().parents[1]) / LIBRARIES[backend]
+
+
+@functools.cache
+def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
+    """A library of torch ops, or why there is none."""
+    if not path.exists():
+        tools = "a C++ compiler, ninja" + (" and nvcc" if "cuda" in path.name else "")
+        return None, f"vimpac was installed without {path.name}, which takes {tools}: {REINSTALL}"
+    if "cuda" in path.name and torch.version.cuda is None:
+        return None, f"torch {torch.__version__} has no CUDA"
+    try:
+        torch.ops.load_library(path)
+        return ctypes.CDLL(str(path)), ""
+    except OSError as error:
+        return None, f"torch {torch.__version__} cannot load {path}, which was built for another machine or torch ({error}): {REINSTALL}"
+
+
+def library(backend: str) -> ctypes.CDLL | None:
+    """A library of csrc/ for its C functions, or None where it cannot be loaded."""
+    return _load(library_path(backend))[0]
+
+
+def library_error(backend: str) -> str:
+    """Load a library of csrc/; "" or the sentence that says why not."""
+    return _load(library_path(backend))[1]
+
+
+def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """The reasons that all kernels of a library share for not running on a tensor."""
+    reasons = []
+    if unfit := _unfit_for_library(x.device, backend):
+        reasons.append(unfit)
+    if x.dtype not in dtypes:
+        reasons.append(f"{x.dtype}, it takes {_names(dtypes)}")
+    return reasons
+
+
+@torch.compiler.assume_constant_result
+def _unfit_for_library(device: torch.device, backend: str) -> str:
+    """Why a library's kernels cannot run on a device, "" if they can."""
+    if device.type != backend:
+        return f"tensors are on {device}, it needs {'the CPU' if backend == 'cpu' else 'a CUDA device'}"
+    if error := library_error(backend):
+        return error
+    return _unfit_gpu(device) if backend == "cuda" else ""
+
+
+def _unfit_gpu(device: torch.device) -> str:
+    """Why the CUDA library has no code for a GPU: it holds some architectures' code and PTX for what is newer."""
+    function = library("cuda").vimpac_cuda_archs
+    function.restype = ctypes.c_char_p
+    archs = function().decode().split()
+    major, minor = torch.cuda.get_device_capability(device)
+    if any(runs_on(arch, major, minor) for arch in archs) or (major, minor) >= capability(archs[-1]):
+        return ""
+    return f"compute capability {major}.{minor}, _ops_cuda.so was built for {', '.join(archs)} (VIMPAC_CUDA_ARCHS): {REINSTALL}"
+
+
+def capability(arch: str) -> tuple[int, int]:
+    """Compute capability of an architecture's name: "90a" → (9, 0)."""
+    number = int(arch.rstrip("af"))
+    return number // 10, number % 10
+
+
+def runs_on(arch: str, major: int, minor: int) -> bool:
+    """Whether machine code for an architecture runs on a GPU: same major version, no newer minor; "a" on that one only."""
+    of = capability(arch)
+    return (major, minor) == of if arch.endswith("a") else major == of[0] and minor >= of[1]
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:

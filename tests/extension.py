@@ -1,0 +1,39 @@
+"""The libraries of csrc/ under test: skipped with the reason where they are not built."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import subprocess
+import sys
+
+import pytest
+
+from vimpac.ops import backend as backends
+
+CPU_ERROR = backends.library_error("cpu")
+needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
+
+
+
+def run_with(file: str, timeout: int = 600, **environment: str) -> None:
+    """Run a test file's tests of the CPU library in a process with another environment; its failures are this test's."""
+    if os.environ.get("VIMPAC_TESTS_NESTED"):
+        pytest.skip("this is such a process")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
+    environment = {**os.environ, "VIMPAC_TESTS_NESTED": "1", **environment}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-2000:]
+
+
+def cpu_isa() -> str:
+    """The instruction set in use: portable, avx2 or avx512."""
+    function = backends.library("cpu").vimpac_cpu_isa
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def narrower_isas() -> list[str]:
+    """Instruction sets that the CPU library holds beside the one in use."""
+    order = ["portable", "avx2", "avx512"]
+    return [] if CPU_ERROR else order[: order.index(cpu_isa())]
