@@ -1,4 +1,4 @@
-"""Builds what pyproject.toml cannot say: the package vimpac.kernels (the folder kernels/) and the C++ and CUDA extension (csrc/).
+"""Builds what pyproject.toml cannot say: the package vimpac.kernels (the folder kernels/), and the extension (csrc/).
 
 Three libraries, each built where its tools are found and left out with one sentence where they are not:
 
@@ -6,10 +6,13 @@ Three libraries, each built where its tools are found and left out with one sent
     vimpac/_ops_cuda.so   and nvcc (CUDA_HOME, PATH, /usr/local/cuda); torch need not have CUDA
     vimpac/_C….so         and pybind11
 
-The first two hold torch ops over torch's stable ABI: one build serves every Python, and every torch from 2.11 on. Reading
-the environment: VIMPAC_EXTENSION=0 builds none of them, =cpu or =cpu,cuda,python these (python is _C); VIMPAC_CUDA_ARCHS="80 90a
-100" names the GPU architectures (the last also as PTX); VIMPAC_SANITIZE=1 adds the address and undefined-behaviour sanitizers to _ops_cpu; MAX_JOBS is how
-many files are compiled at once.
+The first two hold torch ops over torch's stable ABI: one build serves every Python, and every torch from 2.11 on. Read from
+the environment:
+
+    VIMPAC_EXTENSION      0: none of them; cpu or cpu,cuda,python: these (python is _C)
+    VIMPAC_CUDA_ARCHS     GPU architectures, "80 90a 100" by default; the last also as PTX
+    VIMPAC_SANITIZE       1: _ops_cpu with the address and undefined-behaviour sanitizers
+    MAX_JOBS              how many files are compiled at once
 """
 
 import importlib.util
@@ -82,7 +85,9 @@ def missing_tools() -> dict[str, str]:
         raise SystemExit(f"VIMPAC_EXTENSION={named!r}: {' '.join(sorted(unknown))} is none of 0, cpu, cuda, python")
     needs = {
         "a C++ compiler (Debian: apt-get install g++)": find_compiler(),
-        "ninja (pip install ninja)": shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"),
+        "ninja (pip install ninja)": shutil.which(
+            "ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+        ),
         "an installed torch (and pip's --no-build-isolation)": find_torch(),
         "Linux or macOS": os.name == "posix",
     }
@@ -122,7 +127,9 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
     """build.ninja: library → where it goes."""
     torch = find_torch()
     includes = [f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}"]
-    links = [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+    links = (
+        [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
+    )
     lines = [
         "ninja_required_version = 1.3",
         "rule cxx",
@@ -162,7 +169,10 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
         flags = ["-std=c++17", "-O3", "--threads=0", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", *includes]
         flags += [f"-ccbin={compiler}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags += [f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}", f'-DVIMPAC_CUDA_ARCHS="\\"{" ".join(archs)}\\""']
+        flags += [
+            f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
+            f'-DVIMPAC_CUDA_ARCHS="\\"{" ".join(archs)}\\""',
+        ]
         objects = [
             build("nvcc", folder / "cuda" / f"{source.stem}.o", [source], nvcc, flags)
             for source in sorted((ROOT / "csrc").glob("*.cu"))

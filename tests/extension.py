@@ -15,7 +15,6 @@ CPU_ERROR = backends.library_error("cpu")
 needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
 
 
-
 def run_with(file: str, timeout: int = 600, **environment: str) -> None:
     """Run a test file's tests of the CPU library in a process with another environment; its failures are this test's."""
     if os.environ.get("VIMPAC_TESTS_NESTED"):
@@ -37,3 +36,8 @@ def narrower_isas() -> list[str]:
     """Instruction sets that the CPU library holds beside the one in use."""
     order = ["portable", "avx2", "avx512"]
     return [] if CPU_ERROR else order[: order.index(cpu_isa())]
+
+
+def python(code: str, **environment: str) -> subprocess.CompletedProcess:
+    """Run a program in a process of its own."""
+    return subprocess.run([sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from extension import CPU_ERROR, needs_cpu
 from test_philox import philox_ints
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
@@ -161,9 +162,15 @@ def slot():
     del backends._REGISTRY["axial_attention"]["slot"]
 
 
-@pytest.fixture(params=["reference", "sdpa", "slot"])
+@pytest.fixture(params=["reference", "sdpa", "slot", pytest.param("cpu", marks=needs_cpu)])
 def backend(request):
     return request.param
+
+
+def skip_beyond(backend, axes, longest=0, device="cpu"):
+    """The C++ kernels take lines of 64 tokens, no products, and a CPU."""
+    if backend == "cpu" and (any("x" in axis for axis in axes) or longest > 64 or torch.device(device).type != "cpu"):
+        pytest.skip("the cpu backend takes lines of at most 64 tokens, on a CPU")
 
 
 # --- values and gradients ---------------------------------------------------------------------------------------------
@@ -174,6 +181,7 @@ def backend(request):
 @pytest.mark.parametrize("axes", SHORT + PRODUCTS, ids="|".join)
 def test_is_the_docstring(backend, axes, padded, cls_in_context):
     """Values and gradients in float64, on a grid of three different sizes."""
+    skip_beyond(backend, axes)
     qkv, cls_qkv = inputs(2, (3, 2, 4), 2 * len(axes), 3, dtype=torch.float64)
     pad = padding(2, (3, 2, 4)) if padded else None
     call = qkv, cls_qkv, axes, pad, 0.0, None, cls_in_context
@@ -193,7 +201,7 @@ def test_dropout_is_the_docstring(L, cls_in_context, monkeypatch):
         qkv, cls_qkv = inputs(2, shape, 2, 2, dtype=torch.float64)
         call = qkv, cls_qkv, axes, padding(2, shape), 0.3
         expected = values_and_gradients(by_lines, *call, seed, cls_in_context)
-        for name in ("reference", "slot"):
+        for name in ("reference", "slot", *([] if CPU_ERROR else ["cpu"])):
             actual = values_and_gradients(axial_attention, *call, device_seed, cls_in_context, backend=name)
             assert_all_close(actual, expected, **EXACT)
 
@@ -220,6 +228,7 @@ def test_dropout_on_products(axes):
     ],
 )
 def test_matches_float64(backend, device, B, grid, axes, N, D, padded):
+    skip_beyond(backend, axes, max(grid), device)
     qkv, cls_qkv = inputs(B, grid, N, D, device)
     pad = padding(B, grid, device) if padded else None
     expected = values_and_gradients(axial_attention_reference, *doubles(qkv, cls_qkv), axes, pad)
@@ -236,7 +245,8 @@ def test_half_errors(axes, dtype):
     pad = padding(2, (3, 4, 5))
     exact = values_and_gradients(axial_attention_reference, *doubles(qkv, cls_qkv), axes, pad)
     usual = values_and_gradients(by_lines, qkv, cls_qkv, axes, pad)
-    for name in ("reference", "sdpa"):
+    cpu = not CPU_ERROR and dtype == torch.bfloat16 and axes != ("HxW",)
+    for name in ("reference", "sdpa", *(["cpu"] if cpu else [])):
         ours = values_and_gradients(axial_attention, qkv, cls_qkv, axes, pad, backend=name)
         assert all(x.dtype == dtype for x in ours)
         for mine, theirs, true in zip(ours, usual, exact, strict=True):
@@ -256,7 +266,8 @@ def test_gradcheck():
     """Against differences: float64, gradcheck's own tolerances; PAD and dropout on."""
     qkv, cls_qkv = inputs(1, (2, 1, 3), 2, 2, dtype=torch.float64)
     pad = padding(1, (2, 1, 3))
-    for function, name in ((axial_attention, "reference"), (packed, "slot")):
+    cpu = [] if CPU_ERROR else [(axial_attention, "cpu"), (packed, "cpu")]
+    for function, name in ((axial_attention, "reference"), (packed, "slot"), *cpu):
         call = functools.partial(function, axes=("T", "W"), pad=pad, dropout_p=0.3, seed=5, backend=name)
         torch.autograd.gradcheck(call, (qkv, cls_qkv), fast_mode=True)  # one random direction
 
@@ -264,6 +275,7 @@ def test_gradcheck():
 @pytest.mark.parametrize("axes", [("T",), ("H", "W"), ("HxW",), ("T", "TxHxW")], ids="|".join)
 def test_lines_without_keys_give_zeros(backend, axes, device):
     """Every position PAD: out is [CLS]'s value, or zero when [CLS] is no key; nothing is NaN."""
+    skip_beyond(backend, axes, device=device)
     qkv, cls_qkv = inputs(2, (2, 3, 4), 2, 4, device)
     pad = torch.ones(2, 2, 3, 4, dtype=torch.bool, device=device)
     out, cls_out, *grads = values_and_gradients(axial_attention, qkv, cls_qkv, axes, pad, cls_in_context=False, backend=backend)
@@ -289,6 +301,7 @@ def test_pad_hides_keys_only(backend):
 
 @pytest.mark.parametrize("axes", [("T",), ("H", "W"), ("HxW",)], ids="|".join)
 def test_empty_batch(backend, axes):
+    skip_beyond(backend, axes)
     results = values_and_gradients(
         axial_attention, *inputs(0, (2, 3, 4), 2, 8), axes, padding(1, (2, 3, 4))[:0], backend=backend
     )
@@ -298,6 +311,7 @@ def test_empty_batch(backend, axes):
 
 def test_more_lines_than_65535(backend, device):
     """Lines of one token that see only themselves: values pass through, [CLS] gets their mean."""
+    skip_beyond(backend, ("T",), device=device)
     qkv, cls_qkv = inputs(1, (1, 256, 257), 1, 1, device)
     out, cls_out = axial_attention(qkv, cls_qkv, ("T",), cls_in_context=False, backend=backend)
     assert_close(out, qkv[:, :, :, :, 2], rtol=0, atol=0)
@@ -310,6 +324,7 @@ def test_more_lines_than_65535(backend, device):
 @pytest.mark.parametrize("options", [{}, {"padded": True}, {"dropout_p": 0.2, "seed": 3}, {"cls_in_context": False}])
 def test_packed_rows(backend, options, device):
     """Rows that are slices of something wider, and a strided gradient: the same as apart, as one gradient."""
+    skip_beyond(backend, ("H", "W"), device=device)
     grid = (3, 4, 5)
     wide = torch.randn(2 * 61, 3, 2, 16, generator=torch.Generator().manual_seed(0)).to(device)
     rows = wide[..., 3:11].requires_grad_()
@@ -453,6 +468,7 @@ def test_environment(monkeypatch):
 @pytest.mark.parametrize("axes", [("H", "W"), ("HxW",)], ids="|".join)
 def test_autocast_rounds_nothing(backend, axes):
     """Inside autocast float32 stays float32: what a linear layer there gave is half already."""
+    skip_beyond(backend, axes)
     qkv, cls_qkv = inputs(2, (2, 3, 4), 2, 8)
     expected = axial_attention(qkv, cls_qkv, axes, backend=backend)
     with torch.autocast("cpu", torch.bfloat16):
@@ -484,16 +500,17 @@ def test_second_derivatives_are_refused(packed):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("strided", [False, True])
 @pytest.mark.parametrize("options", ["none", "pad", "dropout", "all"])
-def test_opcheck(dtype, strided, options):
+@pytest.mark.parametrize("overload", ["slot", pytest.param("cpu", marks=needs_cpu)])
+def test_opcheck(overload, dtype, strided, options):
     qkv, cls_qkv = (x.detach() for x in inputs(2, (2, 1, 3), 2, 4, dtype=dtype))
     pad = padding(2, (2, 1, 3)) if options in ("pad", "all") else None
     dropout = (0.25, torch.tensor(9)) if options in ("dropout", "all") else (0.0, None)
     if not strided:
         qkv, cls_qkv, pad = qkv.contiguous(), cls_qkv.contiguous(), None if pad is None else pad.contiguous()
     call = (qkv, cls_qkv, ["T", "W"], pad, *dropout, options != "all")
-    torch.library.opcheck(backends.overload("axial_attention", "slot"), call)
+    torch.library.opcheck(backends.overload("axial_attention", overload), call)
     grad = torch.randn(2 * 6 + 2, 2, 4, dtype=dtype)
-    torch.library.opcheck(backends.overload("axial_attention_backward", "slot"), (grad, *call))
+    torch.library.opcheck(backends.overload("axial_attention_backward", overload), (grad, *call))
 
 
 @pytest.mark.parametrize(
@@ -501,8 +518,10 @@ def test_opcheck(dtype, strided, options):
     [
         (axial_attention, "slot", "inductor"),
         (packed, "slot", "inductor"),
+        pytest.param(packed, "cpu", "inductor", marks=needs_cpu),
         (axial_attention, "reference", "aot_eager"),
         (packed, "sdpa", "aot_eager"),
+        pytest.param(axial_attention, "cpu", "aot_eager", marks=needs_cpu),
     ],
 )
 def test_traces_whole_with_any_batch(function, name, compiler):
@@ -587,7 +606,7 @@ Q, C, P = torch.zeros(2, 3, 4, 5, 3, 6, 8), torch.zeros(2, 3, 6, 8), torch.zeros
         ((Q, C, ("TxT",)), "bad axis 'TxT'"),
         ((Q, C, ("",)), "bad axis ''"),
         ((Q, C, (1,)), "bad axis 1"),
-        ((Q, C, "T", None, 0.0, None, True, "turbo"), "no backend 'turbo'; it has reference, sdpa"),
+        ((Q, C, "T", None, 0.0, None, True, "turbo"), "no backend 'turbo'; it has cpu, reference, sdpa"),
     ],
 )
 def test_bad_calls_are_shown(call, shown):

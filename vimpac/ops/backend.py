@@ -9,8 +9,8 @@ backend runs or raises with every reason; it never falls back. `VIMPAC_BACKEND=r
 `VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op.
 
 Compiled implementations sit behind torch ops, one overload a backend: `vimpac::axial_attention.triton`. Schema and fake
-come from Python (`define`), so a backend only has to bring `implement` for that overload, or a C++ library (`implement_library`)
-that is loaded at the first use.
+come from Python (`define`), so a backend only has to bring `implement` for that overload, or a C++ library
+(`implement_library`), which is loaded at the first use.
 """
 
 from __future__ import annotations
@@ -134,7 +134,8 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
         torch.ops.load_library(path)
         return ctypes.CDLL(str(path)), ""
     except OSError as error:
-        return None, f"torch {torch.__version__} cannot load {path}, which was built for another machine or torch ({error}): {REINSTALL}"
+        built = "which was built for another machine or torch"
+        return None, f"torch {torch.__version__} cannot load {path}, {built} ({error}): {REINSTALL}"
 
 
 def library(backend: str) -> ctypes.CDLL | None:
@@ -227,7 +228,7 @@ def full_precision(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args, **kwargs):
         device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
-        if not torch.is_autocast_enabled(device):
+        if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
             return function(*args, **kwargs)
