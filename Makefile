@@ -1,7 +1,8 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
 # make test                                    install what is missing, then the whole test suite and ruff
 # make gpu                                     every kernel test and benchmark on this machine's GPU; installs nothing
-# make clean                                   remove the environment
+# make sanitize                                the C++ kernels' tests under the address and undefined-behaviour sanitizers
+# make clean                                   remove the environment and what was built
 
 PYTHON ?= python3
 VENV := .venv
@@ -12,9 +13,9 @@ ARGS ?= demo
 PROCESSES ?= $(shell $(BIN)/python -c "import torch; print(max(1, torch.cuda.device_count()))" 2>/dev/null || echo 1)
 
 # What decides what is installed; a stamp holds its checksum, so that a second call installs nothing.
-STAMP := $(shell cat pyproject.toml setup.py Makefile | cksum | cut -d' ' -f1)
+STAMP := $(shell cat pyproject.toml setup.py Makefile csrc/* | cksum | cut -d' ' -f1)
 
-.PHONY: train test gpu clean
+.PHONY: train test gpu sanitize clean
 
 train: $(VENV)/run-$(STAMP)
 	$(BIN)/python -m vimpac.training.launch --standalone --nproc-per-node=$(PROCESSES) train.py $(ARGS)
@@ -29,9 +30,12 @@ gpu:
 		{ echo "make gpu needs a Python with torch, triton, numpy and pytest, $(PYTHON) has not all: make gpu PYTHON=…" >&2; exit 1; }
 	$(PYTHON) benchmarks/gpu.py
 
+sanitize: $(VENV)/test-$(STAMP)
+	$(BIN)/python tests/sanitize_cpu.py
+
 $(VENV)/run-$(STAMP): | $(BIN)/python
 	$(BIN)/pip install --quiet "$(TORCH)"
-	$(BIN)/pip install --quiet "setuptools>=77"
+	$(BIN)/pip install --quiet "setuptools>=77" ninja pybind11
 	$(BIN)/pip install --quiet --no-build-isolation --editable ".[figures]"
 	rm -f $(VENV)/run-* && touch $@
 
@@ -48,4 +52,4 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) build vimpac/*.so

@@ -29,7 +29,7 @@ import harness
 from harness import Benchmark, Case, Impl
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import axial_attention_packed, axial_attention_reference
-from vimpac.ops.axial_attention import from_lines, head_groups, line_qkv, preference, unpack
+from vimpac.ops.axial_attention import from_lines, has_long_lines, head_groups, line_qkv, unpack
 
 DROPOUT, SEED = 0.1, 7
 SHAPES = {  # name → (T, H, W), N, D
@@ -175,7 +175,7 @@ def ours(data: Data) -> list[Impl]:
 
     def check(function):
         plain = data.check_plain(function, rows, grads)
-        own_dropout = function.keywords["backend"] == "sdpa" or "sdpa" in preference(data.problem.axes, data.tokens[0].shape)
+        own_dropout = function.keywords["backend"] == "sdpa" or has_long_lines(data.problem.axes, data.tokens[0].shape)
         return plain if own_dropout else max(plain, data.check_dropout(function, rows, grads))
 
     return harness.ours("axial_attention", partial(packed, problem=data.problem), rows, check=check)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import os
 import subprocess
 import sys
@@ -25,17 +24,10 @@ def run_with(file: str, timeout: int = 600, **environment: str) -> None:
     assert ended.returncode == 0 and " passed" in ended.stdout, ended.stdout[-3000:] + ended.stderr[-2000:]
 
 
-def cpu_isa() -> str:
-    """The instruction set in use: portable, avx2 or avx512."""
-    function = backends.library("cpu").vimpac_cpu_isa
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
 def narrower_isas() -> list[str]:
     """Instruction sets that the CPU library holds beside the one in use."""
     order = ["portable", "avx2", "avx512"]
-    return [] if CPU_ERROR else order[: order.index(cpu_isa())]
+    return [] if CPU_ERROR else order[: order.index(backends.library_facts("cpu"))]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -118,11 +118,22 @@ def convert_dalle(
     print(f"wrote {out}")
 
 
+def doctor() -> None:
+    """Print versions, devices, how the extension was built, and for each op which backend runs here and why not another.
+
+    Example: vimpac doctor
+    """
+    from vimpac.doctor import report
+
+    print(report())
+
+
 COMMANDS = {
     "tokenize": tokenize,
     "synthesize": synthesize,
     "verify": verify,
     "convert-dalle": convert_dalle,
+    "doctor": doctor,
 }
 
 

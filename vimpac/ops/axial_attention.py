@@ -32,6 +32,7 @@ from torch.autograd.function import once_differentiable
 
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import backend as backends
+from vimpac.ops.choice import order
 from vimpac.ops.philox import philox, seed_tensor, split_words
 
 CPU_AXES = 16  # that _ops_cpu has room for
@@ -56,15 +57,15 @@ def axial_attention(
     axes: one per head group, each "T", "H", "W" or a product such as "HxW"; N must divide by their number.
     pad [B, T, H, W] bool: True where the position is padding (never a key).
     dropout_p in [0, 1): dropout of the attention probabilities, rounded to a multiple of 2^-16; needs `seed`, an int or a
-    0-dimensional int64 tensor. backend: "reference", "sdpa", "triton" (CUDA) or None (chooses). "sdpa" draws its dropout
-    from torch's own generator instead of `seed`.
+    0-dimensional int64 tensor. backend: "reference", "sdpa", "triton", "cuda" (both CUDA), "cpu" or None (chooses). "sdpa"
+    draws its dropout from torch's own generator instead of `seed`.
 
     Returns out [B, T, H, W, N, D] and cls_out [B, N, D] in qkv's dtype. Raises ValueError for anything else.
     """
     axes = check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed)
     seed = seed_tensor(seed, qkv.device) if dropout_p > 0 else None
     call = (qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context)
-    match backends.choose("axial_attention", backend, preference(axes, qkv.shape), *call):
+    match backends.choose("axial_attention", backend, order(table_row(axes, qkv.shape), qkv.device.type), *call):
         case "reference":
             return axial_attention_reference(*call)
         case "sdpa":
@@ -98,7 +99,9 @@ def axial_attention_packed(
     axes = check_arguments(tokens, cls, axes, pad, dropout_p, seed)
     seed = seed_tensor(seed, qkv.device) if dropout_p > 0 else None
     call = (axes, pad, dropout_p, seed, cls_in_context)
-    match backends.choose("axial_attention", backend, preference(axes, tokens.shape), tokens, cls, *call):
+    match backends.choose(
+        "axial_attention", backend, order(table_row(axes, tokens.shape), qkv.device.type), tokens, cls, *call
+    ):
         case "reference":
             return pack(*axial_attention_reference(tokens, cls, *call))
         case "sdpa":
@@ -269,11 +272,14 @@ def longest_line(axes: Sequence[str], shape: Sequence[int]) -> int:
     return max([math.prod([shape[d] for d in axis_dimensions(axis)]) for axis in axes])  # lists: dynamo takes no generators
 
 
-def preference(axes: Sequence[str], shape: Sequence[int]) -> tuple[str, ...]:
-    """Short lines: the kernels, else the reference. Products of axes and long lines: scaled_dot_product_attention."""
-    if longest_line(axes, shape) > LONGEST_LINE or any("x" in axis for axis in axes):
-        return ("sdpa",)
-    return ("cuda", "triton", "cpu", "reference")
+def has_long_lines(axes: Sequence[str], shape: Sequence[int]) -> bool:
+    """Whether an axis is beyond the kernels: a product of axes, or lines of more than 64 tokens."""
+    return longest_line(axes, shape) > LONGEST_LINE or any("x" in axis for axis in axes)
+
+
+def table_row(axes: Sequence[str], shape: Sequence[int]) -> str:
+    """The row of choice.py's table for a call."""
+    return "axial_attention on long lines" if has_long_lines(axes, shape) else "axial_attention"
 
 
 ARGUMENTS = "Tensor qkv, Tensor cls_qkv, str[] axes, Tensor? pad, float dropout_p, Tensor? seed, bool cls_in_context"
@@ -302,7 +308,7 @@ backends.register("axial_attention", "sdpa", backends.always)
 
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
     reasons = backends.why_not_triton(qkv, backends.HALF_AND_SINGLE)
-    if any("x" in axis for axis in axes) or longest_line(axes, qkv.shape) > LONGEST_LINE:
+    if has_long_lines(axes, qkv.shape):
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
         reasons.append(f"head width {qkv.shape[6]}, it takes at most 128")
@@ -321,7 +327,7 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def _why_not_cpu(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
     reasons = backends.why_not_library(qkv, "cpu", CPU_DTYPES)
-    if any("x" in axis for axis in axes) or longest_line(axes, qkv.shape) > LONGEST_LINE:
+    if has_long_lines(axes, qkv.shape):
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if len(axes) > CPU_AXES:
         reasons.append(f"{len(axes)} axes, it takes at most {CPU_AXES}")

@@ -113,7 +113,7 @@ def implement_library(name: str, backend: str) -> None:
     implement(name, backend, "CompositeExplicitAutograd", load_and_call)
 
 
-REINSTALL = "reinstall it beside this torch, pip install --no-build-isolation -e ."
+REINSTALL = "reinstall vimpac beside this torch, with pip's --no-build-isolation"
 
 
 def library_path(backend: str) -> Path:
@@ -148,6 +148,13 @@ def library_error(backend: str) -> str:
     return _load(library_path(backend))[1]
 
 
+def library_facts(backend: str) -> str:
+    """What a loaded library holds: the instruction set in use, or the GPU architectures."""
+    function = getattr(library(backend), {"cpu": "vimpac_cpu_isa", "cuda": "vimpac_cuda_archs"}[backend])
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
 def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]) -> list[str]:
     """The reasons that all kernels of a library share for not running on a tensor."""
     reasons = []
@@ -170,9 +177,7 @@ def _unfit_for_library(device: torch.device, backend: str) -> str:
 
 def _unfit_gpu(device: torch.device) -> str:
     """Why the CUDA library has no code for a GPU: it holds some architectures' code and PTX for what is newer."""
-    function = library("cuda").vimpac_cuda_archs
-    function.restype = ctypes.c_char_p
-    archs = function().decode().split()
+    archs = library_facts("cuda").split()
     major, minor = torch.cuda.get_device_capability(device)
     if any(runs_on(arch, major, minor) for arch in archs) or (major, minor) >= capability(archs[-1]):
         return ""
@@ -204,6 +209,11 @@ def register(op: str, name: str, why_not: WhyNot) -> None:
 def names(op: str) -> list[str]:
     """The implementations of an op, those that cannot run here too."""
     return list(_REGISTRY[op])
+
+
+def why_not(op: str, name: str, *args) -> list[str]:
+    """The reasons why a backend cannot run `op(*args)`; none if it can."""
+    return _REGISTRY[op][name](*args)
 
 
 def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:

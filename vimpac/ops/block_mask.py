@@ -23,11 +23,12 @@ import torch
 from torch import Tensor
 
 from vimpac.ops import backend as backends
+from vimpac.ops.choice import order
 from vimpac.ops.philox import below, philox, seed_tensor, split_words
 
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
 PAD_OFFSET, MASK_OFFSET = 1, 4  # special ids after the vocabulary, as the released weights number them
-TRITON_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
+KERNEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
 TRITON_WIDTH = 1024  # a row of tokens is held at once
 
 
@@ -54,14 +55,14 @@ def block_mask(
     depends on, beside `seed` (an int or a 0-dimensional int64 tensor).
     n_blocks: blocks a clip. ratio: instead of blocks, mask every token independently with this probability (Eq. 2).
     noisy: replace only 80 % of masked tokens by MASK (vocab_size + 4), 10 % by a random code, keep 10 % (section G.3).
-    backend: "triton" (CUDA), "reference" or None (chooses).
+    backend: "reference", "triton", "cuda" (both CUDA), "cpu" or None (chooses).
 
     Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these.
     """
     _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
     seed = seed_tensor(seed, tokens.device)
     call = (tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size)
-    match backends.choose("block_mask", backend, ("cuda", "triton", "cpu", "reference"), *call):
+    match backends.choose("block_mask", backend, order("block_mask", tokens.device.type), *call):
         case "reference":
             return block_mask_reference(*call)
         case name:
@@ -174,7 +175,7 @@ backends.register("block_mask", "reference", backends.always)
 
 
 def _why_not_triton(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -> list[str]:
-    reasons = backends.why_not_triton(tokens, TRITON_DTYPES)
+    reasons = backends.why_not_triton(tokens, KERNEL_DTYPES)
     if tokens.shape[3] > TRITON_WIDTH:
         reasons.append(f"W of {tokens.shape[3]}, it takes up to {TRITON_WIDTH}")
     if vocab_size >= 2**31 - MASK_OFFSET:
@@ -184,3 +185,18 @@ def _why_not_triton(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size
 
 backends.implement_triton("block_mask", "block_mask.draw")
 backends.register("block_mask", "triton", _why_not_triton)
+
+
+def _why_not_library(backend, tokens, vocab_size) -> list[str]:
+    reasons = backends.why_not_library(tokens, backend, KERNEL_DTYPES)
+    if vocab_size >= 2**31 - MASK_OFFSET:
+        reasons.append(f"vocab_size of {vocab_size}, it takes ids below 2^31")
+    return reasons
+
+
+def _why_not_cpu(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -> list[str]:
+    return _why_not_library("cpu", tokens, vocab_size)
+
+
+backends.implement_library("block_mask", "cpu")
+backends.register("block_mask", "cpu", _why_not_cpu)

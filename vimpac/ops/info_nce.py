@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
+from vimpac.ops.choice import order
 
 
 @backends.full_precision
@@ -34,7 +35,7 @@ def info_nce(
     z1, z2 [n, d] floating: features of the first and second clip of n videos, any length (they are normalised here).
     temperature: γ > 0. group: gather the features of its ranks, each with the same n, as further negatives; the result is
     then the mean over this rank's rows, whose mean over ranks is Eq. 5.
-    backend: "reference" or "triton"; by default triton on a GPU, for float32, float16 and bfloat16 features.
+    backend: "reference", "triton" (CUDA), "cpu" or None (chooses).
 
     Raises ValueError for other shapes, dtypes, devices or temperatures.
     """
@@ -42,7 +43,7 @@ def info_nce(
     if z1.shape[0] == 0:
         return (z1.sum() + z2.sum()).to(torch.promote_types(z1.dtype, torch.float32))  # no rows: zero, with a gradient
     group = None if group is None or group.size() == 1 else group
-    match backends.choose("info_nce", backend, ("cuda", "triton", "cpu", "reference"), z1, z2):
+    match backends.choose("info_nce", backend, order("info_nce", z1.device.type), z1, z2):
         case "reference":
             dtype = torch.promote_types(z1.dtype, torch.float32)
             rows = [F.normalize(z.to(dtype), dim=-1) for z in (z1, z2)]
@@ -175,6 +176,9 @@ for _name, (_schema, _fake) in SCHEMAS.items():
 backends.register("info_nce", "reference", backends.always)
 
 
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
 def _why_not_triton(z1, z2) -> list[str]:
     reasons = backends.why_not_triton(z1, backends.HALF_AND_SINGLE)
     if z1.shape[1] == 0:
@@ -186,3 +190,15 @@ backends.implement_triton("info_nce_pack", "info_nce.pack")
 backends.implement_triton("info_nce", "info_nce.forward")
 backends.implement_triton("info_nce_backward", "info_nce.backward")
 backends.register("info_nce", "triton", _why_not_triton)
+
+
+def _why_not_cpu(z1, z2) -> list[str]:
+    reasons = backends.why_not_library(z1, "cpu", CPU_DTYPES)
+    if z1.shape[1] == 0:
+        reasons.append("features of width 0")
+    return reasons
+
+
+for _name in SCHEMAS:
+    backends.implement_library(_name, "cpu")
+backends.register("info_nce", "cpu", _why_not_cpu)

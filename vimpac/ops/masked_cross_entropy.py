@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
+from vimpac.ops.choice import order
 
 CHUNK_LOGITS = 1 << 24  # logits in memory at once: 64 MiB of float32
 CHUNK_ROWS = 4096  # more could overflow float16 in a block's gradient to weight, a sum over its rows
@@ -37,7 +38,7 @@ def masked_cross_entropy(
     """
     _check(hidden, weight, bias, target)
     call = (hidden, weight, bias, target)
-    match backends.choose("masked_cross_entropy", backend, ("cuda", "triton", "cpu", "chunked"), *call):
+    match backends.choose("masked_cross_entropy", backend, order("masked_cross_entropy", hidden.device.type), *call):
         case "reference":
             return masked_cross_entropy_reference(*call)
         case name:

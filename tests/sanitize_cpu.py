@@ -1,0 +1,58 @@
+"""The C++ kernels' tests under the address and undefined-behaviour sanitizers. `make sanitize` runs it.
+
+Builds vimpac/_ops_cpu.so with VIMPAC_SANITIZE=1 into build/sanitize, then runs the tests with it, for every instruction set
+that this processor has. The runtime of the address sanitizer has to be the first library of the process, hence LD_PRELOAD.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ["tests/test_axial_attention_cpu.py", "tests/test_block_mask_cpu.py", "tests/test_info_nce_cpu.py"]
+
+
+def build(folder: Path) -> Path:
+    """A sanitized _ops_cpu.so; returns the folder that it is in."""
+    command = [
+        sys.executable,
+        "setup.py",
+        "-q",
+        "build_ext",
+        "--build-temp",
+        str(folder / "objects"),
+        "--build-lib",
+        str(folder),
+    ]
+    environment = {**os.environ, "VIMPAC_SANITIZE": "1", "VIMPAC_EXTENSION": "cpu"}
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return folder / "vimpac"
+
+
+def environment(libraries: Path) -> dict[str, str]:
+    """What a process needs to run with a sanitized library. Leaks are not looked for: Python and torch hold on to theirs."""
+    compiler = os.environ.get("CXX", "g++")
+    runtimes = [
+        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
+    ]
+    return {
+        **os.environ,
+        "LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in runtimes),
+        "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:halt_on_error=1",
+        "UBSAN_OPTIONS": "halt_on_error=1:print_stacktrace=1",
+        "VIMPAC_LIBRARIES": str(libraries),
+    }
+
+
+def main() -> int:
+    libraries = build(ROOT / "build" / "sanitize")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
+    return subprocess.run(command, cwd=ROOT, env=environment(libraries)).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,195 @@
+"""The CUDA kernel of block_mask, bit for bit: on the CPU's emulator, compiled for its architectures, and on a GPU."""
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+from test_block_mask import SAMPLES, SEEDS, assert_same, clips
+from vimpac.ops import BlockMask, block_mask, block_mask_reference
+from vimpac.ops import backend as backends
+
+ROOT = Path(__file__).resolve().parents[1]
+OPTIONS = [
+    {},
+    {"n_blocks": 1},
+    {"n_blocks": 33},  # one more than the bits of a word
+    {"n_blocks": 3, "noisy": True},
+    {"ratio": 0.15},
+    {"ratio": 0.6, "noisy": True},
+]
+GRIDS = [(1, 1, 1), (5, 6, 7), (5, 16, 16), (10, 32, 32), (3, 2, 70)]
+DTYPES = [
+    (torch.int64, 8192),
+    (torch.int64, 2**31 - 5),
+    (torch.int32, 8192),
+    (torch.int16, 8192),
+    (torch.uint16, 65531),
+    (torch.uint8, 200),
+    (torch.int8, 1),
+]
+
+# --- on a CPU: the kernel's threads as fibers, every access checked -----------------------------------------------------
+
+
+class Arguments(ctypes.Structure):
+    """tests/emulator/block_mask.cpp's struct of that name."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("tokens", "sample_ids", "seed", "out", "mask", "indices", "counts", "state")),
+        ("sizes", ctypes.c_int64 * 4),
+        ("strides", ctypes.c_int64 * 4),
+        *((name, ctypes.c_int64) for name in ("id_stride", "tokens_bytes", "ids_bytes", "bytes", "n_blocks", "vocab_size")),
+        ("ratio", ctypes.c_double),
+        *((name, ctypes.c_int32) for name in ("noisy", "blocks", "threads")),
+    )
+
+
+class Emulator:
+    """The kernel as a function of tensors on the CPU. blocks, threads: of the launch, 0 for its own."""
+
+    def __init__(self, folder):
+        library = folder / "block_mask.so"
+        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/emulator"]
+        subprocess.run(["g++", *flags, f"{ROOT}/tests/emulator/block_mask.cpp", "-o", library], check=True)
+        self.library = ctypes.CDLL(str(library))
+        self.library.run.restype = ctypes.c_char_p
+        self.library.state_size.restype = ctypes.c_int64
+        for counter in (self.library.bytes_loaded, self.library.bytes_stored):
+            counter.restype = ctypes.c_uint64
+        self.state = torch.zeros(self.library.state_size(), dtype=torch.int64)
+
+    def __call__(
+        self, tokens, ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192, blocks=0, threads=0
+    ) -> BlockMask:
+        new = BlockMask(
+            torch.full(tokens.shape, 99, dtype=tokens.dtype),
+            torch.full(tokens.shape, 99, dtype=torch.uint8),
+            torch.full((tokens.numel(),), -99),
+            torch.full((len(tokens),), -99),
+        )
+        seed = torch.tensor(seed)
+        pointers = (x.data_ptr() for x in (tokens, ids, seed, *new, self.state))
+        problem = self.library.run(
+            Arguments(
+                *pointers,
+                (ctypes.c_int64 * 4)(*tokens.shape),
+                (ctypes.c_int64 * 4)(*tokens.stride()),
+                ids.stride(0),
+                extent(tokens),
+                extent(ids),
+                tokens.element_size(),
+                n_blocks,
+                vocab_size,
+                -1.0 if ratio is None else ratio,
+                noisy,
+                blocks,
+                threads,
+            )
+        ).decode()
+        if problem:
+            raise RuntimeError(problem)
+        assert not self.state.any()  # as the next launch needs it
+        assert new.mask.max() <= 1
+        return new._replace(mask=new.mask.bool())
+
+
+def extent(x):
+    """Bytes from a tensor's first element to its last."""
+    return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
+
+
+@pytest.fixture(scope="module")
+def emulator(tmp_path_factory):
+    if not shutil.which("g++"):
+        pytest.skip("g++ is not installed")
+    return Emulator(tmp_path_factory.mktemp("emulator"))
+
+
+def emulate(emulator, tokens, ids, seed, blocks=0, threads=0, **options):
+    result = emulator(tokens, ids, seed, blocks=blocks, threads=threads, **options)
+    assert_same(result, block_mask(tokens, ids, seed, backend="reference", **options))
+    return result
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_is_the_reference(grid, options, emulator):
+    ids = torch.tensor(SAMPLES)
+    sizes = (5, 1) if grid != (10, 32, 32) else (2,)
+    for B, seed in zip(sizes, reversed(SEEDS), strict=False):
+        emulate(emulator, clips(B, grid), ids[:B], seed, **options)
+
+
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("dtype, vocab_size", DTYPES)
+def test_every_integer_dtype(dtype, vocab_size, noisy, emulator):
+    for grid in ((2, 5, 6), (2, 5, 5), (3, 4, 8)):  # whole fours of tokens, an odd number, several to a row
+        tokens = clips(3, grid, dtype=torch.int64, vocab_size=vocab_size).to(dtype)
+        emulate(emulator, tokens, torch.arange(3), 1, noisy=noisy, vocab_size=vocab_size)
+
+
+@pytest.mark.parametrize("options", [{"noisy": True}, {"ratio": 0.5}])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_strides_do_not_matter(dtype, options, emulator):
+    tokens = clips(4, (3, 5, 8), dtype=dtype)
+    spread = torch.full((4, 3, 2, 5, 9, 3), -1, dtype=dtype)[:, :, 1, :, :8, 2].copy_(tokens)
+    permuted = tokens.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    shifted = torch.full((tokens.numel() + 1,), -1, dtype=dtype)[1:].view_as(tokens).copy_(tokens)  # no 16 bytes at once
+    far = torch.full((4, 122, 8), -1, dtype=dtype)[:, :15].unflatten(1, (3, 5)).copy_(tokens)  # clips apart
+    one = tokens[:1].expand(4, -1, -1, -1)
+    for same in (spread, permuted, shifted, far, one, tokens[1:3]):
+        ids = torch.arange(2 * len(same))[::2] - 3
+        emulate(emulator, same, ids, 1, **options)
+    emulate(emulator, tokens, torch.tensor(2**40).expand(4), 1, **options)
+
+
+@pytest.mark.parametrize("B", [3, 4, 5, 11])
+def test_several_clips_a_block(B, emulator):
+    """Every split of the clips over up to 4 thread blocks, indices that go on where the block before ended."""
+    tokens, ids = clips(B, (5, 6, 7)), torch.arange(B)
+    for options in ({}, {"ratio": 0.9}, {"ratio": 0.0}, {"ratio": 1.0}):
+        for blocks in range(1, min(B, 4) + 1):
+            emulate(emulator, tokens, ids, 3, blocks=blocks, **options)
+
+
+@pytest.mark.parametrize("threads", [32, 64, 320])
+def test_any_number_of_threads(threads, emulator):
+    """A thread with several fours of tokens, warps without any; 40 blocks, more than a warp."""
+    for grid in ((5, 16, 16), (2, 3, 5)):
+        for options in ({"n_blocks": 70}, {"ratio": 0.3, "noisy": True}):
+            emulate(emulator, clips(2, grid), torch.arange(2), 5, threads=threads, **options)
+    emulate(emulator, clips(40, (2, 3, 4)), torch.arange(40), 5, threads=threads)
+
+
+def test_a_long_row_and_a_thousand_blocks(emulator):
+    emulate(emulator, clips(2, (1, 1, 2000)), torch.arange(2), 0)
+    emulate(emulator, clips(2, (3, 4, 5)), torch.arange(2), 0, n_blocks=1000)
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int16])
+def test_bytes_moved(dtype, emulator):
+    """Tokens in and out once, the mask written once and read twice, an index written once; the rest is a few numbers a clip."""
+    tokens = clips(8, (5, 16, 16), dtype=dtype)
+    emulate(emulator, tokens, torch.arange(8), 0)
+    loaded, stored = emulator.library.bytes_loaded(), emulator.library.bytes_stored()
+    size, few = tokens.element_size(), emulator.state.nbytes + 8 * 8 * (320 + 20)  # every thread reads seed and id
+    assert 0 <= loaded - tokens.numel() * (size + 2) <= few
+    assert 0 <= stored - tokens.numel() * (size + 1 + 8) <= few
+
+
+def test_says_what_it_cannot_run(emulator):
+    tokens, ids = clips(1, (1, 1, 1900)), torch.arange(1)
+    with pytest.raises(RuntimeError, match="33 blocks with T . H . W of 1902"):
+        emulator(tokens, ids, 0, n_blocks=33)
+    with pytest.raises(RuntimeError, match="vocab_size of 2147483644"):
+        emulator(tokens.long(), ids, 0, vocab_size=2**31 - 4)
+
+
+def test_the_emulator_sees_a_wrong_address(emulator):
+    tokens = clips(2, (5, 6, 7))
+    with pytest.raises(RuntimeError, match="outside all buffers"):
+        emulator(tokens.as_strided(tokens.shape, (210, 42, 7, 2)), torch.arange(2).as_strided((2,), (-1,)), 0)

@@ -1,0 +1,234 @@
+"""The extension as a build: what it is made with, what it leaves out and says, which symbols it needs and exports."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from extension import CPU_ERROR, needs_cpu, python
+from vimpac.ops import backend as backends
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "vimpac"
+needs_nm = pytest.mark.skipif(shutil.which("nm") is None, reason="no nm (binutils)")
+
+
+def load_setup(monkeypatch):
+    """setup.py as a module that sets nothing up."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    spec = importlib.util.spec_from_file_location("vimpac_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    return load_setup(monkeypatch)
+
+
+def test_what_can_be_built_here_is_built(setup):
+    """A test run that skips the C++ kernels although there is a compiler would hide that they do not compile."""
+    missing = setup.missing_tools()
+    files = {"_ops_cpu": "_ops_cpu.so", "_ops_cuda": "_ops_cuda.so"}
+    for name, file in files.items():
+        assert name in missing or (PACKAGE / file).exists(), f"{file} is not built: run make test, or pip install -e ."
+    if "_ops_cpu" not in missing:
+        assert CPU_ERROR == ""
+
+
+# --- symbols ----------------------------------------------------------------------------------------------------------
+
+STABLE = re.compile(r"(aoti_torch_|torch_)\w+")  # torch's C functions, which keep their meaning from version to version
+SYSTEM = re.compile(r".*@.*|_ITM_\w+|__gmon_start__|__cxa_\w+|_Unwind_\w+|_Z\w*St\w+|_Z(nw|dl|na|da)\w+|__\w+|_ZT\w+")
+
+
+def symbols(path, *flags):
+    listed = subprocess.run(["nm", *flags, str(path)], capture_output=True, text=True, check=True).stdout
+    return [line.split()[-1] for line in listed.splitlines() if line.strip()]
+
+
+@needs_nm
+@pytest.mark.parametrize("file", backends.LIBRARIES.values())
+def test_only_the_stable_abi_is_needed(file):
+    """No C++ symbol of torch, c10 or at: one library serves every torch from 2.11 on."""
+    path = backends.library_path(next(name for name, of in backends.LIBRARIES.items() if of == file))
+    if not path.exists():
+        pytest.skip(f"{file} is not built")
+    needed = symbols(path, "-D", "--undefined-only")
+    of_torch = [name for name in needed if STABLE.fullmatch(name)]
+    assert of_torch and not [
+        name for name in needed if re.search(r"\d(c10|at|torch|caffe2)\w*", name) and name.startswith("_Z")
+    ]
+    unknown = [name for name in needed if not STABLE.fullmatch(name) and not SYSTEM.fullmatch(name)]
+    assert not unknown, unknown
+
+
+@needs_nm
+@needs_cpu
+def test_little_is_exported():
+    """Nothing but the C functions that Python asks for, so that no other library's symbols are taken or replaced."""
+    exported = set(symbols(backends.library_path("cpu"), "-D", "--defined-only"))
+    ours = {
+        name
+        for name in exported
+        if not re.match(r"_Z\w*(St|__gnu_cxx)", name) and name not in ("__bss_start", "_edata", "_end")
+    }
+    assert ours == {"vimpac_cpu_isa"}
+
+
+@needs_nm
+@needs_cpu
+def test_no_instruction_set_leaks_into_another(setup, tmp_path):
+    """What is compiled for AVX-512 defines nothing that the linker could take for the same function compiled for less."""
+    compiler = setup.find_compiler()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    for source in sorted((ROOT / "csrc").glob("*_simd.cpp")):
+        built = tmp_path / f"{source.stem}.o"
+        widest, flags = list(setup.ISA_FLAGS.items())[-1]
+        flags = [*setup.CXX_FLAGS, *flags, "-O1", f"-DVIMPAC_ISA={widest}", "-DVIMPAC_X86", f"-I{ROOT / 'csrc'}"]
+        subprocess.run([compiler, *flags, "-c", source, "-o", built], check=True)
+        listed = subprocess.run(["nm", str(built)], capture_output=True, text=True, check=True).stdout
+        assert not re.findall(r"^\w* [WVu] .*", listed, re.MULTILINE)
+
+
+# --- what is left out -------------------------------------------------------------------------------------------------
+
+
+def run_setup(*command, **environment):
+    names = {"PATH": os.environ["PATH"], "HOME": os.environ.get("HOME", "/"), **environment}
+    return subprocess.run([sys.executable, "setup.py", *command], cwd=ROOT, env=names, capture_output=True, text=True)
+
+
+def test_without_a_compiler_it_is_pure_python(tmp_path):
+    """One sentence a library, and a wheel for any machine."""
+    source = tmp_path / "source"
+    skip = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build", "tests", "__pycache__", "*.so")
+    shutil.copytree(ROOT, source, ignore=skip)
+    tools = tmp_path / "bin"
+    tools.mkdir()  # nothing in it
+    command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
+    environment = {"PATH": str(tools), "HOME": str(tmp_path)}
+    ended = subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr
+    for name in ("_ops_cpu", "_ops_cuda", "_C"):
+        assert f"vimpac: without {name}: it needs a C++ compiler (Debian: apt-get install g++)" in ended.stderr
+    assert next(tmp_path.glob("*.whl")).name.endswith("-py3-none-any.whl")
+
+
+@pytest.mark.parametrize(
+    "environment, shown",
+    [
+        ({"VIMPAC_EXTENSION": "gpu"}, "VIMPAC_EXTENSION='gpu': gpu is none of 0, cpu, cuda, python"),
+        ({"VIMPAC_EXTENSION": "cpu", "CXX": "/no/such/compiler"}, "without _ops_cpu: it needs a C++ compiler"),
+        ({"VIMPAC_EXTENSION": "0"}, "without _ops_cpu: VIMPAC_EXTENSION=0"),
+        ({"VIMPAC_EXTENSION": "cpu"}, "without _ops_cuda: VIMPAC_EXTENSION=cpu"),
+    ],
+)
+def test_says_what_is_missing(environment, shown):
+    assert shown in run_setup("--version", **environment).stderr
+
+
+def test_architectures(setup, monkeypatch):
+    """The default leaves out what this nvcc does not know; a name that it does not know is an error."""
+    monkeypatch.setattr(setup, "output", lambda *_: "sm_75\nsm_80\nsm_90")
+    monkeypatch.delenv("VIMPAC_CUDA_ARCHS", raising=False)
+    assert setup.cuda_archs("nvcc") == ["80", "90a"]
+    for named in ("8.0 9.0a", "80;90a", "80,90a"):
+        monkeypatch.setenv("VIMPAC_CUDA_ARCHS", named)
+        assert setup.cuda_archs("nvcc") == ["80", "90a"]
+    monkeypatch.setenv("VIMPAC_CUDA_ARCHS", "80 100")
+    with pytest.raises(SystemExit, match="VIMPAC_CUDA_ARCHS: nvcc does not know 100, it knows 75 80 90 90a"):
+        setup.cuda_archs("nvcc")
+
+
+@pytest.mark.parametrize(
+    "arch, runs, not_on",
+    [
+        ("80", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
+        ("90a", [(9, 0)], [(8, 9), (10, 0)]),
+        ("100", [(10, 0), (10, 3)], [(12, 0)]),
+    ],
+)
+def test_which_gpu_runs_what(arch, runs, not_on):
+    assert all(backends.runs_on(arch, *capability) for capability in runs)
+    assert not any(backends.runs_on(arch, *capability) for capability in not_on)
+
+
+# --- a library that cannot be used ------------------------------------------------------------------------------------
+
+USE = """
+import torch
+from vimpac.ops import axial_attention
+import vimpac.ops.backend as backends
+print(backends.library_error("cpu"))
+qkv, cls = torch.zeros(1, 1, 1, 1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
+axial_attention(qkv, cls, ("T",))
+try:
+    axial_attention(qkv, cls, ("T",), backend="cpu")
+except ValueError as error:
+    print(error)
+try:
+    torch.ops.vimpac.axial_attention.cpu(qkv, cls, ["T"], None, 0.0, None, True)
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize(
+    "content, shown",
+    [
+        (
+            None,
+            r"vimpac was installed without _ops_cpu.so, which takes a C\+\+ compiler, ninja: reinstall vimpac beside",
+        ),
+        (b"no library", f"torch {re.escape(torch.__version__)} cannot load .*_ops_cpu.so, which was built for another machine"),
+    ],
+)
+def test_said_at_use(tmp_path, content, shown):
+    """Not at import; the default goes on without it, and who asks for it by name is told."""
+    if content:
+        (tmp_path / "_ops_cpu.so").write_bytes(content)
+    ended = python(USE, VIMPAC_LIBRARIES=str(tmp_path), VIMPAC_BACKEND="")
+    assert ended.returncode == 0, ended.stderr
+    said = ended.stdout.splitlines()
+    assert len(said) == 3 and re.match(shown, said[0])
+    assert said[1].startswith("axial_attention: backend 'cpu' cannot run this call: ") and said[0] in said[1]
+    assert said[2] == f"vimpac::axial_attention.cpu cannot run: {said[0]}"
+
+
+@needs_cpu
+def test_a_wrong_instruction_set_is_shown():
+    ended = python(USE, VIMPAC_CPU_ISA="sse9")
+    assert "VIMPAC_CPU_ISA=sse9 is not one of portable, avx2, avx512" in ended.stderr
+
+
+# --- facts ------------------------------------------------------------------------------------------------------------
+
+
+def test_facts_of_the_build():
+    _C = pytest.importorskip("vimpac._C", reason="vimpac._C is not built")
+    facts = _C.build()
+    assert set(facts) == {"revision", "compiler", "flags", "cpu_isas", "torch", "nvcc", "cuda_archs"}
+    assert all(isinstance(value, str) for value in facts.values())
+    assert facts["torch"].startswith("2.") and "TORCH_TARGET_VERSION=0x020b" in facts["flags"]
+
+
+def test_doctor_names_every_backend(capsys):
+    from vimpac.cli import main
+
+    assert main(["doctor"]) == 0
+    shown = capsys.readouterr().out
+    for op, implementations in backends._REGISTRY.items():
+        for name in implementations:
+            assert name in shown.split(f"  {op} ")[1]
+    for words in ("versions", f"torch         {torch.__version__}", "_ops_cpu.so", "_ops_cuda.so", "ops on cpu with bfloat16"):
+        assert words in shown
+    assert CPU_ERROR in shown
