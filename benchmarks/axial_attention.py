@@ -1,7 +1,8 @@
 """Axial attention with a shared [CLS], forward, backward and both: ours beside what torch and xformers offer for it.
 
-Small at 5×16×16 and Large-Half at 5×16×16, 5×32×32, 10×32×32, along T and along H|W, dropout 0.1. On a GPU bfloat16 and a batch
-whose four tensors (q, k, v, out) take 2 GB; on a CPU float32, 5×16×16 and two clips.
+On a GPU Small at 5×16×16 and Large-Half at 5×16×16, 5×32×32, 10×32×32, along T and along H|W, bfloat16, dropout 0.1 and a batch
+whose four tensors (q, k, v, out) take 2 GB. On a CPU Small and Large-Half at 5×16×16 along T, H and W, float32, 8 clips and no
+dropout, which the reference's random numbers would dominate; it ends with the median over axes of how much faster ours is.
 
 Ours reads and writes packed rows as the model does. Peers get transposed copies of the tokens with [CLS] concatenated to every
 line, in chunks of at most 65,535 lines, which is what some of their launches hold. Checked in float64 on the first clips with
@@ -9,7 +10,7 @@ the same dropout; peers that draw their own, and ours once more, without dropout
 harness.py. GB/s counts 4 tensors forward, 7 backward, 11 for both; TFLOP/s the two products of attention forward and four
 backward.
 
-    python benchmarks/axial_attention.py [--axes T 'H|W'] [--quick] [--dtype float16] [--device cpu]
+    python benchmarks/axial_attention.py [--axes T 'H|W'] [--dropout 0.1] [--quick] [--dtype float16] [--device cpu]
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
+from statistics import median
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +33,7 @@ from vimpac.layouts import axis_dimensions
 from vimpac.ops import axial_attention_packed, axial_attention_reference
 from vimpac.ops.axial_attention import from_lines, has_long_lines, head_groups, line_qkv, unpack
 
-DROPOUT, SEED = 0.1, 7
+SEED = 7
 SHAPES = {  # name → (T, H, W), N, D
     "Small": ((5, 16, 16), 8, 64),
     "Large-Half": ((5, 16, 16), 16, 32),
@@ -53,10 +55,11 @@ class Problem:
     width: int
     axes: tuple[str, ...]
     clips: int
+    dropout: float
 
     def __str__(self) -> str:
         grid = "x".join(map(str, self.grid))
-        return f"{grid} N={self.heads} D={self.width} axes={'|'.join(self.axes)} B={self.clips} dropout={DROPOUT}"
+        return f"{grid} N={self.heads} D={self.width} axes={'|'.join(self.axes)} B={self.clips} dropout={self.dropout:g}"
 
     @property
     def tensor(self) -> int:
@@ -76,18 +79,21 @@ class Problem:
 # --- implementations --------------------------------------------------------------------------------------------------
 
 
-def packed(rows: Tensor, problem: Problem, backend: str | None, dropout: float = DROPOUT) -> Tensor:
+def packed(rows: Tensor, problem: Problem, backend: str | None, dropout: float | None = None) -> Tensor:
+    dropout = problem.dropout if dropout is None else dropout
     seed = SEED if dropout else None
     return axial_attention_packed(rows, problem.grid, problem.axes, None, dropout, seed, True, backend)
 
 
-def reference(qkv: Tensor, cls_qkv: Tensor, problem: Problem, dropout: float = DROPOUT) -> tuple[Tensor, Tensor]:
+def reference(qkv: Tensor, cls_qkv: Tensor, problem: Problem, dropout: float | None = None) -> tuple[Tensor, Tensor]:
+    dropout = problem.dropout if dropout is None else dropout
     seed = torch.full((), SEED, dtype=torch.int64, device=qkv.device)
     return axial_attention_reference(qkv, cls_qkv, problem.axes, None, dropout, seed)
 
 
-def on_lines(qkv: Tensor, cls_qkv: Tensor, problem: Problem, attend: Callable, dropout: float = DROPOUT):
+def on_lines(qkv: Tensor, cls_qkv: Tensor, problem: Problem, attend: Callable, dropout: float | None = None):
     """attend(q, k, v [lines, n, L + 1, D], dropout) on transposed copies, as many clips at a time as a launch takes."""
+    dropout = problem.dropout if dropout is None else dropout
     most = max(math.prod(problem.grid) // problem.grid[d - 1] for d in (1, 2, 3))
     chunks = zip(qkv.split(MOST_LINES // most), cls_qkv.split(MOST_LINES // most), strict=True)
     outs, cls_outs = zip(*(attend_lines(*chunk, problem.axes, attend, dropout) for chunk in chunks), strict=True)
@@ -163,7 +169,7 @@ class Data:
         return harness.distance([x[clips] for x in got], self.expected(clips, dropout))
 
     def check_dropout(self, function: Callable, inputs, upstream) -> float:
-        return self.error(harness.evaluate(function, inputs, upstream), slice(CHECKED), DROPOUT)
+        return self.error(harness.evaluate(function, inputs, upstream), slice(CHECKED), self.problem.dropout)
 
     def check_plain(self, function: Callable, inputs, upstream) -> float:
         got = harness.evaluate(partial(function, dropout=0.0), inputs, upstream)
@@ -202,17 +208,32 @@ def run(bench: Benchmark, problem: Problem) -> None:
     bench.add(case, [eager, *peers(problem, partial(data.check_plain, **unpacked)), compiled])
 
 
+def speedups(rows: list[dict]) -> list[str]:
+    """Median over axes of a peer's time by ours, for each shape of head: the reference, and the fastest of torch's SDPA."""
+    times = {(row["shape"], row["pass"], row["impl"]): row["ms"] for row in rows if row["ms"]}
+    found: dict[tuple, list[float]] = {}
+    for (shape, which, impl), ms in times.items():
+        heads = " ".join(word for word in shape.split() if not word.startswith("axes="))
+        fastest = min((t for (s, w, i), t in times.items() if (s, w) == (shape, which) and i.startswith("sdpa")), default=None)
+        for peer, t in (("reference eager", times.get((shape, which, "reference eager"))), ("sdpa", fastest)):
+            if impl == "ours" and t:
+                found.setdefault((heads, which, peer), []).append(t / ms)
+    return [f"{heads}, {which}: {median(x):.1f} times as fast as {peer}" for (heads, which, peer), x in found.items()]
+
+
 def main(argv: list[str] | None = None) -> int:
-    axes = {"nargs": "+", "default": ["T", "H|W"], "help": "axes of the head groups, joined by |"}
-    options = harness.arguments(__doc__, argv, axes=axes)
+    axes = {"nargs": "+", "help": "axes of the head groups, joined by |; default: T and H|W on cuda, T, H and W on cpu"}
+    dropout = {"type": float, "help": "default: 0.1 on cuda, 0 on cpu"}
+    options = harness.arguments(__doc__, argv, axes=axes, dropout=dropout)
     bench = Benchmark("axial_attention", options, budget=200.0 if options.device == "cuda" else 120.0)
-    enough = 2e9 if bench.on_gpu else 2e7  # bytes of the four tensors
+    p = options.dropout if options.dropout is not None else 0.1 if bench.on_gpu else 0.0
     shapes = list((TINY if bench.quick else SHAPES).values())
     for grid, heads, width in shapes if bench.on_gpu else shapes[:2]:
-        for axes in options.axes:
-            one = Problem(grid, heads, width, tuple(axes.split("|")), 1)
-            clips = 3 if bench.quick else math.ceil(enough / (4 * one.tensor * bench.dtype.itemsize))
-            run(bench, replace(one, clips=clips))
+        for axes in options.axes or (["T", "H|W"] if bench.on_gpu else ["T", "H", "W"]):
+            one = Problem(grid, heads, width, tuple(axes.split("|")), 1, p)
+            clips = math.ceil(2e9 / (4 * one.tensor * bench.dtype.itemsize)) if bench.on_gpu else 8
+            run(bench, replace(one, clips=3 if bench.quick else clips))
+    print("\nmedian over axes", *speedups(bench.rows), sep="\n")
     return bench.finish(small=not bench.on_gpu)
 
 

@@ -38,6 +38,20 @@ constexpr float LOG2E = 1.4426950408889634f;
 template <class V>
 struct Exp2;
 
+// 1 / x. A device has a faster one.
+template <class S>
+struct Inverse {
+  static HOST_DEVICE S of(S x) { return S(1) / x; }
+};
+
+template <class V>
+HOST_DEVICE V greater(V a, V b) {
+  return a > b ? a : b;
+}
+#ifdef __CUDACC__
+HOST_DEVICE float greater(float a, float b) { return fmaxf(a, b); }  // one instruction instead of two
+#endif
+
 // A row of scores on a line's keys is spread over the lanes of something: of a vector register on a CPU, of a quad or a warp of
 // threads on a GPU. Each lane holds K of them, `Row` combines lanes (Row::max, Row::sum), and [CLS]'s score is one number S.
 //
@@ -46,16 +60,15 @@ template <class Row, int K, class V, class S>
 HOST_DEVICE void softmax(V (&scores)[K], S& cls) {
   V most = scores[0];
   UNROLL
-  for (int k = 1; k < K; ++k) most = most > scores[k] ? most : scores[k];
-  S top = Row::max(most);
-  top = top > cls ? top : cls;
+  for (int k = 1; k < K; ++k) most = greater(most, scores[k]);
+  S top = greater(Row::max(most), cls);
   top = top == -static_cast<S>(INFINITY) ? S(0) : top;
   cls = Exp2<S>::of(cls - top);
   V sum = scores[0] = Exp2<V>::of(scores[0] - top);
   UNROLL
   for (int k = 1; k < K; ++k) sum += scores[k] = Exp2<V>::of(scores[k] - top);
   S total = Row::sum(sum) + cls;
-  S inverse = total > S(0) ? S(1) / total : S(0);
+  S inverse = total > S(0) ? Inverse<S>::of(total) : S(0);
   UNROLL
   for (int k = 0; k < K; ++k) scores[k] *= inverse;
   cls *= inverse;
@@ -71,6 +84,19 @@ HOST_DEVICE void softmax_gradient(const V (&p)[K], S p_cls, V (&dp)[K], S& dp_cl
   UNROLL
   for (int k = 0; k < K; ++k) dp[k] = p[k] * (dp[k] - mean) * scale;
   dp_cls = p_cls * (dp_cls - mean) * scale;
+}
+
+// The same where dropout leaves `kept` of the probabilities p: (kept ∘ dp - p Σ kept·dp) · scale.
+template <class Row, int K, class V, class S>
+HOST_DEVICE void softmax_gradient(const V (&p)[K], S p_cls, const V (&kept)[K], S kept_cls, V (&dp)[K], S& dp_cls, S scale) {
+  V sum = dp[0] = kept[0] * dp[0];
+  UNROLL
+  for (int k = 1; k < K; ++k) sum += dp[k] = kept[k] * dp[k];
+  dp_cls *= kept_cls;
+  S mean = Row::sum(sum) + dp_cls;
+  UNROLL
+  for (int k = 0; k < K; ++k) dp[k] = (dp[k] - p[k] * mean) * scale;
+  dp_cls = (dp_cls - p_cls * mean) * scale;
 }
 
 // --- dropout -----------------------------------------------------------------------------------------------------------

@@ -32,9 +32,11 @@ struct Call {
   int64_t seed;
 
   // Work is split into items: some lines of one clip, for one group of heads. What an item adds to [CLS]'s rows it leaves in
-  // parts [B, chunks, N, kinds, D] of the type that the kernel computes in; they are added up in order.
+  // parts [B, chunks, N, kinds, D] of the type that the kernel computes in, D filled up to whole registers; they are added up in
+  // order.
   void* parts;
   int chunks;  // of a clip, at most
+  bool streams;  // results go past the caches: they are more than those hold, and every row's address suits
 
   int heads() const { return N / groups; }
   int lines_of_item(int axis) const { return grid.length(axis) < 64 ? 64 / grid.length(axis) : 1; }
@@ -44,6 +46,7 @@ struct Call {
 
 struct LineKernels {
   size_t (*scratch)(const Call&);                           // bytes that a thread needs
+  size_t (*parts)(const Call&, int kinds);                  // bytes of all parts
   void (*forward)(const Call&, int64_t item, void* scratch);
   void (*backward)(const Call&, int64_t item, void* scratch);
   void (*add_parts)(const Call&, int64_t clip, int kinds);  // parts of a clip → its [CLS] row of `out`

@@ -16,6 +16,8 @@ constexpr int ROWS = 6;                                   // that a product comp
 constexpr int COLUMNS = VECTOR_BYTES == 64 ? 4 : 2;       // registers a row: ROWS × COLUMNS sums stay in registers
 constexpr int ROW_LIMIT = (LONGEST_LINE + ROWS) / ROWS * ROWS;  // a line and [CLS], in full groups of ROWS
 
+constexpr int ASK = 4;
+
 constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 template <class A>
@@ -27,7 +29,7 @@ struct Scratch {
   static constexpr int KEYS = LONGEST_LINE + 16;  // of a row of weights: the line's, [CLS]'s, and what is computed beside them
 
   int width;  // of a head, filled up to whole registers
-  A *copies[4], *keys, *values, *weights, *score_gradients, *cls_sums;
+  A *copies[4], *keys, *values, *weights, *score_gradients;
   Bits<A>* is_key;
   uint16_t* bits;
 
@@ -44,7 +46,6 @@ struct Scratch {
     take(values, LONGEST_LINE * width);
     take(weights, ROW_LIMIT * KEYS);
     take(score_gradients, ROW_LIMIT * KEYS);
-    take(cls_sums, 3 * width);
     take(is_key, LONGEST_LINE);
     take(bits, ROW_LIMIT * 96);
     return used;
@@ -79,19 +80,29 @@ void turn(const Rows<A>& from, int count, int lanes, int width, A* to) {
 
 // scores[r][k] = rows.row[first + r] · (key k), keys turned; r < ROWS.
 template <int LANES, int NK, class A>
-void multiply_keys(const Rows<A>& rows, int first, const A* keys, int width, A* scores) {
+HOST_DEVICE void multiply_keys(const Rows<A>& rows, int first, const A* keys, int width, A* scores) {
   constexpr int N = NK < 2 ? NK : 2;
   using V = Vector<A, LANES>;
   for (int k = 0; k < NK; k += N) {
-    V sum[ROWS][N] = {};
+    V sum[ROWS][N];
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      UNROLL
+      for (int n = 0; n < N; ++n) sum[r][n] = V{};
+    }
     for (int d = 0; d < width; ++d) {
       V key[N];
+      UNROLL
       for (int n = 0; n < N; ++n) key[n] = load<LANES>(keys + (d * NK + k + n) * LANES);
+      UNROLL
       for (int r = 0; r < ROWS; ++r) {
+        UNROLL
         for (int n = 0; n < N; ++n) sum[r][n] += rows.row[first + r][d] * key[n];
       }
     }
+    UNROLL
     for (int r = 0; r < ROWS; ++r) {
+      UNROLL
       for (int n = 0; n < N; ++n) store<LANES>(scores + r * Scratch<A>::KEYS + (k + n) * LANES, sum[r][n]);
     }
   }
@@ -99,45 +110,60 @@ void multiply_keys(const Rows<A>& rows, int first, const A* keys, int width, A* 
 
 // products[r] = rows.row[first + r] · x, r < ROWS.
 template <class A>
-void multiply_vector(const Rows<A>& rows, int first, const A* x, int width, A (&products)[ROWS]) {
+HOST_DEVICE void multiply_vector(const Rows<A>& rows, int first, const A* x, int width, A (&products)[ROWS]) {
   using V = Vector<A, WIDTH<A>>;
-  V sum[ROWS] = {};
+  V sum[ROWS];
+  UNROLL
+  for (int r = 0; r < ROWS; ++r) sum[r] = V{};
   for (int d = 0; d < width; d += WIDTH<A>) {
     V part = load<WIDTH<A>>(x + d);
+    UNROLL
     for (int r = 0; r < ROWS; ++r) sum[r] += load<WIDTH<A>>(rows.row[first + r] + d) * part;
   }
+  UNROLL
   for (int r = 0; r < ROWS; ++r) products[r] = Lanes::sum(sum[r]);
 }
 
-// Row i of `count` rows: Σ_j weights[i · of_row + j · of_term] · terms.row[j], handed to write(i, d, register).
-template <int N, class A, class Write>
+// Row i of `count` rows: Σ_j weights[i · of_row + j · of_term] · terms.row[j], N registers of it from element d on handed to
+// write(i, d, registers). `pause` is called between the parts of the work.
+template <int N, class A, class Write, class Pause>
 HOST_DEVICE void add_rows_at(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, int d,
-                             const Write& write) {
+                             const Write& write, const Pause& pause) {
   using V = Vector<A, WIDTH<A>>;
   for (int i = 0; i < count; i += ROWS) {
-    V sum[ROWS][N] = {};
+    V sum[ROWS][N];
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      UNROLL
+      for (int c = 0; c < N; ++c) sum[r][c] = V{};
+    }
     const A* w = weights + i * of_row;
     for (int j = 0; j < n; ++j, w += of_term) {
       V term[N];
+      UNROLL
       for (int c = 0; c < N; ++c) term[c] = load<WIDTH<A>>(terms.row[j] + d + c * WIDTH<A>);
+      UNROLL
       for (int r = 0; r < ROWS; ++r) {
+        UNROLL
         for (int c = 0; c < N; ++c) sum[r][c] += w[r * of_row] * term[c];
       }
     }
-    for (int r = 0; r < ROWS && i + r < count; ++r) {
-      for (int c = 0; c < N; ++c) write(i + r, d + c * WIDTH<A>, sum[r][c]);
+    pause();
+    UNROLL
+    for (int r = 0; r < ROWS; ++r) {
+      if (i + r < count) write(i + r, d, sum[r]);
     }
   }
 }
 
-template <class A, class Write>
+template <class A, class Write, class Pause>
 HOST_DEVICE void add_rows(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, int width,
-                          const Write& write) {
+                          const Write& write, const Pause& pause) {
   int d = 0;
   for (; d + COLUMNS * WIDTH<A> <= width; d += COLUMNS * WIDTH<A>) {
-    add_rows_at<COLUMNS>(weights, of_row, of_term, terms, n, count, d, write);
+    add_rows_at<COLUMNS>(weights, of_row, of_term, terms, n, count, d, write, pause);
   }
-  for (; d < width; d += WIDTH<A>) add_rows_at<1>(weights, of_row, of_term, terms, n, count, d, write);
+  for (; d < width; d += WIDTH<A>) add_rows_at<1>(weights, of_row, of_term, terms, n, count, d, write, pause);
 }
 
 // 16 bits for each probability of the line, [row][key] with `keys_apart` keys a row; [CLS]'s row is named by the first token's.
@@ -181,6 +207,8 @@ struct Line {
   bool in_place;  // rows are used where they lie
   int64_t offset[LONGEST_LINE], number[LONGEST_LINE];  // of the line's tokens: in qkv, and in raster order of all clips
   Rows<A> q, k, v, g;
+  const T* ahead[4 * LONGEST_LINE];  // rows of the next head, to ask memory for while this one is computed
+  int rows_ahead, asked;
 
   Line(const Call& call, Scratch<A>& s, int64_t clip, int axis, int line)
       : call(call), s(s), clip(clip), axis(axis), line(line), head(0), L(call.grid.length(axis)),
@@ -209,6 +237,7 @@ struct Line {
   void read(int part, Rows<A>& rows) {
     const T* tokens = static_cast<const T*>(call.qkv) + part * call.s_3 + head * call.s_n;
     const T* cls = static_cast<const T*>(call.cls) + clip * call.c_b + part * call.c_3 + head * call.c_n;
+    for (int i = 0; i < L; ++i) ahead[rows_ahead++] = tokens + offset[i] + call.s_n;
     for (int i = 0; i <= L; ++i) rows.row[i] = row(i < L ? tokens + offset[i] : cls, s.copies[part] + i * s.width);
     for (int i = L + 1; i < ROW_LIMIT; ++i) rows.row[i] = rows.row[L];
   }
@@ -217,11 +246,24 @@ struct Line {
   void read_gradient() {
     const T* grad = static_cast<const T*>(call.grad) + static_cast<int64_t>(head) * call.D;
     int64_t apart = static_cast<int64_t>(call.N) * call.D;
-    for (int i = 0; i < L; ++i) g.row[i] = row(grad + number[i] * apart, s.copies[3] + i * s.width);
+    for (int i = 0; i < L; ++i) {
+      const T* from = grad + number[i] * apart;
+      ahead[rows_ahead++] = from + call.D;
+      g.row[i] = row(from, s.copies[3] + i * s.width);
+    }
     A* cls = s.copies[3] + L * s.width;
     const T* from = grad + (call.B * call.grid.tokens() + clip) * apart;
     for (int d = 0; d < s.width; ++d) cls[d] = d < call.D ? to_arithmetic(from[d]) / call.grid.lines(axis) : A(0);
     for (int i = L; i < ROW_LIMIT; ++i) g.row[i] = cls;
+  }
+
+  // Asks for a few of the next head's rows; called between the parts of the work, so that memory is never idle and never asked
+  // for more at once than it can have under way.
+  HOST_DEVICE void ask(int rows) {
+    for (; rows > 0 && asked < rows_ahead; --rows, ++asked) {
+      const char* from = reinterpret_cast<const char*>(ahead[asked]);
+      for (int byte = 0; byte < call.D * static_cast<int>(sizeof(T)); byte += 64) __builtin_prefetch(from + byte);
+    }
   }
 
   template <int LANES, int NK>
@@ -241,9 +283,11 @@ struct Line {
     for (int first = 0; first <= L; first += ROWS) {
       A *weights = s.weights + first * APART, *gradients = s.score_gradients + first * APART, on_cls[ROWS], from_cls[ROWS];
       multiply_keys<LANES, NK>(q, first, s.keys, s.width, weights);
+      ask(ASK);
       multiply_vector(q, first, k.row[L], s.width, on_cls);
       if (backward) {
         multiply_keys<LANES, NK>(g, first, s.values, s.width, gradients);
+        ask(ASK);
         multiply_vector(g, first, v.row[L], s.width, from_cls);
       }
       for (int r = 0; r < ROWS && first + r <= L; ++r) {
@@ -301,41 +345,60 @@ struct Line {
     if constexpr (32 * W <= LONGEST_LINE) return probabilities<W, 32>(backward);
   }
 
-  // Writes sums of rows: a token's to `to` + its number · apart, [CLS]'s onto s.cls_sums.
+  // Writes sums of rows: a token's to `to` + its number · apart, [CLS]'s onto `cls`.
   HOST_DEVICE void write(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, T* to, int64_t apart,
                          A* cls) {
-    add_rows(weights, of_row, of_term, terms, n, count, s.width, [&](int i, int d, Vector<A, WIDTH<A>> sum) {
-      if (i == L) {
-        store<WIDTH<A>>(cls + d, load<WIDTH<A>>(cls + d) + sum);
-      } else if (d + WIDTH<A> <= call.D) {
-        store<WIDTH<A>>(to + number[i] * apart + d, sum);
-      } else {
-        for (int e = 0; d + e < call.D; ++e) from_arithmetic(to[number[i] * apart + d + e], sum[e]);
+    constexpr int W = WIDTH<A>;
+    const int last = L, D = call.D;
+    const bool streams = call.streams;
+    auto write_registers = [&](int i, int d, auto& sum) {
+      constexpr int N = sizeof(sum) / sizeof(sum[0]);
+      if (i == last) {
+        UNROLL
+        for (int c = 0; c < N; ++c) store<W>(cls + d + c * W, load<W>(cls + d + c * W) + sum[c]);
+        return;
       }
-    });
+      T* row = to + number[i] * apart + d;
+      if (d + N * W <= D) {
+        if constexpr (std::is_same_v<T, A>) {
+          if (streams) {
+            UNROLL
+            for (int c = 0; c < N; ++c) stream<W>(row + c * W, sum[c]);
+            return;
+          }
+        }
+        UNROLL
+        for (int c = 0; c < N; ++c) store<W>(row + c * W, sum[c]);
+      } else {
+        for (int e = 0; d + e < D; ++e) from_arithmetic(row[e], sum[e / W][e % W]);
+      }
+    };
+    add_rows(weights, of_row, of_term, terms, n, count, s.width, write_registers, [&] { ask(ASK); });
   }
 
-  void forward(int n) {
+  void forward(int n, A* part) {
     head = n;
+    rows_ahead = asked = 0;
     read(0, q), read(1, k), read(2, v);
     weigh(false);
     T* out = static_cast<T*>(call.out) + static_cast<int64_t>(head) * call.D;
     int keys = L + call.cls_in_context;
-    write(s.weights, Scratch<A>::KEYS, 1, v, keys, L + 1, out, static_cast<int64_t>(call.N) * call.D, s.cls_sums);
+    write(s.weights, Scratch<A>::KEYS, 1, v, keys, L + 1, out, static_cast<int64_t>(call.N) * call.D, part);
   }
 
-  void backward(int n) {
+  void backward(int n, A* part) {
     head = n;
+    rows_ahead = asked = 0;
     read(0, q), read(1, k), read(2, v);
     read_gradient();
     weigh(true);
     T* out = static_cast<T*>(call.out) + static_cast<int64_t>(head) * call.D;
-    int64_t part = static_cast<int64_t>(call.N) * call.D;
+    int64_t apart = static_cast<int64_t>(call.N) * call.D;
     int keys = L + call.cls_in_context;
     constexpr int APART = Scratch<A>::KEYS;
-    write(s.score_gradients, APART, 1, k, keys, L + 1, out, 3 * part, s.cls_sums);
-    write(s.score_gradients, 1, APART, q, L + 1, keys, out + part, 3 * part, s.cls_sums + s.width);
-    write(s.weights, 1, APART, g, L + 1, keys, out + 2 * part, 3 * part, s.cls_sums + 2 * s.width);
+    write(s.score_gradients, APART, 1, k, keys, L + 1, out, 3 * apart, part);
+    write(s.score_gradients, 1, APART, q, L + 1, keys, out + apart, 3 * apart, part + s.width);
+    write(s.weights, 1, APART, g, L + 1, keys, out + 2 * apart, 3 * apart, part + 2 * s.width);
   }
 };
 
@@ -351,28 +414,22 @@ void run_item(const Call& call, int64_t item, void* memory) {
   s.place(call.D, static_cast<char*>(memory));
   int first = chunk * call.lines_of_item(axis), last = first + call.lines_of_item(axis);
   if (last > call.grid.lines(axis)) last = call.grid.lines(axis);
-  A* parts = static_cast<A*>(call.parts) + (clip * call.chunks + chunk) * call.N * KINDS * call.D;
-  for (int n = group * call.heads(); n < (group + 1) * call.heads(); ++n) {
-    for (int d = 0; d < KINDS * call.D; ++d) parts[n * KINDS * call.D + d] = 0;
-  }
+  const int size = KINDS * s.width, begin = group * call.heads(), end = begin + call.heads();
+  A* parts = static_cast<A*>(call.parts) + (clip * call.chunks + chunk) * call.N * size;
+  for (int i = begin * size; i < end * size; ++i) parts[i] = 0;
   for (int line = first; line < last; ++line) {
     Line<T> now(call, s, clip, axis, line);
-    for (int n = group * call.heads(); n < (group + 1) * call.heads(); ++n) {
-      for (int d = 0; d < KINDS * s.width; ++d) s.cls_sums[d] = 0;
-      BACKWARD ? now.backward(n) : now.forward(n);
-      A* part = parts + n * KINDS * call.D;
-      for (int kind = 0; kind < KINDS; ++kind) {
-        for (int d = 0; d < call.D; ++d) part[kind * call.D + d] += s.cls_sums[kind * s.width + d];
-      }
-    }
+    for (int n = begin; n < end; ++n) BACKWARD ? now.backward(n, parts + n * size) : now.forward(n, parts + n * size);
   }
+  finish_streams();
 }
 
 template <class T>
 void add_parts(const Call& call, int64_t clip, int kinds) {
   using A = typename Arithmetic<T>::type;
   T* out = static_cast<T*>(call.out) + (call.B * call.grid.tokens() + clip) * kinds * call.N * call.D;
-  const A* parts = static_cast<const A*>(call.parts) + clip * call.chunks * call.N * kinds * call.D;
+  const int width = round_up(call.D, WIDTH<A>);
+  const A* parts = static_cast<const A*>(call.parts) + clip * call.chunks * call.N * kinds * width;
   for (int n = 0; n < call.N; ++n) {
     int axis = call.axes[n / call.heads()];
     A share = kinds == 1 ? A(1) / call.grid.lines(axis) : A(1);
@@ -380,7 +437,7 @@ void add_parts(const Call& call, int64_t clip, int kinds) {
       for (int d = 0; d < call.D; ++d) {
         A sum = 0;
         for (int chunk = 0; chunk < call.chunks_of(axis); ++chunk) {
-          sum += parts[((static_cast<int64_t>(chunk) * call.N + n) * kinds + kind) * call.D + d];
+          sum += parts[((static_cast<int64_t>(chunk) * call.N + n) * kinds + kind) * width + d];
         }
         from_arithmetic(out[(kind * call.N + n) * call.D + d], sum * share);
       }
@@ -395,8 +452,14 @@ size_t scratch_bytes(const Call& call) {
 }
 
 template <class T>
+size_t parts_bytes(const Call& call, int kinds) {
+  using A = typename Arithmetic<T>::type;
+  return call.B * call.chunks * call.N * kinds * round_up(call.D, WIDTH<A>) * sizeof(A);
+}
+
+template <class T>
 constexpr LineKernels kernels_of() {
-  return {scratch_bytes<T>, run_item<T, false>, run_item<T, true>, add_parts<T>};
+  return {scratch_bytes<T>, parts_bytes<T>, run_item<T, false>, run_item<T, true>, add_parts<T>};
 }
 
 }  // namespace

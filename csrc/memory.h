@@ -17,7 +17,7 @@ namespace vimpac {
 using Memory = std::unique_ptr<void, decltype(&std::free)>;
 
 inline Memory allocate(size_t bytes) {
-  Memory memory(std::aligned_alloc(64, (bytes + 63) / 64 * 64), &std::free);
+  Memory memory(std::aligned_alloc(64, (bytes / 64 + 1) * 64), &std::free);
   STD_TORCH_CHECK(memory, "no memory for ", bytes, " bytes");
   return memory;
 }

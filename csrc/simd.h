@@ -97,6 +97,31 @@ HOST_DEVICE void store(BFloat16* to, Vector<float, LANES> v) {
   raw_store(to, __builtin_convertvector(rounded, Vector<uint16_t, LANES>));
 }
 
+// Past the caches, to an address that is a multiple of the register's size: memory need not be read before it is overwritten.
+template <int LANES, class T>
+HOST_DEVICE void stream(T* to, Vector<T, LANES> v) {
+#if defined(__clang__)
+  __builtin_nontemporal_store(v, reinterpret_cast<Vector<T, LANES>*>(to));
+#elif defined(__AVX512F__)
+  using D = Vector<double, 8>;
+  static_assert(sizeof(v) == sizeof(D));
+  __builtin_ia32_movntpd512(reinterpret_cast<double*>(to), (D)v);
+#elif defined(__AVX2__)
+  using D = Vector<double, 4>;
+  static_assert(sizeof(v) == sizeof(D));
+  __builtin_ia32_movntpd256(reinterpret_cast<double*>(to), (D)v);
+#else
+  store<LANES>(to, v);
+#endif
+}
+
+// Streamed stores are seen by other threads before what comes after this.
+HOST_DEVICE void finish_streams() {
+#if defined(__AVX2__)
+  __builtin_ia32_sfence();
+#endif
+}
+
 HOST_DEVICE float to_arithmetic(float x) { return x; }
 HOST_DEVICE double to_arithmetic(double x) { return x; }
 HOST_DEVICE float to_arithmetic(BFloat16 x) {
