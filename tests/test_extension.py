@@ -13,6 +13,7 @@ import torch
 
 from extension import CPU_ERROR, needs_cpu, python
 from vimpac.ops import backend as backends
+from vimpac.ops import block_mask
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vimpac"
@@ -219,6 +220,30 @@ def test_facts_of_the_build():
     assert set(facts) == {"revision", "compiler", "flags", "cpu_isas", "torch", "nvcc", "cuda_archs"}
     assert all(isinstance(value, str) for value in facts.values())
     assert facts["torch"].startswith("2.") and "TORCH_TARGET_VERSION=0x020b" in facts["flags"]
+
+
+def test_sample_blocks_is_the_op():
+    """The blocks of numpy's function cover what the op masks, wherever their words come from."""
+    _C = pytest.importorskip("vimpac._C", reason="vimpac._C is not built")
+    grid, ids = (5, 16, 7), torch.tensor([0, 3, -5, 2**40 + 1])
+    for seed in (0, -(2**62) + 7):
+        lengths, starts, mask = _C.sample_blocks(grid, seed, ids.numpy(), 6)
+        drawn = block_mask(torch.zeros(4, *grid, dtype=torch.int64), ids, seed, 6, backend="reference").mask
+        assert torch.equal(torch.from_numpy(mask), drawn)
+        assert lengths.shape == starts.shape == (4, 6, 3) and lengths.dtype == starts.dtype == "int32"
+        union = torch.zeros(4, *grid, dtype=torch.bool)
+        for clip, (length, start) in enumerate(zip(lengths, starts, strict=True)):
+            for (t, h, w), (T, H, W) in zip(start, length, strict=True):
+                union[clip, t : t + T, h : h + H, w : w + W] = True
+        assert torch.equal(union, drawn)
+    assert _C.sample_blocks((1, 1, 1), 0, ids[:0].numpy())[2].shape == (0, 1, 1, 1)
+    for call, shown in (
+        (((0, 1, 1), 0, ids.numpy()), "T, H and W must be at least 1, got 0"),
+        (((1, 1, 1), 0, ids.numpy(), 0), "n_blocks must be at least 1, got 0"),
+        (((1, 1, 1), 0, ids.numpy()[None]), r"sample_ids must be \[B\], got 2 dimensions"),
+    ):
+        with pytest.raises(ValueError, match=shown):
+            _C.sample_blocks(*call)
 
 
 def test_doctor_names_every_backend(capsys):
