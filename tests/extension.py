@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -11,6 +12,8 @@ import pytest
 from vimpac.ops import backend as backends
 
 CPU_ERROR = backends.library_error("cpu")
+HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
+needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler, which torch.compile needs on a CPU")
 needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
 
 

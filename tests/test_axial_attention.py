@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from extension import CPU_ERROR, needs_cpu
+from extension import CPU_ERROR, needs_compiler, needs_cpu
 from test_philox import philox_ints
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
@@ -516,8 +516,8 @@ def test_opcheck(overload, dtype, strided, options):
 @pytest.mark.parametrize(
     "function, name, compiler",
     [
-        (axial_attention, "slot", "inductor"),
-        (packed, "slot", "inductor"),
+        pytest.param(axial_attention, "slot", "inductor", marks=needs_compiler),
+        pytest.param(packed, "slot", "inductor", marks=needs_compiler),
         pytest.param(packed, "cpu", "inductor", marks=needs_cpu),
         (axial_attention, "reference", "aot_eager"),
         (packed, "sdpa", "aot_eager"),
@@ -553,6 +553,7 @@ def test_traces_any_shape():
         assert_close(compiled(rows, grid), run(rows, grid))
 
 
+@needs_compiler
 def test_compiled_reference_is_the_same():
     """Compiled code for real, dropout bits included; one shape, since it takes seconds."""
 

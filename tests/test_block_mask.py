@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from extension import needs_compiler
 from test_philox import philox_ints
 from vimpac.ops import BlockMask, block_mask, block_mask_reference
 from vimpac.ops import backend as backends
@@ -300,6 +301,7 @@ def test_traces_whole_with_any_batch(backend, ratio, noisy):
         assert_same(compiled(*call), draw(*call))
 
 
+@needs_compiler
 def test_compiled_masks_are_the_same(ratio=0.4):
     """Compiled code for real (Philox's products once overflowed there); one batch size and kind, since it takes seconds."""
     compiled = torch.compile(lambda *call: block_mask(*call, ratio=ratio, backend="reference"), fullgraph=True, dynamic=False)

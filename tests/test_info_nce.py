@@ -8,6 +8,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing import assert_close
 
+from extension import needs_compiler
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
 from vimpac.ops.info_nce import _AllGather, packed_dtype
@@ -240,6 +241,7 @@ def test_opcheck(dtype, rows, ranks, offset):
     torch.library.opcheck(backends.overload("info_nce_backward", "slot"), arguments)
 
 
+@needs_compiler
 def test_compiles_whole(backend):
     compiled = torch.compile(lambda *z: info_nce(*z, backend=backend), fullgraph=True, dynamic=True)
     for n in (5, 8):

@@ -10,6 +10,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from extension import needs_compiler
 from vimpac.ops import backend as backends
 from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
 
@@ -271,6 +272,7 @@ def test_opcheck(overload, dtype, M, gradients, small_chunks):
     torch.library.opcheck(backends.overload("masked_cross_entropy", overload), arguments)
 
 
+@needs_compiler
 @pytest.mark.parametrize("backend", ["chunked", "slot", "reference"])
 def test_compiles_whole(backend):
     compiled = torch.compile(lambda *x: masked_cross_entropy(*x, backend=backend), fullgraph=True, dynamic=True)

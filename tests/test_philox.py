@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from extension import needs_compiler
 from vimpac.ops.philox import below, philox, seed_tensor, split_words
 
 ONES, PI_COUNTER, PI_KEY = 0xFFFFFFFF, (0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0)
@@ -47,6 +48,7 @@ def test_matches_python_integers(rounds, seed, device):
     assert words.tolist() == [list(philox_ints(c, seed, rounds)) for c in counters.T.tolist()]
 
 
+@needs_compiler
 def test_compiled_products_do_not_overflow(device):
     """A compiler takes a product of two positive words for positive; scalar and vector code differ in what then happens."""
     counters = torch.randint(2**32, (5, 1), generator=torch.Generator().manual_seed(0)).to(device)

@@ -1,11 +1,10 @@
 """One step: what each ablation changes, and only that; precisions, checkpointing, accumulation, compilation."""
 
-import shutil
-
 import pytest
 import torch
 import torch.nn.functional as F
 
+from extension import needs_compiler
 from runs import MODEL, VOCABULARY, tiny_config
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce_reference, masked_cross_entropy_reference
@@ -202,7 +201,7 @@ def test_accumulation_is_the_mean_of_micro_steps():
         torch.testing.assert_close(g, mean, rtol=1e-5, atol=1e-7)  # float32 sums in another order
 
 
-@pytest.mark.skipif(not (shutil.which("g++") or shutil.which("c++")), reason="torch.compile needs a C++ compiler on a CPU")
+@needs_compiler
 def test_compiled_backbone():
     """Fused float32 kernels round differently: 1e-5 of the loss, 1e-4 of the gradients' norm. (Without the contrastive loss,
     whose batch norm makes much more of a rounding in so small a model, see runs.wide_start.)"""
