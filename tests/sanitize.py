@@ -1,8 +1,9 @@
-"""Every Triton kernel once on small, odd shapes: what compute-sanitizer watches. `make gpu` runs it; it asserts nothing."""
+"""Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. `make gpu` runs it; it asserts nothing."""
 
 import torch
 
 from vimpac.ops import axial_attention, block_mask, info_nce, masked_cross_entropy
+from vimpac.ops import backend as backends
 
 
 def main():
@@ -24,7 +25,22 @@ def main():
     for ratio in (None, 0.3):
         tokens = torch.randint(100, (9, 3, 5, 7), device=device)
         block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")
+        if not backends.library_error("cuda"):
+            block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="cuda")
+    if not backends.library_error("cuda"):
+        library(device)
     torch.cuda.synchronize()
+
+
+def library(device):
+    """The extension's attention: lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
+    for grid, width in (((5, 6, 17), 32), ((16, 3, 2), 64), ((32, 3, 2), 64)):
+        qkv = torch.randn(2, *grid, 3, 2, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        cls = torch.randn(2, 3, 2, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+        pad = torch.rand(2, *grid, device=device) < 0.3
+        for axes in (("T",), ("H", "W")):
+            out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="cuda")
+            (out.sum() + cls_out.sum()).backward()
 
 
 if __name__ == "__main__":
