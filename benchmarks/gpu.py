@@ -1,9 +1,9 @@
 """Everything that needs a GPU: kernel tests natively, compute-sanitizer on small shapes, every benchmark. `make gpu` runs it.
 
 It installs nothing, needs no network and nothing beyond torch, triton, numpy and pytest, and ends within 8 minutes: each step
-has a limit, and a step that meets it has failed. Where a C++ compiler, ninja and nvcc are found it first builds the extension in
-place, for this GPU alone; a library that is there already, from another machine, is taken as it is. Logs and results go to benchmarks/results/DEVICE; the exit status is 0 when
-every step was green.
+has a limit, and a step that meets it has failed. Where a C++ compiler, ninja and nvcc are found it first builds the extension
+in place, for this GPU alone; libraries that are there already, from another machine, are taken as they are. Logs and results go
+to benchmarks/results/DEVICE; the exit status is 0 when every step was green.
 """
 
 from __future__ import annotations
