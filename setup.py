@@ -19,6 +19,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -126,7 +127,7 @@ class BuildExtension(build_ext):
 def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
     """build.ninja: library → where it goes."""
     torch = find_torch()
-    includes = [f"-I{ROOT / 'csrc'}", f"-isystem{torch / 'include'}"]
+    includes = [f"-I{ROOT / 'csrc'}", "-isystem", torch / "include"]
     links = (
         [f"-L{torch / 'lib'}", "-Wl,--no-as-needed", "-ltorch"] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"]
     )
@@ -146,7 +147,7 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
 
     def build(rule: str, target: Path, sources: list[Path], compiler: str, flags: list) -> Path:
         lines.extend([f"build {_path(target)}: {rule} {' '.join(map(_path, sources))}", f"  cxx = {compiler}"])
-        lines.append(f"  flags = {' '.join(map(str, flags))}")
+        lines.append(f"  flags = {shlex.join(map(str, flags)).replace('$', '$$')}")
         return target
 
     compiler = find_compiler()
@@ -171,7 +172,7 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
         flags += [
             f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
-            f'-DVIMPAC_CUDA_ARCHS="\\"{" ".join(archs)}\\""',
+            f'-DVIMPAC_CUDA_ARCHS="{" ".join(archs)}"',
         ]
         objects = [
             build("nvcc", folder / "cuda" / f"{source.stem}.o", [source], nvcc, flags)
@@ -182,8 +183,8 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
         import pybind11
 
         facts = write_facts(folder / "build_facts.h", targets)
-        includes = [f"-I{ROOT / 'csrc'}", f"-I{facts.parent}", f"-isystem{pybind11.get_include()}"]
-        flags = [*CXX_FLAGS, *includes, f"-isystem{_python_include()}"]
+        includes = [f"-I{ROOT / 'csrc'}", f"-I{facts.parent}", "-isystem", pybind11.get_include()]
+        flags = [*CXX_FLAGS, *includes, "-isystem", _python_include()]
         objects = [build("cxx", folder / "python.o", [ROOT / "csrc" / "python.cpp"], compiler, flags)]
         build("link", target, objects, compiler, [] if sys.platform == "linux" else ["-undefined", "dynamic_lookup"])
     lines.append(f"default {' '.join(map(_path, targets.values()))}")
