@@ -111,7 +111,7 @@ def test_help_has_an_example(name, capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([name, "--help"])
     assert stopped.value.code == 0
-    assert f"Example: vimpac {name} " in capsys.readouterr().out
+    assert f"Example: vimpac {name}" in capsys.readouterr().out
 
 
 def test_import_is_light():

@@ -133,7 +133,8 @@ def test_matches_float64(backend, device, n, d, temperature):
 
 def test_defaults():
     z1, z2 = features(4, 3)
-    assert_close(info_nce(z1, z2), info_nce(z1, z2, 0.2, None, "reference"), rtol=0, atol=0)
+    assert_close(info_nce(z1, z2, backend="reference"), info_nce(z1, z2, 0.2, None, "reference"), rtol=0, atol=0)
+    assert_close(info_nce(z1, z2), info_nce(z1, z2, 0.2, None, "reference"))  # by whichever backend is the fastest here
 
 
 def test_gradcheck(backend):
@@ -335,7 +336,7 @@ Z = torch.zeros(4, 3)
         ((Z, Z, -0.2), "got -0.2"),
         ((Z, Z, math.nan), "got nan"),
         ((Z, Z, math.inf), "got inf"),
-        ((Z, Z, 0.2, None, "turbo"), "no backend 'turbo'; it has reference"),
+        ((Z, Z, 0.2, None, "turbo"), "no backend 'turbo'; it has cpu, "),
     ],
 )
 def test_bad_calls_are_shown(call, shown):
