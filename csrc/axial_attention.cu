@@ -1,8 +1,9 @@
 // Axial attention with a shared [CLS] on tensor cores, forward and backward, for half-precision lines of 1 to 32 tokens.
 // vimpac/ops/axial_attention.py has the formula.
 //
-// A warp owns one head of one clip and a share of the lines of that head's axis. It walks over them a tile of 16·M rows at a
-// time; a tile holds one line or, for lines of up to 7 tokens, as many as fit in 16 rows (at most 4), kept apart by a mask.
+// A block is one warp. It takes one head of one clip and a share of the lines of the head's axis, and walks over them a tile of
+// 16·M rows at a time; a tile holds one line or, of lines of up to 7 tokens, as many as fit in 16 rows (at most 4), kept apart
+// by a mask.
 // Neighbouring warps take neighbouring heads, whose bytes are neighbours in memory. Nothing goes through shared memory: what a
 // lane loads from global memory, 16 bytes at a time, is an operand of the matrix instructions, whatever the strides of rows.
 //
@@ -24,6 +25,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -68,35 +70,36 @@ using warp::Piece;
 using warp::shfl;
 using warp::shfl_xor;
 
-constexpr int ADDERS = 128;          // threads of a block that adds parts
-constexpr int TILES = 16;            // of a warp: few, so that warps are many; enough that [CLS]'s parts cost under 1 % of the bytes
-constexpr int LONGEST_LINE = 32;     // tokens
-constexpr int LONGEST_PACKED = 7;    // tokens of lines that share a tile
-constexpr int MOST_PACKED = 4;       // lines of a tile
-constexpr int HALVES = 8;            // in 16 bytes, which rows are aligned to and counted in
-constexpr int BYTES = 16;
+constexpr int TILES = 16;          // of a warp: few, so that warps are many; [CLS]'s parts still cost under 1 % of the bytes
+constexpr int LONGEST_LINE = 32;   // tokens
+constexpr int LONGEST_PACKED = 7;  // tokens of lines that share a tile
+constexpr int MOST_PACKED = 4;     // lines of a tile
+constexpr int BYTES = 16;          // of a piece, in which offsets are counted
+constexpr int HALVES = 8;          // numbers in a piece
+constexpr int ADDERS = 128;        // threads of a block that adds parts
 
 // All that a launch is told. Strides are counted in pieces of 16 bytes.
 struct Call {
   const char *grad, *qkv, *cls_qkv;  // grad: packed rows [B·T·H·W + B, N, D]
   const uint8_t* pad;                // [B, T, H, W] or null
   const int64_t* seed;
-  char* out;    // packed rows [B·T·H·W + B, N, D], backward [.., 3, N, D]
-  float* parts;  // [B, splits, N, kinds, D]: of [CLS]'s output, backward of its three gradients
+  char* out;                         // packed rows [B·T·H·W + B, N, D], backward [.., 3, N, D]
+  float* parts;                      // [B, splits, N, kinds, D]: of [CLS]'s output, backward of its three gradients
   int64_t clip_stride, kind_stride, head_stride, cls_clip_stride, cls_kind_stride, cls_head_stride;
   int stride[3];  // of T, H, W
   Grid grid;
   int clips, heads, heads_of_axis, splits;
   uint64_t axes;  // two bits for each group of heads
   uint32_t dropout_threshold;
-  float dropout_scale, score_scale, gradient_scale;  // of scores, log2(e) included; of their gradients, dropout_scale included
-  int row_pieces;                                     // of a row [N, D]
+  float dropout_scale;
+  float score_scale, gradient_scale;  // of scores, log2(e) included; of their gradients, dropout_scale included
+  int row_pieces;                     // of a row [N, D]
   bool cls_in_context;
 
   HOST_DEVICE int64_t tokens() const { return int64_t{clips} * grid.tokens(); }
 };
 
-DEVICE int row_of_quad() { return lane() / 4; }  // g
+DEVICE int row_of_quad() { return lane() / 4; }   // g
 DEVICE int lane_of_quad() { return lane() % 4; }  // t
 
 // --- rows of a tile ----------------------------------------------------------------------------------------------------
@@ -135,8 +138,8 @@ struct Work {
   DEVICE uint32_t line(int i) const { return i < packed ? (0xFFFFFFFFu >> (32 - length)) << (i * length) : 0; }
 };
 
-// The tokens in row lane() of a warp's tiles, one tile after another without a division. A row without a token has a neighbour's:
-// what is read of it is finite and meets only zeros.
+// The tokens in row lane() of a warp's tiles, one tile after another without a division. A row without a token reads that of
+// another row, which then meets only zeros: cheaper than loads that may not happen.
 class Walk {
  public:
   DEVICE Walk(const Call& call, const Work& work) {
@@ -156,7 +159,8 @@ class Walk {
 
   DEVICE Token token() const {
     int outer = outer_ < outers_ ? outer_ : outers_ - 1;
-    return {outer * index_.outer + inner_ * index_.inner + index_.place, outer * source_.outer + inner_ * source_.inner + source_.place};
+    return {outer * index_.outer + inner_ * index_.inner + index_.place,
+            outer * source_.outer + inner_ * source_.inner + source_.place};
   }
 
   DEVICE void next() {
@@ -174,6 +178,8 @@ class Walk {
   Steps index_, source_;
 };
 
+// --- matrices ----------------------------------------------------------------------------------------------------------
+
 template <int D>
 struct Rows {
   uint32_t w[D / 32][4];
@@ -189,7 +195,8 @@ struct Same {  // one row in place of all rows of a matrix in Pairs, 8 deep
   uint32_t w[D / 8][1];
 };
 
-// The first dim of D that a Pairs lane holds, and how many from there on; those of further groups are 64 further on.
+// Of each GROUP dims, a lane of Pairs holds one in 8: GROUP_WORDS words of neighbours from first_dim on. Column 2t + e of the
+// product with w[j] is then dim j of what lane t of Rows holds in its chunk e (D = 32: in half e of its chunk).
 template <int D>
 constexpr int GROUP = D == 32 ? 32 : 64;
 template <int D>
@@ -199,6 +206,7 @@ DEVICE int first_dim() {
   return D == 32 ? 4 * row_of_quad() : 32 * (row_of_quad() % 2) + 8 * (row_of_quad() / 2);
 }
 
+// Row g of 8 at `offset` (of each lane's own) or, without one, the same row for all g.
 template <int D>
 DEVICE Rows<D> load_rows(const char* matrix, int offset = 0) {
   const char* row = matrix + int64_t{offset} * BYTES + lane_of_quad() * BYTES;
@@ -360,7 +368,8 @@ struct Row {
 
 // Products of rows g and g + 8, `low` and `high`, with all rows of the tile and with [CLS].
 template <class Half, int D, int K>
-DEVICE void multiply(Row<K> (&row)[2], const Rows<D>& low, const Rows<D>& high, const Rows<D> (&rows)[K / 2], const Rows<D>& cls) {
+DEVICE void multiply(Row<K> (&row)[2], const Rows<D>& low, const Rows<D>& high, const Rows<D> (&rows)[K / 2],
+                     const Rows<D>& cls) {
   float on_keys[K / 2][4], on_cls[1][4];
   times_rows<Half, D>(on_keys, low, high, rows);
   times_rows<Half, D>(on_cls, low, high, {cls});
@@ -438,7 +447,8 @@ class Dropping {
     UNROLL
     for (int i = 0; i < ROWS; ++i) index_[i] = index[i];
     const int t = lane_of_quad();
-    if (M == 1 && keys_ <= 8) {  // a row is one call, so lane t draws the t-th. A line's keys move to its columns, [CLS] to bit 16.
+    if (M == 1 && keys_ <= 8) {
+      // A row is one call, so lane t draws the t-th row. A line's keys move to its columns, [CLS] to bit 16.
       int own = t < 2 ? t : 2, line = own < 2 ? (8 * own + row_of_quad()) / length_ : row_of_quad();
       Words<uint32_t> drawn = words(own == 0 ? index[0] : own == 1 ? index[1] : index[2], 0, own == 2);
       uint32_t keys = 0;
@@ -448,7 +458,8 @@ class Dropping {
       UNROLL
       for (int i = 0; i < ROWS; ++i) shared_[i] = shfl(keys, 4 * row_of_quad() + i);
     }
-    if (M == 2 && keys_ == 33) {  // [CLS] is a call of its own: lane t draws it for the t-th row of tokens, all lanes for [CLS]'s
+    if (M == 2 && keys_ == 33) {
+      // [CLS] is a call of its own: lane t draws it for the t-th row of tokens, all lanes for [CLS]'s row.
       uint32_t own = words(t == 0 ? index[0] : t == 1 ? index[1] : t == 2 ? index[2] : index[3], 4, false).w[0];
       UNROLL
       for (int i = 0; i < ROWS - 1; ++i) shared_[i] = shfl(own, 4 * row_of_quad() + i);
@@ -493,22 +504,27 @@ class Dropping {
 
 // Addresses of one head of a clip.
 struct Head {
-  const char *q, *k, *v, *grad;                      // of the clip's first token
+  const char *q, *k, *v, *grad;  // of the clip's first token
   const char *cls_q, *cls_k, *cls_v, *cls_grad;
 
   template <int D>
   static DEVICE Head of(const Call& call, const Work& work) {
     Head head;
-    head.q = warp::opaque(call.qkv + (work.clip * call.clip_stride + work.head * call.head_stride) * BYTES);
-    head.k = warp::opaque(head.q + call.kind_stride * BYTES);
-    head.v = warp::opaque(head.k + call.kind_stride * BYTES);
+    head.q = call.qkv + (work.clip * call.clip_stride + work.head * call.head_stride) * BYTES;
+    head.k = head.q + call.kind_stride * BYTES;
+    head.v = head.k + call.kind_stride * BYTES;
     head.cls_q = call.cls_qkv + (work.clip * call.cls_clip_stride + work.head * call.cls_head_stride) * BYTES;
     head.cls_k = head.cls_q + call.cls_kind_stride * BYTES;
     head.cls_v = head.cls_k + call.cls_kind_stride * BYTES;
     const char* grad = call.grad + int64_t{work.head} * (D * 2);
-    head.grad = warp::opaque(grad + int64_t{work.clip} * call.grid.tokens() * call.row_pieces * BYTES);
+    head.grad = grad + int64_t{work.clip} * call.grid.tokens() * call.row_pieces * BYTES;
     head.cls_grad = grad + (call.tokens() + work.clip) * call.row_pieces * BYTES;
     return head;
+  }
+
+  // Before a loop: one sum for all accesses, where the compiler would add up an address's terms for each.
+  DEVICE void settle() {
+    q = warp::opaque(q), k = warp::opaque(k), v = warp::opaque(v), grad = warp::opaque(grad);
   }
 };
 
@@ -596,10 +612,13 @@ template <class Half, int D, int M>
 DEVICE void forward_lines(const Call& call, const Work& work) {
   constexpr int K = 4 * M;
   const bool context = call.cls_in_context;
-  const Head head = Head::of<D>(call, work);
+  Head head = Head::of<D>(call, work);
+  head.settle();
   Dropping<M> dropping(call, work);
   const float keep_scale = call.dropout_scale;
-  const float itself = dot<Half, D>(load_rows<D>(head.cls_q), load_rows<D>(head.cls_k));
+  const Rows<D> cls_q = load_rows<D>(head.cls_q), cls_k = load_rows<D>(head.cls_k);
+  const Same<D> cls_v = load_same<D>(head.cls_v, context);
+  const float itself = dot<Half, D>(cls_q, cls_k);
   const Lines<M> lines(work);
   char* out = call.out + int64_t{work.clip} * call.grid.tokens() * call.row_pieces * BYTES + work.head * (D * 2);
   float sums[D / 16][4] = {};  // of [CLS]'s output, a column for each line of the tile
@@ -624,11 +643,11 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     UNROLL
     for (int i = 0; i < 2 * M; ++i) k[i] = load_rows<D>(head.k, at.row[i].source);
     load_queries(0);
-    if (M == 1) load_values();   // all at once; registers do not allow it for two
-    dropping.start(at.name);  // while the loads are under way
+    if (M == 1) load_values();  // all at once; registers do not allow it for two halves
+    dropping.start(at.name);    // while the loads are under way
 
     Row<K> cls;
-    multiply_cls<Half, D>(cls, load_rows<D>(head.cls_q), k);
+    multiply_cls<Half, D>(cls, cls_q, k);
     cls.cls = itself;
     cls.mask(lines.of_cls(at), call.score_scale, context && at.has_line);
     softmax<Quad>(cls.key, cls.cls);
@@ -643,7 +662,7 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     for (int m = 0; m < M; ++m) {
       if (m > 0) load_queries(m);
       Row<K> row[2];
-      multiply<Half, D>(row, q[m][0], q[m][1], k, load_rows<D>(head.cls_k));
+      multiply<Half, D>(row, q[m][0], q[m][1], k, cls_k);
       UNROLL
       for (int half = 0; half < 2; ++half) {
         int i = 2 * m + half;
@@ -659,7 +678,6 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     if (M > 1) load_values();
     UNROLL
     for (int n = 0; n < M; ++n) add_sums<Half, D>(sums, v[n], cls_probs[n]);
-    const Same<D> cls_v = load_same<D>(head.cls_v, context);
     UNROLL
     for (int m = 0; m < M; ++m) {
       float y[D / 8][4] = {};
@@ -674,12 +692,17 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     }
   }
   float inverse = keep_scale / work.lines;
-  store_part<Half, D>(call.parts + int64_t{blockIdx.x} * D, sums, true, inverse, sum_of_quads(from_itself) * inverse,
-                      load_same<D>(head.cls_v, context));
+  store_part<Half, D>(call.parts + int64_t{blockIdx.x} * D, sums, true, inverse, sum_of_quads(from_itself) * inverse, cls_v);
 }
 
+// Warps of a multiprocessor that registers leave room for without spills.
+template <int D, int M>
+constexpr int FORWARD_WARPS = M == 1 ? (D == 32 ? 16 : 12) : (D == 32 ? 12 : 8);
+template <int D, int M>
+constexpr int BACKWARD_WARPS = M == 1 ? (D == 32 ? 16 : 12) : 8;
+
 template <class Half, int D, int M>
-__global__ void __launch_bounds__(warp::LANES, M == 1 ? (D == 32 ? 16 : 12) : (D == 32 ? 12 : 8)) forward_kernel(const Call call) {
+__global__ void __launch_bounds__(warp::LANES, FORWARD_WARPS<D, M>) forward_kernel(const Call call) {
   const Work work(call, blockIdx.x);
   if (M == 1 || work.length <= 16) return forward_lines<Half, D, 1>(call, work);
   forward_lines<Half, D, M>(call, work);
@@ -691,14 +714,18 @@ template <class Half, int D, int M>
 DEVICE void backward_lines(const Call& call, const Work& work) {
   constexpr int K = 4 * M;
   constexpr int DQ = 0, DK = MOST_PACKED, DV = MOST_PACKED + 2;  // columns of sums for [CLS]: of q one for each line of a tile
-  const Head head = Head::of<D>(call, work);
+  Head head = Head::of<D>(call, work);
+  if (M == 1) head.settle();
   Dropping<M> dropping(call, work);
   const float keep_scale = call.dropout_scale, inverse = 1.0f / work.lines;
   const bool context = call.cls_in_context;
   const Lines<M> lines(work);
   const float itself = dot<Half, D>(load_rows<D>(head.cls_q), load_rows<D>(head.cls_k));
-  const float dp_itself = dot<Half, D>(load_rows<D>(head.cls_grad), load_rows<D>(head.cls_v));
+  const float dp_itself = context ? dot<Half, D>(load_rows<D>(head.cls_grad), load_rows<D>(head.cls_v)) : 0;
   char* out = call.out + int64_t{work.clip} * call.grid.tokens() * (3 * call.row_pieces) * BYTES + work.head * (D * 2);
+  // [CLS]'s vectors are loaded anew for every tile, and not even their addresses are kept (opaque): registers are short. Two
+  // 16-row halves leave none for the tokens' addresses either.
+  auto base = [](const char* address) { return M == 1 ? address : warp::opaque(address); };
   float sums[D / 16][4] = {};
   float ds_itself = 0, from_itself = 0;
   Walk walk(call, work);
@@ -707,19 +734,21 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
     Row<K> cls, row[M][2];  // probabilities
     Rows<D> k[2 * M];
     UNROLL
-    for (int i = 0; i < 2 * M; ++i) k[i] = load_rows<D>(head.k, at.row[i].source);
+    for (int i = 0; i < 2 * M; ++i) k[i] = load_rows<D>(base(head.k), at.row[i].source);
     Rows<D> q[M][2], g[M][2], v[2 * M];
     auto load_queries = [&](int m) {
       UNROLL
-      for (int half = 0; half < 2; ++half) q[m][half] = load_rows<D>(head.q, at.row[2 * m + half].source);
+      for (int half = 0; half < 2; ++half) q[m][half] = load_rows<D>(base(head.q), at.row[2 * m + half].source);
     };
     auto load_gradients = [&](int m) {
       UNROLL
-      for (int half = 0; half < 2; ++half) g[m][half] = load_rows<D>(head.grad, at.row[2 * m + half].index * call.row_pieces);
+      for (int half = 0; half < 2; ++half) {
+        g[m][half] = load_rows<D>(base(head.grad), at.row[2 * m + half].index * call.row_pieces);
+      }
     };
     auto load_values = [&] {
       UNROLL
-      for (int i = 0; i < 2 * M; ++i) v[i] = load_rows<D>(head.v, at.row[i].source);
+      for (int i = 0; i < 2 * M; ++i) v[i] = load_rows<D>(base(head.v), at.row[i].source);
     };
     load_queries(0);
     if (M == 1) {  // all at once
@@ -743,10 +772,10 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
     }
 
     // Dropout is a factor on both sides: of the probabilities and of their gradients.
-    Operand probs[M][M], ds[M][M];                              // [16 queries][16 keys]
-    uint32_t cls_probs[M][2], cls_ds[M][2];                     // [CLS]'s rows
-    uint32_t probs_on_cls[M], ds_on_cls[M];                     // of rows g and g + 8
-    if (M > 1) load_values();  // syncs keep ptxas from loading early, for which it would spill
+    Operand probs[M][M], ds[M][M];           // [16 queries][16 keys]
+    uint32_t cls_probs[M][2], cls_ds[M][2];  // [CLS]'s rows
+    uint32_t probs_on_cls[M], ds_on_cls[M];  // of rows g and g + 8
+    if (M > 1) load_values();
     Row<K> cls_dp;
     multiply_cls<Half, D>(cls_dp, load_rows<D>(warp::opaque(head.cls_grad)), v);
     cls_dp.cls = dp_itself;
@@ -767,9 +796,11 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       multiply<Half, D>(dp, g[m][0], g[m][1], v, load_rows<D>(warp::opaque(head.cls_v)));
       UNROLL
       for (int half = 0; half < 2; ++half) {
+        dp[half].cls = context ? dp[half].cls : 0;  // whatever [CLS]'s value is
         Row<K> kept = row[m][half];
         dropping.drop(kept, 2 * m + half);
-        softmax_gradient<Quad>(row[m][half].key, row[m][half].cls, kept.key, kept.cls, dp[half].key, dp[half].cls, call.gradient_scale);
+        const Row<K>& p = row[m][half];
+        softmax_gradient<Quad>(p.key, p.cls, kept.key, kept.cls, dp[half].key, dp[half].cls, call.gradient_scale);
         row[m][half] = kept;
       }
       UNROLL
@@ -780,7 +811,6 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       probs_on_cls[m] = pack<Half>(row[m][0].cls, row[m][1].cls);
       ds_on_cls[m] = pack<Half>(dp[0].cls, dp[1].cls);
     }
-
 
     auto store_tile = [&](const float (&y)[D / 8][4], int m, int kind) {
       UNROLL
@@ -796,7 +826,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       UNROLL
       for (int m = 0; m < M; ++m) {
         indices(offset, at.mine, 16 * m, call.row_pieces);
-        g[m] = load_pairs<D>(warp::opaque(head.grad), offset);
+        g[m] = load_pairs<D>(base(head.grad), offset);
         to_column(weights, probs_on_cls[m], DV);
         add_sums<Half, D>(sums, g[m], weights);
       }
@@ -816,7 +846,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       UNROLL
       for (int m = 0; m < M; ++m) {
         sources(offset, at.mine, 16 * m);
-        q[m] = load_pairs<D>(warp::opaque(head.q), offset);
+        q[m] = load_pairs<D>(base(head.q), offset);
         to_column(weights, ds_on_cls[m], DK);
         add_sums<Half, D>(sums, q[m], weights);
       }
@@ -826,7 +856,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
         float y[D / 8][4] = {};
         add_product<Half, D>(y, {warp::transpose(cls_ds[n][0]), warp::transpose(cls_ds[n][1])}, cls_q);
         UNROLL
-        for (int i = 0; i < D / 2; ++i) y[i / 4][i % 4] *= inverse;  // in float: 1 / lines of them may be too small for float16
+        for (int i = 0; i < D / 2; ++i) y[i / 4][i % 4] *= inverse;  // here, as it may make weights too small for float16
         UNROLL
         for (int m = 0; m < M; ++m) add_product<Half, D>(y, transpose(ds[m][n]), q[m]);
         store_tile(y, n, 1);
@@ -838,7 +868,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       UNROLL
       for (int n = 0; n < M; ++n) {
         sources(offset, at.mine, 16 * n);
-        k[n] = load_pairs<D>(warp::opaque(head.k), offset);
+        k[n] = load_pairs<D>(base(head.k), offset);
         add_sums<Half, D>(sums, k[n], cls_ds[n]);
       }
       Same<D> cls_k = load_same<D>(warp::opaque(head.cls_k), context);
@@ -862,7 +892,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
 }
 
 template <class Half, int D, int M>
-__global__ void __launch_bounds__(warp::LANES, M == 2 ? 8 : 12) backward_kernel(const Call call) {
+__global__ void __launch_bounds__(warp::LANES, BACKWARD_WARPS<D, M>) backward_kernel(const Call call) {
   const Work work(call, blockIdx.x);
   if (M == 1 || work.length <= 16) return backward_lines<Half, D, 1>(call, work);
   backward_lines<Half, D, M>(call, work);
@@ -873,7 +903,7 @@ __global__ void __launch_bounds__(warp::LANES, M == 2 ? 8 : 12) backward_kernel(
 // [CLS]'s rows of out, [B, kinds, N, D], from the warps' parts [B, splits, N, kinds, D]; a thread adds two neighbours.
 template <class Half>
 __global__ void __launch_bounds__(ADDERS) add_parts(const Call call, int kinds, int width) {
-  uint32_t i = blockIdx.x * (ADDERS) + threadIdx.x;
+  uint32_t i = blockIdx.x * ADDERS + threadIdx.x;
   int d = i % (width / 2) * 2, head = i / (width / 2) % call.heads, kind = i / (width / 2) / call.heads % kinds;
   int64_t clip = i / (width / 2) / call.heads / kinds;
   if (clip >= call.clips) return;
@@ -911,8 +941,8 @@ struct Launch {
   int kinds, width, longest = 0;
   std::string unfit;  // why the kernels cannot run it
 
-  Launch(bool forward, const int64_t* sizes, const int64_t* strides, const int64_t* cls_strides, const std::vector<std::string>& axes,
-         double dropout_p, bool cls_in_context) {
+  Launch(bool forward, const int64_t* sizes, const int64_t* strides, const int64_t* cls_strides,
+         const std::vector<std::string>& axes, double dropout_p, bool cls_in_context) {
     kinds = forward ? 1 : 3;
     width = static_cast<int>(sizes[6]);
     call.clips = static_cast<int>(sizes[0]);
@@ -963,7 +993,7 @@ struct Launch {
   int64_t warps() const { return int64_t{call.clips} * call.splits * call.heads; }
   unsigned blocks_of_parts() const {
     int64_t threads = int64_t{call.clips} * kinds * call.heads * (width / 2);
-    return static_cast<unsigned>((threads + ADDERS - 1) / (ADDERS));
+    return static_cast<unsigned>((threads + ADDERS - 1) / ADDERS);
   }
   int64_t parts() const { return warps() * kinds * width; }  // floats
 };
@@ -975,7 +1005,9 @@ struct Launch {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Packed rows [B·T·H·W + B, N, D] without `grad`, else its [.., 3, N, D].
+bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % BYTES == 0; }
+
+// Packed rows: without `grad` the outputs [B·T·H·W + B, N, D], else the gradients [.., 3, N, D].
 Tensor run(const Tensor* grad, const Tensor& qkv, const Tensor& cls_qkv, const std::vector<std::string>& axes,
            const std::optional<Tensor>& pad, double dropout_p, const std::optional<Tensor>& seed, bool cls_in_context) {
   Launch launch(!grad, qkv.sizes().data(), qkv.strides().data(), cls_qkv.strides().data(), axes, dropout_p, cls_in_context);
@@ -983,9 +1015,7 @@ Tensor run(const Tensor* grad, const Tensor& qkv, const Tensor& cls_qkv, const s
   const ScalarType kind = qkv.scalar_type();
   STD_TORCH_CHECK(kind == ScalarType::BFloat16 || kind == ScalarType::Half, "axial_attention.cuda takes bfloat16 and float16");
   STD_TORCH_CHECK(launch.unfit.empty(), "axial_attention.cuda cannot run ", launch.unfit);
-  for (const Tensor* x : {&qkv, &cls_qkv, grad ? grad : &qkv}) {
-    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(x->const_data_ptr()) % BYTES == 0, "axial_attention.cuda needs data aligned to 16 bytes");
-  }
+  STD_TORCH_CHECK(aligned(qkv) && aligned(cls_qkv), "axial_attention.cuda needs data aligned to 16 bytes");
   const int64_t rows = call.tokens() + call.clips;
   Tensor out = grad ? torch::stable::new_empty(qkv, {rows, 3, call.heads, launch.width})
                     : torch::stable::new_empty(qkv, {rows, call.heads, launch.width});
@@ -1004,13 +1034,14 @@ Tensor run(const Tensor* grad, const Tensor& qkv, const Tensor& cls_qkv, const s
   STD_TORCH_CHECK(call.seed || call.dropout_threshold == 0, "axial_attention.cuda: dropout needs a seed");
 
   torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &stream));
+  void* current = nullptr;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &current));
+  const auto stream = static_cast<cudaStream_t>(current);
   const Kernels kernels = kind == ScalarType::BFloat16 ? kernels_of<warp::BFloat16>(!grad, launch.width, launch.longest)
                                                        : kernels_of<warp::Float16>(!grad, launch.width, launch.longest);
-  kernels.main<<<launch.warps(), warp::LANES, 0, static_cast<cudaStream_t>(stream)>>>(call);
+  kernels.main<<<launch.warps(), warp::LANES, 0, stream>>>(call);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
-  kernels.add_parts<<<launch.blocks_of_parts(), ADDERS, 0, static_cast<cudaStream_t>(stream)>>>(call, launch.kinds, launch.width);
+  kernels.add_parts<<<launch.blocks_of_parts(), ADDERS, 0, stream>>>(call, launch.kinds, launch.width);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
@@ -1020,9 +1051,10 @@ Tensor forward(Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::o
   return run(nullptr, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
 }
 
-Tensor backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::optional<Tensor> pad, double dropout_p,
-                std::optional<Tensor> seed, bool cls_in_context) {
+Tensor backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::optional<Tensor> pad,
+                double dropout_p, std::optional<Tensor> seed, bool cls_in_context) {
   STD_TORCH_CHECK(grad.is_contiguous(), "axial_attention_backward.cuda needs a contiguous gradient");
+  if (!aligned(grad)) grad = torch::stable::clone(grad);  // a view into what the caller had
   return run(&grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
 }
 

@@ -15,7 +15,12 @@ template <>
 struct Product<uint32_t> {
   uint32_t high, low;
   HOST_DEVICE Product(uint32_t x, uint32_t multiplier) {
+#ifdef __CUDA_ARCH__
+    uint64_t product;  // the compiler's own product adds a zero to the high half
+    asm("mul.wide.u32 %0, %1, %2;" : "=l"(product) : "r"(x), "r"(multiplier));
+#else
     uint64_t product = uint64_t{x} * multiplier;
+#endif
     high = static_cast<uint32_t>(product >> 32);
     low = static_cast<uint32_t>(product);
   }

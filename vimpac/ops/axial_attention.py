@@ -35,7 +35,7 @@ from vimpac.ops import backend as backends
 from vimpac.ops.choice import order
 from vimpac.ops.philox import philox, seed_tensor, split_words
 
-CPU_AXES = 16  # that _ops_cpu has room for
+CPU_AXES, CUDA_AXES = 16, 32  # that the libraries have room for
 LONGEST_LINE = 64  # tokens; longer lines and products of axes are scaled_dot_product_attention's
 DROPOUT_ROUNDS = 7
 
@@ -334,9 +334,39 @@ def _why_not_cpu(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> li
     return reasons
 
 
+CUDA_DTYPES = (torch.bfloat16, torch.float16)
+CUDA_LINE, CUDA_WIDTHS = 32, (32, 64)
+
+
+def _why_not_cuda(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
+    reasons = backends.why_not_library(qkv, "cuda", CUDA_DTYPES)
+    if any("x" in axis for axis in axes) or longest_line(axes, qkv.shape) > CUDA_LINE:
+        reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {CUDA_LINE} tokens")
+    if len(axes) > CUDA_AXES:
+        reasons.append(f"{len(axes)} axes, it takes at most {CUDA_AXES}")
+    if qkv.shape[6] not in CUDA_WIDTHS:
+        reasons.append(f"head width {qkv.shape[6]}, it takes {' and '.join(map(str, CUDA_WIDTHS))}")
+    if not all(map(_in_wide_pieces, (qkv, cls_qkv))):
+        reasons.append(f"strides {qkv.stride()} and {cls_qkv.stride()}, it reads 8 elements at a time")
+    T, H, W, _, N, D = qkv.shape[1:]
+    if sum([(qkv.shape[d] - 1) * qkv.stride(d) for d in (1, 2, 3)]) >= 2**34 - 8 or 3 * T * H * W * N * D >= 2**34 - 8:
+        reasons.append(
+            f"a clip of {tuple(qkv.shape[1:])} and strides {qkv.stride()}, it takes clips that span up to 2^34 elements"
+        )
+    return reasons
+
+
+def _in_wide_pieces(x: Tensor) -> bool:
+    """Whether every row starts at a multiple of 8 elements from the start of the memory, which is aligned to more."""
+    sizes, strides = x.shape[:-1], x.stride()[:-1]
+    return x.storage_offset() % 8 == 0 and all([s % 8 == 0 for n, s in zip(sizes, strides, strict=True) if n > 1])
+
+
 for _name in SCHEMAS:
     backends.implement_library(_name, "cpu")
+    backends.implement_library(_name, "cuda")
 backends.register("axial_attention", "cpu", _why_not_cpu)
+backends.register("axial_attention", "cuda", _why_not_cuda)
 
 
 class _AxialAttention(torch.autograd.Function):

@@ -1,0 +1,79 @@
+"""Kernels of csrc/ compiled by nvcc, for what the compiler says of them: registers, spills, instructions. No GPU needed."""
+
+import functools
+import os
+import re
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = ("80", "90a", "100")
+FLAGS = ("-std=c++17", "-O3", "-DTORCH_TARGET_VERSION=0x020b000000000000", "-DUSE_CUDA", "-Xcompiler", "-fPIC")
+
+
+def tool(name: str) -> str | None:
+    """A program of the CUDA toolkit: of $CUDA_HOME, on PATH, or of those that Triton brings along."""
+    home = os.environ.get("CUDA_HOME")
+    found = home and shutil.which(name, path=str(Path(home) / "bin"))
+    found = found or shutil.which(name)
+    if not found and (triton := _triton_tools()):
+        found = shutil.which(name, path=str(triton))
+    return found
+
+
+def _triton_tools() -> Path | None:
+    try:
+        import triton
+    except ImportError:
+        return None
+    return Path(triton.__file__).parent / "backends/nvidia/bin"
+
+
+@functools.lru_cache
+def compiled(source: str) -> tuple[Path, str]:
+    """An object of csrc/`source` for every architecture, and ptxas's report; once a session. Skips without nvcc."""
+    nvcc = tool("nvcc")
+    if not nvcc:
+        pytest.skip("no nvcc on PATH or in $CUDA_HOME/bin")
+    target = Path(tempfile.mkdtemp(prefix="nvcc")) / "kernels.o"
+    codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    include = f"-I{Path(torch.__file__).parent / 'include'}"
+    command = [nvcc, *FLAGS, include, *codes, "-Xptxas", "-v", "-c", str(ROOT / "csrc" / source), "-o", str(target)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return target, done.stdout + done.stderr
+
+
+def ptxas_report(source: str) -> str:
+    """What `ptxas -v` says of csrc/`source`, for all architectures one after another."""
+    return compiled(source)[1]
+
+
+def kernels(report: str) -> list[dict]:
+    """A report's kernels: name (mangled), architecture, registers, stack, spilled (bytes)."""
+    found = []
+    for part in report.split("Compiling entry function")[1:]:
+        name, architecture = re.search(r"'(\S+)' for 'sm_(\w+)'", part).groups()
+        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part).groups())
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        found.append(dict(name=name, architecture=architecture, registers=registers, stack=stack, spilled=stores + loads))
+    return found
+
+
+@functools.lru_cache
+def sass(source: str, architecture: str) -> dict[str, str]:
+    """Machine code of csrc/`source`, by mangled kernel name. Skips without cuobjdump and nvdisasm."""
+    cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
+    if not cuobjdump or not nvdisasm:
+        pytest.skip("no cuobjdump or nvdisasm, of the CUDA toolkit or of Triton")
+    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"  # cuobjdump runs nvdisasm
+    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(compiled(source)[0])]
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    parts = re.split(r"\n\s*Function : (\S+)\n", done.stdout)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
