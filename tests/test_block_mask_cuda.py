@@ -1,6 +1,7 @@
 """The CUDA kernel of block_mask, bit for bit: on the CPU's emulator, compiled for its architectures, and on a GPU."""
 
 import ctypes
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -8,9 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import nvcc
 from test_block_mask import SAMPLES, SEEDS, assert_same, clips
-from vimpac.ops import BlockMask, block_mask, block_mask_reference
+from vimpac.ops import BlockMask, block_mask
 from vimpac.ops import backend as backends
+from vimpac.ops.block_mask import _word, longest_block
 
 ROOT = Path(__file__).resolve().parents[1]
 OPTIONS = [
@@ -73,24 +76,22 @@ class Emulator:
         )
         seed = torch.tensor(seed)
         pointers = (x.data_ptr() for x in (tokens, ids, seed, *new, self.state))
-        problem = self.library.run(
-            Arguments(
-                *pointers,
-                (ctypes.c_int64 * 4)(*tokens.shape),
-                (ctypes.c_int64 * 4)(*tokens.stride()),
-                ids.stride(0),
-                extent(tokens),
-                extent(ids),
-                tokens.element_size(),
-                n_blocks,
-                vocab_size,
-                -1.0 if ratio is None else ratio,
-                noisy,
-                blocks,
-                threads,
-            )
-        ).decode()
-        if problem:
+        arguments = Arguments(
+            *pointers,
+            (ctypes.c_int64 * 4)(*tokens.shape),
+            (ctypes.c_int64 * 4)(*tokens.stride()),
+            ids.stride(0),
+            extent(tokens),
+            extent(ids),
+            tokens.element_size(),
+            n_blocks,
+            vocab_size,
+            -1.0 if ratio is None else ratio,
+            noisy,
+            blocks,
+            threads,
+        )
+        if problem := self.library.run(ctypes.byref(arguments)).decode():
             raise RuntimeError(problem)
         assert not self.state.any()  # as the next launch needs it
         assert new.mask.max() <= 1
@@ -139,7 +140,7 @@ def test_strides_do_not_matter(dtype, options, emulator):
     spread = torch.full((4, 3, 2, 5, 9, 3), -1, dtype=dtype)[:, :, 1, :, :8, 2].copy_(tokens)
     permuted = tokens.permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
     shifted = torch.full((tokens.numel() + 1,), -1, dtype=dtype)[1:].view_as(tokens).copy_(tokens)  # no 16 bytes at once
-    far = torch.full((4, 122, 8), -1, dtype=dtype)[:, :15].unflatten(1, (3, 5)).copy_(tokens)  # clips apart
+    far = torch.full((4, 121), -1, dtype=dtype)[:, :120].unflatten(1, (3, 5, 8)).copy_(tokens)  # clips an odd number apart
     one = tokens[:1].expand(4, -1, -1, -1)
     for same in (spread, permuted, shifted, far, one, tokens[1:3]):
         ids = torch.arange(2 * len(same))[::2] - 3
@@ -176,20 +177,170 @@ def test_bytes_moved(dtype, emulator):
     tokens = clips(8, (5, 16, 16), dtype=dtype)
     emulate(emulator, tokens, torch.arange(8), 0)
     loaded, stored = emulator.library.bytes_loaded(), emulator.library.bytes_stored()
-    size, few = tokens.element_size(), emulator.state.nbytes + 8 * 8 * (320 + 20)  # every thread reads seed and id
+    size, few = tokens.element_size(), emulator.state.nbytes + 8 * 16 * (320 + 20)  # every thread reads seed and id
     assert 0 <= loaded - tokens.numel() * (size + 2) <= few
     assert 0 <= stored - tokens.numel() * (size + 1 + 8) <= few
 
 
 def test_says_what_it_cannot_run(emulator):
     tokens, ids = clips(1, (1, 1, 1900)), torch.arange(1)
-    with pytest.raises(RuntimeError, match="33 blocks with T . H . W of 1902"):
+    with pytest.raises(RuntimeError, match=r"33 blocks with T . H . W of 1902"):
         emulator(tokens, ids, 0, n_blocks=33)
     with pytest.raises(RuntimeError, match="vocab_size of 2147483644"):
         emulator(tokens.long(), ids, 0, vocab_size=2**31 - 4)
 
 
-def test_the_emulator_sees_a_wrong_address(emulator):
-    tokens = clips(2, (5, 6, 7))
-    with pytest.raises(RuntimeError, match="outside all buffers"):
-        emulator(tokens.as_strided(tokens.shape, (210, 42, 7, 2)), torch.arange(2).as_strided((2,), (-1,)), 0)
+def test_thresholds_are_pythons(emulator):
+    """Halves of a word round to even."""
+    threshold = emulator.library.threshold_of
+    threshold.argtypes, threshold.restype = [ctypes.c_double], ctypes.c_uint64
+    for probability in (0.0, 2**-33, 3 * 2**-33, 5 * 2**-33, 2**-34, 0.1, 0.15, 0.8, 0.9, 1 - 2**-33, 1 - 2**-40, 1.0):
+        assert threshold(probability) == _word(probability)
+
+
+@pytest.mark.parametrize("grid, n_blocks", [((1, 1, 1), 2), ((5, 16, 16), 5), ((3, 7, 2), 33)])
+def test_blocks_on_the_host(grid, n_blocks, emulator):
+    """csrc/block_mask.h's sampler: the blocks' union is the mask, and so is the reference's."""
+    for sample, seed in zip(SAMPLES, [*SEEDS, 5, 6], strict=True):
+        lengths, starts = torch.full((2, n_blocks, 3), -99, dtype=torch.int32)
+        mask = torch.ones(grid, dtype=torch.bool)
+        call = (ctypes.c_int32 * 3)(*grid), ctypes.c_int64(seed), ctypes.c_int64(sample), n_blocks
+        emulator.library.sample(*call, *(ctypes.c_void_p(x.data_ptr()) for x in (lengths, starts, mask)))
+        tokens = torch.zeros(1, *grid, dtype=torch.int32)
+        assert torch.equal(mask, block_mask(tokens, torch.tensor([sample]), seed, n_blocks, backend="reference").mask[0])
+        union = torch.zeros(grid, dtype=torch.bool)
+        for length, start in zip(lengths.tolist(), starts.tolist(), strict=True):
+            assert all(1 <= n <= most for n, most in zip(length, longest_block(grid), strict=True))
+            union[tuple(slice(s, s + n) for s, n in zip(start, length, strict=True))] = True
+        assert torch.equal(union, mask)
+
+
+def test_the_emulator_sees_every_access(emulator, monkeypatch):
+    monkeypatch.setitem(globals(), "extent", lambda x: x.nbytes - 1)
+    with pytest.raises(RuntimeError, match=r"load of . bytes outside all buffers"):
+        emulator(clips(2, (5, 6, 7)), torch.arange(2), 0)
+    emulator.state.zero_()  # it had begun
+
+
+# --- compiled without a GPU ---------------------------------------------------------------------------------------------
+
+
+def test_compiles_without_spills():
+    """48 registers let 4 thread blocks of 320 run on a multiprocessor."""
+    kernels = nvcc.kernels(nvcc.ptxas_report("block_mask.cu"))
+    assert len(kernels) == 4 * len(nvcc.ARCHITECTURES)
+    for kernel in kernels:
+        assert (kernel["stack"], kernel["spilled"]) == (0, 0), kernel
+        assert kernel["registers"] <= 48, kernel
+
+
+@pytest.mark.parametrize("architecture", nvcc.ARCHITECTURES)
+def test_accesses_are_as_wide_as_four_tokens(architecture):
+    """Up to 16 bytes; Philox's high halves come from 64-bit products."""
+    wide = {"m": "128", "j": "128", "t": "64", "h": ""}  # mangled unsigned long, int, short, char: bits of an access
+    for name, code in nvcc.sass("block_mask.cu", architecture).items():
+        bits = f".{width}" if (width := wide[name.split("draw")[1][1]]) else ""
+        assert re.search(rf"LDG\.E{bits}\.?[^\d]* R", code) and re.search(rf"STG\.E{bits} ", code), name
+        assert "VOTE" in code and "IMAD.WIDE.U32" in code and "IMAD.HI " not in code, name
+
+
+# --- on a GPU -----------------------------------------------------------------------------------------------------------
+
+ERROR = backends.library_error("cuda") if torch.cuda.is_available() else "no CUDA device"
+needs_a_gpu = pytest.mark.skipif(bool(ERROR), reason=ERROR)
+
+
+def check(tokens, ids, seed, **options):
+    expected = block_mask(tokens, ids, seed, backend="reference", **options)
+    assert_same(block_mask(tokens, ids, seed, backend="cuda", **options), expected)
+    return expected
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("grid", GRIDS)
+def test_on_a_gpu(grid, options):
+    ids = torch.tensor(SAMPLES, device="cuda")
+    for B, seed in zip((5, 1, 0), reversed(SEEDS), strict=True):
+        check(clips(B, grid, "cuda"), ids[:B], seed, **options)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize("noisy", [False, True])
+@pytest.mark.parametrize("dtype, vocab_size", DTYPES)
+def test_every_integer_dtype_on_a_gpu(dtype, vocab_size, noisy):
+    for grid in ((2, 5, 6), (2, 5, 5)):
+        tokens = clips(3, grid, "cuda", torch.int64, vocab_size).to(dtype)
+        check(tokens, torch.arange(3, device="cuda"), 1, noisy=noisy, vocab_size=vocab_size)
+        check(tokens.transpose(1, 2), torch.arange(3, device="cuda"), 1, noisy=noisy, vocab_size=vocab_size)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize("B", [1025, 70_000])
+def test_more_clips_than_thread_blocks(B):
+    check(clips(B, (2, 3, 4), "cuda"), torch.arange(B, device="cuda"), 4)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_real_batches_one_after_the_other():
+    """Every thread block waits for others; 20 times, since a race need not show at once."""
+    tokens, ids = clips(512, (5, 16, 16), "cuda", torch.int64), torch.arange(512, device="cuda")
+    for seed in range(20):
+        check(tokens, ids, seed)
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_streams_do_not_meet():
+    tokens, ids = clips(512, (5, 16, 16), "cuda"), torch.arange(512, device="cuda")
+    streams, results = [torch.cuda.Stream() for _ in range(3)], []
+    torch.cuda.synchronize()
+    for seed in range(12):
+        with torch.cuda.stream(streams[seed % 3]):
+            results.append(block_mask(tokens, ids, seed, backend="cuda"))
+    torch.cuda.synchronize()
+    for seed, result in enumerate(results):
+        assert_same(result, block_mask(tokens, ids, seed, backend="reference"))
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_cuda_graph_draws_anew():
+    """A replay reads the seed and the ids that are there then, and eager calls in between do not disturb it."""
+    tokens, ids = clips(40, (5, 16, 16), "cuda"), torch.arange(40, device="cuda")
+    seed = torch.tensor(1, device="cuda")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        first = block_mask(tokens, ids, seed, backend="cuda")
+        second = block_mask(tokens, ids, seed + 1, backend="cuda")  # may get the memory of the first one's state
+    for value in (1, 2, -(2**40)):
+        seed.fill_(value)
+        ids += 7
+        graph.replay()
+        assert_same(first, check(tokens, ids, seed))
+        assert_same(second, check(tokens, ids, seed + 1))
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+def test_reduce_overhead_and_its_pool():
+    """torch.compile's own CUDA graphs, which check that nobody keeps memory of their pool."""
+    compiled = torch.compile(lambda *call: block_mask(*call, backend="cuda"), fullgraph=True, mode="reduce-overhead")
+    tokens, ids = clips(40, (5, 16, 16), "cuda"), torch.arange(40, device="cuda")
+    for value in (1, 2, 3, 4):
+        seed = torch.tensor(value, device="cuda")
+        torch.compiler.cudagraph_mark_step_begin()
+        assert_same(compiled(tokens, ids, seed), block_mask(tokens, ids, seed, backend="reference"))
+
+
+@pytest.mark.gpu
+@needs_a_gpu
+@pytest.mark.parametrize("options", [(5, None, True), (1, 0.4, False)])
+def test_opcheck_on_a_gpu(options):
+    tokens, ids = clips(4, (3, 5, 6), "cuda"), torch.arange(4, device="cuda")
+    call = tokens, ids, torch.tensor(7, device="cuda"), *options, 8192
+    torch.library.opcheck(backends.overload("block_mask", "cuda"), call)

@@ -29,6 +29,7 @@ from vimpac.ops.philox import below, philox, seed_tensor, split_words
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
 PAD_OFFSET, MASK_OFFSET = 1, 4  # special ids after the vocabulary, as the released weights number them
 KERNEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
+CUDA_WORDS = 2048  # of 32 blocks' places on T, H and W, in shared memory
 TRITON_WIDTH = 1024  # a row of tokens is held at once
 
 
@@ -189,6 +190,8 @@ backends.register("block_mask", "triton", _why_not_triton)
 
 def _why_not_library(backend, tokens, vocab_size) -> list[str]:
     reasons = backends.why_not_library(tokens, backend, KERNEL_DTYPES)
+    if math.prod(tokens.shape[1:]) > 2**30:
+        reasons.append(f"a clip of {math.prod(tokens.shape[1:])} tokens, it takes up to 2^30")
     if vocab_size >= 2**31 - MASK_OFFSET:
         reasons.append(f"vocab_size of {vocab_size}, it takes ids below 2^31")
     return reasons
@@ -198,5 +201,17 @@ def _why_not_cpu(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -
     return _why_not_library("cpu", tokens, vocab_size)
 
 
+def _why_not_cuda(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -> list[str]:
+    reasons = _why_not_library("cuda", tokens, vocab_size)
+    words = math.ceil(n_blocks / 32) * sum(tokens.shape[1:])
+    if ratio is None and words > CUDA_WORDS:
+        reasons.append(
+            f"{n_blocks} blocks on a grid of {tuple(tokens.shape[1:])}, it takes ⌈n_blocks / 32⌉ · (T + H + W) ≤ 2048"
+        )
+    return reasons
+
+
 backends.implement_library("block_mask", "cpu")
+backends.implement_library("block_mask", "cuda")
 backends.register("block_mask", "cpu", _why_not_cpu)
+backends.register("block_mask", "cuda", _why_not_cuda)
