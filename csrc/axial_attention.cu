@@ -30,12 +30,16 @@
 #include <vector>
 
 #ifdef __CUDACC__
+#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 #endif
 
 #include "axial_attention.h"
@@ -1035,7 +1039,7 @@ Tensor run(const Tensor* grad, const Tensor& qkv, const Tensor& cls_qkv, const s
 
   torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
   void* current = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &current));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(qkv.get_device_index(), &current));
   const auto stream = static_cast<cudaStream_t>(current);
   const Kernels kernels = kind == ScalarType::BFloat16 ? kernels_of<warp::BFloat16>(!grad, launch.width, launch.longest)
                                                        : kernels_of<warp::Float16>(!grad, launch.width, launch.longest);

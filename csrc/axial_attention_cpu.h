@@ -38,10 +38,10 @@ struct Call {
   int chunks;  // of a clip, at most
   bool streams;  // results go past the caches: they are more than those hold, and every row's address suits
 
-  int heads() const { return N / groups; }
-  int lines_of_item(int axis) const { return grid.length(axis) < 64 ? 64 / grid.length(axis) : 1; }
-  int chunks_of(int axis) const { return (grid.lines(axis) + lines_of_item(axis) - 1) / lines_of_item(axis); }
-  int64_t items() const { return B * groups * chunks; }
+  HOST_DEVICE int heads() const { return N / groups; }
+  HOST_DEVICE int lines_of_item(int axis) const { return grid.length(axis) < 64 ? 64 / grid.length(axis) : 1; }
+  HOST_DEVICE int chunks_of(int axis) const { return (grid.lines(axis) + lines_of_item(axis) - 1) / lines_of_item(axis); }
+  HOST_DEVICE int64_t items() const { return B * groups * chunks; }
 };
 
 struct LineKernels {

@@ -8,6 +8,21 @@
 #include "axial_attention_cpu.h"
 #include "simd.h"
 
+namespace vimpac::axial {
+
+template <class V>
+struct Exp2 {
+  static HOST_DEVICE V of(V x) {
+    if constexpr (std::is_floating_point_v<V>) {
+      return exp2_series(Vector<V, 1>{x})[0];
+    } else {
+      return exp2_series(x);
+    }
+  }
+};
+
+}  // namespace vimpac::axial
+
 namespace vimpac::axial::VIMPAC_ISA {
 
 namespace {
@@ -21,7 +36,7 @@ constexpr int ASK = 4;
 constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
 template <class A>
-using Bits = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
+using MaskWord = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
 
 // A thread's memory for one line.
 template <class A>
@@ -30,7 +45,7 @@ struct Scratch {
 
   int width;  // of a head, filled up to whole registers
   A *copies[4], *keys, *values, *weights, *score_gradients;
-  Bits<A>* is_key;
+  MaskWord<A>* is_key;
   uint16_t* bits;
 
   // With null, only how many bytes there are.
@@ -38,7 +53,7 @@ struct Scratch {
     width = round_up(D, WIDTH<A>);
     size_t used = 0;
     auto take = [&](auto*& pointer, size_t count) {
-      pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
+      if (memory) pointer = reinterpret_cast<std::remove_reference_t<decltype(pointer)>>(memory + used);
       used += (count * sizeof(*pointer) + 63) / 64 * 64;
     };
     for (A*& copy : copies) take(copy, ROW_LIMIT * width);
@@ -219,7 +234,7 @@ struct Line {
       offset[i] = clip * call.s_b + at.t * call.s_t + at.h * call.s_h + at.w * call.s_w;
       number[i] = clip * call.grid.tokens() + at.raster(call.grid);
       bool pad = call.pad && call.pad[clip * call.p_b + at.t * call.p_t + at.h * call.p_h + at.w * call.p_w];
-      s.is_key[i] = pad ? 0 : ~Bits<A>{0};
+      s.is_key[i] = pad ? 0 : ~MaskWord<A>{0};
     }
   }
 
@@ -294,7 +309,7 @@ struct Line {
         V p[NK], keep[NK];
         A cls = call.cls_in_context ? on_cls[r] * in_bits : -static_cast<A>(INFINITY), keep_cls = 1;
         for (int n = 0; n < NK; ++n) {
-          auto is_key = raw_load<Vector<Bits<A>, LANES>>(s.is_key + n * LANES);
+          auto is_key = raw_load<Vector<MaskWord<A>, LANES>>(s.is_key + n * LANES);
           p[n] = is_key ? load<LANES>(weights + r * APART + n * LANES) * in_bits : V{} - static_cast<A>(INFINITY);
           keep[n] = V{} + A(1);
         }
@@ -302,8 +317,8 @@ struct Line {
         if (drops) {
           const uint16_t* bits = s.bits + (first + r) * keys_apart;
           for (int n = 0; n < NK; ++n) {
-            auto words = __builtin_convertvector(raw_load<Vector<uint16_t, LANES>>(bits + n * LANES), Vector<Bits<A>, LANES>);
-            keep[n] = words >= Bits<A>{call.dropout.threshold} ? V{} + A(call.dropout.scale) : V{};
+            auto words = __builtin_convertvector(raw_load<Vector<uint16_t, LANES>>(bits + n * LANES), Vector<MaskWord<A>, LANES>);
+            keep[n] = words >= MaskWord<A>{call.dropout.threshold} ? V{} + A(call.dropout.scale) : V{};
           }
           keep_cls = call.cls_in_context && bits[L] >= call.dropout.threshold ? A(call.dropout.scale) : A(0);
         }
@@ -464,7 +479,6 @@ constexpr LineKernels kernels_of() {
 
 }  // namespace
 
-extern const Kernels axial_attention_kernels;
 const Kernels axial_attention_kernels = {kernels_of<float>(), kernels_of<double>(), kernels_of<BFloat16>()};
 
 }  // namespace vimpac::axial::VIMPAC_ISA

@@ -23,11 +23,16 @@
 #include <utility>
 
 #ifdef __CUDACC__
+#include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+#include <torch/headeronly/util/shim_utils.h>
 #endif
 
 #include "block_mask.h"
@@ -266,7 +271,8 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
     if (threadIdx.x == 0) warp::store_one(call.counts + clip, count);
     total += count;
   }
-  if (threadIdx.x == 0) publish(call.state + ticket, total + 1);  // 0 = not there yet
+  // 0 = not there yet. Nobody reads the last one's, so nothing would keep its store from landing after the zeros below.
+  if (threadIdx.x == 0 && ticket + 1 < gridDim.x) publish(call.state + ticket, total + 1);
 
   // Masked in this warp's share, before the thread block, and then before the share. Masks are visible since block_sum.
   const Share share(first * size, (last - first) * size);
@@ -280,6 +286,7 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
   }
   before = block_sum(before, parts);
   Counter finished = 0;  // not awaited until the end
+  __threadfence();       // what was published and read comes before the zeros that follow the last block's count
   if (threadIdx.x == 0) finished = warp::atomic_add(call.state + BLOCKS_AT_MOST + 1, Counter{1});
   __syncthreads();
   if (warp::lane() == 0) parts[threadIdx.x / warp::LANES] = own;
@@ -296,6 +303,7 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
   });
 
   if (threadIdx.x >= warp::LANES || warp::shfl(finished, 0) != gridDim.x - 1) return;
+  __threadfence();
   for (int i = warp::lane(); i < STATE; i += warp::LANES) publish(call.state + i, 0);  // all others have read what they need
 }
 
@@ -316,7 +324,7 @@ struct Launch {
          std::optional<double> ratio, bool noisy, int64_t vocab_size) {
     const int64_t size = sizes[1] * sizes[2] * sizes[3], places = sizes[1] + sizes[2] + sizes[3];
     if (size > 1 << 30) unfit = "clips of " + std::to_string(size) + " tokens, it takes up to 2^30";
-    if (!ratio && (n_blocks + 31) / 32 > WORDS_AT_MOST / places) {
+    if (!ratio && (n_blocks + 31) / 32 * places > WORDS_AT_MOST) {
       unfit = std::to_string(n_blocks) + " blocks with T + H + W of " + std::to_string(places) + ", it takes a product of 2^16";
     }
     if (vocab_size >= (int64_t{1} << 31) - MASK_OFFSET) unfit = "vocab_size of " + std::to_string(vocab_size);
@@ -360,9 +368,14 @@ Counter* state_of(int device, cudaStream_t stream) {
     cudaStreamCaptureMode mode = cudaStreamCaptureModeRelaxed;  // cudaMalloc is allowed while another thread captures
     STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
     Counter* zeros = nullptr;
-    STD_CUDA_CHECK(cudaMalloc(&zeros, STATE * sizeof(Counter)));
-    STD_CUDA_CHECK(cudaMemsetAsync(zeros, 0, STATE * sizeof(Counter), stream));
+    cudaError_t made = cudaMalloc(&zeros, STATE * sizeof(Counter));
+    if (made == cudaSuccess) made = cudaMemsetAsync(zeros, 0, STATE * sizeof(Counter), stream);
+    if (made != cudaSuccess) {
+      cudaFree(zeros);
+      cudaGetLastError();  // this library's own runtime would report it again after the next launch
+    }
     STD_CUDA_CHECK(cudaThreadExchangeStreamCaptureMode(&mode));
+    STD_CUDA_CHECK(made);
     state = zeros;
   }
   return state;

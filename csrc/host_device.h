@@ -8,5 +8,9 @@
 #define UNROLL _Pragma("unroll")
 #else
 #define HOST_DEVICE inline __attribute__((always_inline))
+#ifdef __clang__
+#define UNROLL _Pragma("unroll")
+#else
 #define UNROLL _Pragma("GCC unroll 64")
+#endif
 #endif

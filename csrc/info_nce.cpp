@@ -27,7 +27,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
-#include "info_nce.h"
+#include "info_nce_cpu.h"
 
 namespace vimpac::contrastive {
 
@@ -213,9 +213,10 @@ template <class T>
 std::vector<T> partner_scores(const Tensor& unit, Problem problem, double temperature) {
   const int64_t d = unit.size(1);
   std::vector<T> scores = of_features(problem, T(0));
+  const InfoNceKernels<T>& kernel = kernels<T>();
   parallel(problem.rows / 2, GRAIN, [&, u = input<T>(unit)](int64_t k) {
     const int64_t i = problem.offset + k, partner = problem.partner(i);
-    scores[i] = scores[partner] = kernels<T>().dot(u + i * d, u + partner * d, d) * static_cast<T>(1 / temperature);
+    scores[i] = scores[partner] = kernel.dot(u + i * d, u + partner * d, d) * static_cast<T>(1 / temperature);
   });
   return scores;
 }

@@ -1,6 +1,7 @@
 #include "isa.h"
 
 #include <cstdlib>
+#include <exception>
 #include <string>
 
 #include <torch/headeronly/util/Exception.h>
@@ -11,7 +12,7 @@ namespace {
 
 const char* const NAMES[] = {"portable", "avx2", "avx512"};
 
-// What the flags in setup.py let the compiler use.
+// Of those whose flags in setup.py let the compiler use no more than this processor has.
 Isa widest() {
 #ifdef VIMPAC_X86
   __builtin_cpu_init();
@@ -46,5 +47,10 @@ Isa isa() {
 }  // namespace vimpac
 
 extern "C" __attribute__((visibility("default"))) const char* vimpac_cpu_isa() {
-  return vimpac::NAMES[static_cast<int>(vimpac::isa())];
+  try {
+    return vimpac::NAMES[static_cast<int>(vimpac::isa())];
+  } catch (const std::exception& error) {  // a caller in C knows none: the sentence in place of the name
+    static thread_local std::string sentence;
+    return (sentence = error.what()).c_str();
+  }
 }

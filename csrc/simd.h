@@ -5,11 +5,12 @@
 // files call nothing of the standard library but what is inlined, and all their functions are static or always inlined.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 #include <type_traits>
 #include <utility>
 
-#include "axial_attention.h"
+#include "host_device.h"
 #include "philox.h"
 
 namespace vimpac {
@@ -37,7 +38,7 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-// What a kernel computes in, and the integers of the same width.
+// What a kernel computes in.
 template <class T>
 struct Arithmetic {
   using type = T;
@@ -117,7 +118,7 @@ HOST_DEVICE void stream(T* to, Vector<T, LANES> v) {
 
 // Streamed stores are seen by other threads before what comes after this.
 HOST_DEVICE void finish_streams() {
-#if defined(__AVX2__)
+#if defined(__SSE__)
   __builtin_ia32_sfence();
 #endif
 }
@@ -204,8 +205,8 @@ struct ExponentialSeries {
   }
 };
 
-// 2^x = 2^n 2^f with n the nearest integer and |f| <= 1/2, where the series is as exact as the type; x at most 0, and what lies
-// below the smallest normal number is 0.
+// 2^x = 2^n 2^f with n the nearest integer and |f| <= 1/2, where the series is as exact as the type. What lies below the smallest
+// normal number is 0, NaN stays NaN, and x is at most what the type's exponent holds.
 template <class V>
 HOST_DEVICE V exp2_series(V x) {
   using T = Element<V>;
@@ -223,7 +224,7 @@ HOST_DEVICE V exp2_series(V x) {
   for (int k = DEGREE - 1; k >= 0; --k) power = power * f + SERIES.c[k];
   U exponent = (U)shifted << (SINGLE ? 23 : 52);  // the integer is in the low bits
   V result = (V)((U)power + exponent);
-  return x >= LEAST ? result : V{};
+  return x < LEAST ? V{} : x == x ? result : x;
 }
 
 template <class V>
@@ -235,18 +236,5 @@ struct Product {  // philox.h's, for a vector of words
     low = __builtin_convertvector(product, V);
   }
 };
-
-namespace axial {
-template <class V>
-struct Exp2 {
-  static HOST_DEVICE V of(V x) {
-    if constexpr (std::is_floating_point_v<V>) {
-      return exp2_series(Vector<V, 1>{x})[0];
-    } else {
-      return exp2_series(x);
-    }
-  }
-};
-}  // namespace axial
 
 }  // namespace vimpac

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from vimpac.ops import backend as backends
 
@@ -15,6 +16,13 @@ CPU_ERROR = backends.library_error("cpu")
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler, which torch.compile needs on a CPU")
 needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
+
+
+def needs_gpu(test):
+    """Marks a test of the CUDA library on a GPU. Only a library that is not there is a reason to skip: one that cannot be
+    loaded has to be seen."""
+    there = torch.cuda.is_available() and backends.library_path("cuda").exists()
+    return pytest.mark.gpu(pytest.mark.skipif(not there, reason="no CUDA device, or no _ops_cuda.so")(test))
 
 
 def run_with(file: str, timeout: int = 600, **environment: str) -> None:

@@ -25,21 +25,27 @@ def main():
     for ratio in (None, 0.3):
         tokens = torch.randint(100, (9, 3, 5, 7), device=device)
         block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")
-        if not backends.library_error("cuda"):
+        if backends.library_path("cuda").exists():
             block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="cuda")
-    if not backends.library_error("cuda"):
+    if backends.library_path("cuda").exists():
         library(device)
     torch.cuda.synchronize()
 
 
 def library(device):
     """The extension's attention: lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
-    for grid, width in (((5, 6, 17), 32), ((16, 3, 2), 64), ((32, 3, 2), 64)):
-        qkv = torch.randn(2, *grid, 3, 2, width, device=device, dtype=torch.bfloat16, requires_grad=True)
-        cls = torch.randn(2, 3, 2, width, device=device, dtype=torch.bfloat16, requires_grad=True)
+    bf16, fp16 = torch.bfloat16, torch.float16
+    for grid, width, dtype, context in (
+        ((5, 6, 17), 32, bf16, True),
+        ((16, 3, 2), 64, fp16, False),
+        ((32, 3, 2), 64, bf16, True),
+        ((32, 3, 2), 32, fp16, False),
+    ):
+        qkv = torch.randn(2, *grid, 3, 2, width, device=device, dtype=dtype, requires_grad=True)
+        cls = torch.randn(2, 3, 2, width, device=device, dtype=dtype, requires_grad=True)
         pad = torch.rand(2, *grid, device=device) < 0.3
         for axes in (("T",), ("H", "W")):
-            out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="cuda")
+            out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, context, backend="cuda")
             (out.sum() + cls_out.sum()).backward()
 
 

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+COMPILER = os.environ.get("CXX", "g++")
 TESTS = ["tests/test_axial_attention_cpu.py", "tests/test_block_mask_cpu.py", "tests/test_info_nce_cpu.py"]
 
 
@@ -27,18 +28,19 @@ def build(folder: Path) -> Path:
         "--build-lib",
         str(folder),
     ]
-    environment = {**os.environ, "VIMPAC_SANITIZE": "1", "VIMPAC_EXTENSION": "cpu"}
+    environment = {**os.environ, "CXX": COMPILER, "VIMPAC_SANITIZE": "1", "VIMPAC_EXTENSION": "cpu"}
     subprocess.run(command, cwd=ROOT, env=environment, check=True, stdout=subprocess.DEVNULL)
     return folder / "vimpac"
 
 
 def environment(libraries: Path) -> dict[str, str]:
     """What a process needs to run with a sanitized library. Leaks are not looked for: Python and torch hold on to theirs."""
-    compiler = os.environ.get("CXX", "g++")
     runtimes = [
-        subprocess.run([compiler, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
+        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
         for name in ("libasan.so", "libubsan.so", "libstdc++.so")
     ]
+    if missing := [path for path in runtimes if not Path(path).is_absolute()]:  # the name alone is what it says of one it lacks
+        raise SystemExit(f"{COMPILER} has no {' and no '.join(missing)}: install its sanitizers")
     return {
         **os.environ,
         "LD_PRELOAD": " ".join(str(Path(path).resolve()) for path in runtimes),

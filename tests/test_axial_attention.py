@@ -444,13 +444,14 @@ def test_choice(monkeypatch, axes, grid, chosen):
 def test_kernels_come_first_where_they_can_run(monkeypatch):
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
     asked = []
-    monkeypatch.setitem(backends._REGISTRY["axial_attention"], "cuda", lambda *call: asked.append(call) or ["no GPU"])
+    for name in ("triton", "cpu"):
+        monkeypatch.setitem(backends._REGISTRY["axial_attention"], name, lambda *call: asked.append(call) or ["no GPU"])
     qkv, cls_qkv = inputs(1, (2, 3, 4), 2, 4)
     pad = padding(1, (2, 3, 4))
     assert_close(axial_attention(qkv, cls_qkv, ["H", "W"], pad), axial_attention_reference(qkv, cls_qkv, ("H", "W"), pad))
-    assert len(asked) == 1 and asked[0][2:] == (("H", "W"), pad, 0.0, None, True)
-    with pytest.raises(ValueError, match="axial_attention: backend 'cuda' cannot run this call: no GPU"):
-        axial_attention(qkv, cls_qkv, ("H", "W"), pad, backend="cuda")
+    assert len(asked) == 2 and asked[0][2:] == asked[1][2:] == (("H", "W"), pad, 0.0, None, True)
+    with pytest.raises(ValueError, match="axial_attention: backend 'triton' cannot run this call: no GPU"):
+        axial_attention(qkv, cls_qkv, ("H", "W"), pad, backend="triton")
     with pytest.raises(ValueError, match="backend 'slot' cannot run this call: float16 is too narrow"):
         axial_attention(qkv.half(), cls_qkv.half(), ("H", "W"), backend="slot")
 

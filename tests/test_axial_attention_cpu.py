@@ -104,6 +104,18 @@ def test_scores_of_any_size():
             torch.testing.assert_close(mine, true.float(), rtol=1e-3, atol=1e-3)  # scores to 7 digits: 1e-3 of a thousand's
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("part", [0, 1, 2])
+def test_what_is_not_finite_stays_so(part, value, dtype):
+    """An overflow in q, k or v shows in the same outputs as the reference's: training must not go on as if nothing were."""
+    qkv, cls_qkv = (x.detach() for x in inputs(1, (1, 2, 5), 2, 16, dtype=dtype))
+    qkv[0, 0, 1, 2, part, :, 3] = value
+    ours, expected = (axial_attention(qkv, cls_qkv, ("W", "H"), backend=name) for name in ("cpu", "reference"))
+    assert all(torch.equal(a.isfinite(), b.isfinite()) for a, b in zip(ours, expected, strict=True))
+    assert not expected[0].isfinite().all()
+
+
 def test_what_pad_holds_is_not_read():
     """Keys that are NaN at PAD positions; a key past the line's end in a register is no key either."""
     qkv, cls_qkv = (x.detach() for x in inputs(1, (1, 2, 5), 2, 8))
@@ -158,3 +170,21 @@ def test_wrong_types_reach_no_memory():
         op(qkv, cls_qkv, ["TxH"], None, 0.0, None, True)
     with pytest.raises(RuntimeError, match="at most 64 tokens"):
         op(torch.ones(1, 65, 1, 1, 3, 1, 4), cls_qkv, ["T"], None, 0.0, None, True)
+    for bad in (cls_qkv.double(), cls_qkv[..., :2], cls_qkv.expand(2, 3, 1, 4), cls_qkv.transpose(1, 3)):
+        with pytest.raises(RuntimeError, match="of one dtype, rows contiguous"):
+            op(qkv, bad, ["T"], None, 0.0, None, True)
+    with pytest.raises(RuntimeError, match="1 heads cannot be split over 2 axes"):
+        op(qkv, cls_qkv, ["T", "H"], None, 0.0, None, True)
+    with pytest.raises(RuntimeError, match="dropout needs a seed"):
+        op(qkv, cls_qkv, ["T"], None, 0.5, None, True)
+    with pytest.raises(RuntimeError, match="clips of up to 2\\^30 tokens"):
+        op(qkv[:, :1].expand(1, 1, 2**16, 2**16, 3, 1, 4), cls_qkv, ["T"], None, 0.0, None, True)
+    for pad in (torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.bool)):
+        with pytest.raises(RuntimeError, match=r"pad as bool \[B, T, H, W\]"):
+            op(qkv, cls_qkv, ["T"], pad, 0.0, None, True)
+    backward = backends.overload("axial_attention_backward", "cpu")
+    for grad in (torch.ones(2, 1, 4), torch.ones(3, 1, 4).double(), torch.ones(3, 1, 8)[..., ::2]):
+        with pytest.raises(RuntimeError, match="grad as contiguous rows"):
+            backward(grad, qkv, cls_qkv, ["T"], None, 0.0, None, True)
+    with pytest.raises(RuntimeError, match="dense and on a cpu device"):
+        torch.ops.vimpac.info_nce_pack.cpu(torch.ones(2, 2).to_sparse(), torch.ones(2, 2).to_sparse())

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import nvcc
+from extension import needs_gpu
 from vimpac.ops import axial_attention, axial_attention_packed
 from vimpac.ops.axial_attention import axial_attention_reference, pack, unpack
 
@@ -122,8 +123,8 @@ def inputs(grid, heads, width, dtype, clips=2, device="cpu"):
     pad = torch.rand(clips, W, T, H, generator=g).permute(0, 2, 3, 1) < 0.3
     pad[0, :, 0] = True
     pad[0, 0] = True
-    qkv = whole.to(dtype)[..., :width].permute(1, 3, 4, 5, 2, 0, 6)
-    return qkv.to(device), cls.to(dtype)[..., :width].transpose(1, 2).to(device), pad.to(device)
+    qkv = whole.to(device, dtype)[..., :width].permute(1, 3, 4, 5, 2, 0, 6)  # moved before it is cut: a copy would be dense
+    return qkv, cls.to(device, dtype)[..., :width].transpose(1, 2), pad.to(device)
 
 
 def differentiate(function, qkv, cls, upstream):
@@ -298,11 +299,7 @@ def test_compiles_to_tensor_cores(architecture):
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
 
 
-def on_gpu(function):
-    return pytest.mark.gpu(pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")(function))
-
-
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("grid, axes, heads, width, context, p, splits", CASES)
@@ -323,7 +320,7 @@ def test_gpu_is_the_reference(grid, axes, heads, width, context, p, splits, padd
     assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True))  # no atomics
 
 
-@on_gpu
+@needs_gpu
 @pytest.mark.parametrize("clips", [1024, 1100])
 def test_gpu_more_lines_than_65535(clips):
     qkv = torch.randn(clips, 1, 64, 4, 3, 1, 32, device="cuda", dtype=torch.float16)
@@ -339,7 +336,7 @@ def test_gpu_more_lines_than_65535(clips):
         check(a, b, e, clips)
 
 
-@on_gpu
+@needs_gpu
 def test_gpu_in_a_graph():
     """Forward and backward captured once; a replay reads new inputs and a new seed."""
     rows = torch.randn(2 * 31, 3, 4, 32, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -364,7 +361,19 @@ def test_gpu_in_a_graph():
     assert all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
 
 
-@on_gpu
+@needs_gpu
 def test_gpu_empty_batches():
     rows = torch.zeros(0, 3, 4, 32, device="cuda", dtype=torch.float16)
     assert axial_attention_packed(rows, (5, 3, 2), ("T",), backend="cuda").shape == (0, 4, 32)
+
+
+@needs_gpu
+def test_gpu_that_is_not_the_current_one():
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    rows = torch.randn(2 * 31, 3, 4, 32, dtype=torch.bfloat16)
+    here, there = (
+        axial_attention_packed(rows.to(device), (5, 3, 2), ("T", "W"), None, 0.2, 3, backend="cuda")
+        for device in ("cuda:0", "cuda:1")
+    )
+    assert there.device.index == 1 and torch.equal(here.cpu(), there.cpu())

@@ -45,7 +45,9 @@ def follow(store_folder, tmp_path, ranks, options, model, one=None, tolerance=CL
     for line, same in zip(lines[:-1], expected[:-1], strict=True):
         assert line.keys() == same.keys()
         for name, x in line.items():
-            torch.testing.assert_close(x, same[name], **tolerance, msg=lambda m, n=name, k=line["step"]: f"{n}, step {k}: {m}")
+            # a gradient's norm has a term for every weight, where a loss averages its rounding: seen 2e-5 with any backend
+            allowed = {**tolerance, "rtol": max(tolerance["rtol"], 1e-4)} if name == "grad_norm" else tolerance
+            torch.testing.assert_close(x, same[name], **allowed, msg=lambda m, n=name, k=line["step"]: f"{n}, step {k}: {m}")
     weights = [torch.load(tmp_path / f"rank-{rank}.pt") for rank in range(ranks)]
     for other in weights[1:]:
         assert all(torch.equal(x, other[name]) for name, x in weights[0].items())  # updates are the same numbers everywhere

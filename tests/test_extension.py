@@ -128,13 +128,24 @@ def test_without_a_compiler_it_is_pure_python(tmp_path):
     "environment, shown",
     [
         ({"VIMPAC_EXTENSION": "gpu"}, "VIMPAC_EXTENSION='gpu': gpu is none of 0, cpu, cuda, python"),
-        ({"VIMPAC_EXTENSION": "cpu", "CXX": "/no/such/compiler"}, "without _ops_cpu: it needs a C++ compiler"),
+        (
+            {"VIMPAC_EXTENSION": "cpu", "CXX": "/no/such/compiler"},
+            "without _ops_cpu: it needs a C++ compiler, and CXX='/no/such/compiler' is no program",
+        ),
         ({"VIMPAC_EXTENSION": "0"}, "without _ops_cpu: VIMPAC_EXTENSION=0"),
         ({"VIMPAC_EXTENSION": "cpu"}, "without _ops_cuda: VIMPAC_EXTENSION=cpu"),
     ],
 )
 def test_says_what_is_missing(environment, shown):
     assert shown in run_setup("--version", **environment).stderr
+
+
+def test_ptx_is_for_any_newer_gpu(setup, monkeypatch, tmp_path):
+    """PTX of an architecture with an "a" runs on that one alone."""
+    monkeypatch.setattr(setup, "find_nvcc", lambda: "nvcc")
+    monkeypatch.setattr(setup, "cuda_archs", lambda _: ["80", "90a"])
+    text = setup.ninja_file(tmp_path, {"_ops_cuda": tmp_path / "_ops_cuda.so"})
+    assert "code=sm_90a" in text and "arch=compute_90,code=compute_90" in text and "code=compute_90a" not in text
 
 
 def test_architectures(setup, monkeypatch):
@@ -207,8 +218,13 @@ def test_said_at_use(tmp_path, content, shown):
 
 @needs_cpu
 def test_a_wrong_instruction_set_is_shown():
-    ended = python(USE, VIMPAC_CPU_ISA="sse9")
-    assert "VIMPAC_CPU_ISA=sse9 is not one of portable, avx2, avx512" in ended.stderr
+    """As an error of every op, and by the doctor instead of a name."""
+    sentence = "VIMPAC_CPU_ISA=sse9 is not one of portable, avx2, avx512"
+    assert sentence in python(USE, VIMPAC_CPU_ISA="sse9", VIMPAC_BACKEND="").stderr
+    nce = "import torch; from vimpac.ops import info_nce; info_nce(torch.ones(2, 2), torch.ones(2, 2))"
+    assert sentence in python(nce, VIMPAC_CPU_ISA="sse9", VIMPAC_BACKEND="").stderr
+    ended = python("from vimpac.doctor import report; print(report())", VIMPAC_CPU_ISA="sse9")
+    assert ended.returncode == 0 and sentence in ended.stdout
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -252,8 +268,8 @@ def test_doctor_names_every_backend(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for op, implementations in backends._REGISTRY.items():
-        for name in implementations:
-            assert name in shown.split(f"  {op} ")[1]
+        block = re.search(rf"^  {op} .*\n(?:    not .*\n?)*", shown, re.MULTILINE)[0]
+        assert all(re.search(rf"\b{name}\b", block) for name in implementations)
     for words in ("versions", f"torch         {torch.__version__}", "_ops_cpu.so", "_ops_cuda.so", "ops on cpu with bfloat16"):
         assert words in shown
     assert CPU_ERROR in shown

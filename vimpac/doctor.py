@@ -45,8 +45,10 @@ def extension() -> dict[str, str]:
         states[file] = backends.library_error(backend) or f"{backends.library_path(backend)}, {backends.library_facts(backend)}"
     states["_C"] = "vimpac was installed without it, which takes a C++ compiler, ninja and pybind11"
     if importlib.util.find_spec("vimpac._C"):
-        from vimpac import _C
-
+        try:
+            from vimpac import _C
+        except ImportError as error:
+            return states | {"_C": f"it cannot be imported: {error}"}
         facts = _C.build()
         cuda = f", {facts['nvcc']} for {facts['cuda_archs']}" if facts["nvcc"] else ""
         states["_C"] = f"revision {facts['revision']}, {facts['compiler']}, headers of torch {facts['torch']}{cuda}"
@@ -84,5 +86,5 @@ def choice(op: str, call: tuple[tuple[str, ...], tuple]) -> list[str]:
     for name in backends.names(op):
         if name != chosen:
             reasons = backends.why_not(op, name, *arguments)
-            lines.append(f"    not {name:<16}{'; '.join(reasons) or 'it can run, the one chosen is faster'}")
+            lines.append(f"    not {name:<16}{'; '.join(reasons) or 'it can run'}")
     return lines

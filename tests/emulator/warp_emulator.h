@@ -316,4 +316,5 @@ void matrix_product(float (&c)[4], const uint32_t (&a)[2 * STEPS], const uint32_
 
 }  // namespace emulator
 
+inline void __threadfence() {}  // fibers run one at a time
 inline void __syncthreads() { emulator::leave(emulator::State::IN_BLOCK); }

@@ -331,6 +331,8 @@ def _why_not_cpu(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> li
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if len(axes) > CPU_AXES:
         reasons.append(f"{len(axes)} axes, it takes at most {CPU_AXES}")
+    if math.prod(qkv.shape[1:4]) > 2**30:
+        reasons.append(f"a clip of {math.prod(qkv.shape[1:4])} tokens, it takes up to 2^30")
     return reasons
 
 

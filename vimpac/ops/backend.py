@@ -106,20 +106,21 @@ def implement_library(name: str, backend: str) -> None:
             raise RuntimeError(f"vimpac::{name}.{backend} cannot run: {reason}")
         if not torch._C._dispatch_has_kernel_for_dispatch_key(f"vimpac::{name}.{backend}", backend.upper()):
             raise RuntimeError(f"{library_path(backend)} is older than this vimpac, it has no {name}: {REINSTALL}")
-        if all(x.device.type != backend for x in arguments if isinstance(x, torch.Tensor)):
-            raise RuntimeError(f"vimpac::{name}.{backend} needs its tensors on a {backend} device")
+        tensors = [x for x in arguments if isinstance(x, torch.Tensor)]
+        if any(x.device.type != backend or x.layout != torch.strided for x in tensors):
+            raise RuntimeError(f"vimpac::{name}.{backend} needs its tensors dense and on a {backend} device")
         return overload(name, backend)(*arguments)
 
     implement(name, backend, "CompositeExplicitAutograd", load_and_call)
 
 
-REINSTALL = "reinstall vimpac beside this torch, with pip's --no-build-isolation"
+REINSTALL = "reinstall vimpac beside this torch, with pip's --no-build-isolation, and restart Python"
 
 
 def library_path(backend: str) -> Path:
     """Where a library of csrc/ is: in the package, or in the folder that VIMPAC_LIBRARIES names (a sanitized build)."""
     folder = os.environ.get("VIMPAC_LIBRARIES")
-    return (Path(folder) if folder else Path(__file__).resolve().parents[1]) / LIBRARIES[backend]
+    return (Path(folder).resolve() if folder else Path(__file__).resolve().parents[1]) / LIBRARIES[backend]
 
 
 @functools.cache

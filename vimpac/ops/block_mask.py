@@ -80,11 +80,18 @@ def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy
     if noisy:
         which, code, *_ = philox((*_per_clip(sample, 2), _range(math.prod(grid), tokens), NOISE), seed)
         which, code = which.view_as(tokens), below(code, vocab_size).view_as(tokens).to(tokens.dtype)
-        new = torch.where(which < _word(0.8), new, torch.where(which < _word(0.9), code, tokens))
+        new = _where(which < _word(0.8), new, _where(which < _word(0.9), code, tokens))
     flat = mask.flatten()
     slots = torch.where(flat, flat.cumsum(0) - 1, flat.numel())  # unmasked positions go to one slot past the end
     indices = slots.new_full((flat.numel() + 1,), -1).scatter(0, slots, _range(flat.numel(), tokens))[:-1]
-    return BlockMask(torch.where(mask, new, tokens), mask, indices, mask.flatten(1).sum(1))
+    return BlockMask(_where(mask, new, tokens), mask, indices, mask.flatten(1).sum(1))
+
+
+def _where(mask, a: Tensor, b: Tensor) -> Tensor:
+    """torch.where, which takes no uint16 on CUDA before torch 2.14."""
+    if b.dtype != torch.uint16:
+        return torch.where(mask, a, b)
+    return torch.where(mask, a.view(torch.int16), b.view(torch.int16)).view(torch.uint16)
 
 
 def _blocks(sample, seed, grid, n_blocks) -> Tensor:
