@@ -27,11 +27,10 @@ namespace vimpac::axial::VIMPAC_ISA {
 
 namespace {
 
-constexpr int ROWS = 6;                                   // that a product computes at once
-constexpr int COLUMNS = VECTOR_BYTES == 64 ? 4 : 2;       // registers a row: ROWS × COLUMNS sums stay in registers
+constexpr int ROWS = 6;                              // that a product computes at once
+constexpr int COLUMNS = VECTOR_BYTES == 64 ? 4 : 2;  // registers of a row: ROWS × COLUMNS sums stay in registers
 constexpr int ROW_LIMIT = (LONGEST_LINE + ROWS) / ROWS * ROWS;  // a line and [CLS], in full groups of ROWS
-
-constexpr int ASK = 4;
+constexpr int ASK = 4;  // rows asked for at a time: 16 lines of 64 bytes at width 64, what a core can have under way
 
 constexpr int round_up(int n, int unit) { return (n + unit - 1) / unit * unit; }
 
