@@ -35,13 +35,7 @@ struct Options {
 
 void draw_mask(const Options& options, Stream stream, bool* mask) {
   const int size = options.grid.tokens();
-  if (!options.iid) {
-    std::memset(mask, 0, static_cast<size_t>(size));
-    for (int64_t b = 0; b < options.n_blocks; ++b) {
-      mask_block(options.grid, draw_block(options.grid, stream, static_cast<uint32_t>(b)), mask);
-    }
-    return;
-  }
+  if (!options.iid) return mask_blocks(options.grid, stream, options.n_blocks, mask, [](int64_t, const Block&) {});
   for (int i = 0; i < size; i += 4) {
     Words<uint32_t> words = stream.words(static_cast<uint32_t>(i / 4), IID);
     for (int k = 0; k < std::min(4, size - i); ++k) mask[i + k] = words.w[k] < *options.iid;

@@ -77,19 +77,26 @@ inline void mask_block(Grid grid, const Block& block, bool* mask) {  // [T, H, W
   }
 }
 
+// Draws a clip's blocks into its mask [T, H, W]; see(b, block) gets each of them.
+template <class See>
+void mask_blocks(Grid grid, Stream stream, int64_t n_blocks, bool* mask, const See& see) {
+  std::memset(mask, 0, static_cast<size_t>(grid.tokens()));
+  for (int64_t b = 0; b < n_blocks; ++b) {
+    const Block block = draw_block(grid, stream, static_cast<uint32_t>(b));
+    mask_block(grid, block, mask);
+    see(b, block);
+  }
+}
+
 // One clip's blocks: their lengths and starts on T, H and W, [n_blocks, 3] each, and their union, mask [T, H, W].
 inline void sample_blocks(
     Grid grid, int64_t seed, int64_t sample_id, int n_blocks, int32_t* lengths, int32_t* starts, bool* mask) {
-  Stream stream{sample_id, PhiloxKey(seed)};
-  std::memset(mask, 0, static_cast<size_t>(grid.tokens()));
-  for (int b = 0; b < n_blocks; ++b) {
-    Block block = draw_block(grid, stream, static_cast<uint32_t>(b));
-    mask_block(grid, block, mask);
+  mask_blocks(grid, Stream{sample_id, PhiloxKey(seed)}, n_blocks, mask, [&](int64_t b, const Block& block) {
     for (int axis = 0; axis < 3; ++axis) {
       lengths[3 * b + axis] = static_cast<int32_t>(block.length[axis]);
       starts[3 * b + axis] = static_cast<int32_t>(block.start[axis]);
     }
-  }
+  });
 }
 
 }  // namespace vimpac::masking
