@@ -128,6 +128,10 @@ class BuildExtension(build_ext):
                 "vimpac: the extension does not compile here (see above). VIMPAC_EXTENSION=cpu,python installs without the "
                 "CUDA library, VIMPAC_EXTENSION=0 without any"
             )
+        reports = ROOT / "build" / "ptxas"  # registers and spills of every kernel: tests read them
+        for report in folder.glob("cuda/*.o.txt"):
+            reports.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(report, reports / report.name.replace(".o.txt", ".txt"))
 
 
 def ninja_file(folder: Path, targets: dict[str, Path]) -> str:

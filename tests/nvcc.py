@@ -1,4 +1,7 @@
-"""Kernels of csrc/ compiled by nvcc, for what the compiler says of them: registers, spills, instructions. No GPU needed."""
+"""Kernels of csrc/ compiled by nvcc, for what the compiler says of them: registers, spills, instructions. No GPU needed.
+
+What setup.py built is taken where it is newer than every source and for all architectures; else a source is compiled once more.
+"""
 
 import functools
 import os
@@ -34,9 +37,23 @@ def _triton_tools() -> Path | None:
     return Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
+def built(source: str) -> tuple[Path, str] | None:
+    """The library that setup.py has built, and what it kept of ptxas's report on csrc/`source`."""
+    library, report = ROOT / "vimpac" / "_ops_cuda.so", (ROOT / "build" / "ptxas" / source).with_suffix(".txt")
+    if not library.exists() or not report.exists():
+        return None
+    newest = max(path.stat().st_mtime for path in (ROOT / "csrc").iterdir())
+    if min(library.stat().st_mtime, report.stat().st_mtime) < newest:
+        return None
+    text = report.read_text()
+    return (library, text) if all(f"for 'sm_{a}'" in text for a in ARCHITECTURES) else None
+
+
 @functools.lru_cache
 def compiled(source: str) -> tuple[Path, str]:
-    """An object of csrc/`source` for every architecture, and ptxas's report; once a session. Skips without nvcc."""
+    """Machine code of csrc/`source` for every architecture, and ptxas's report; once a session. Skips without nvcc."""
+    if found := built(source):
+        return found
     nvcc = tool("nvcc")
     if not nvcc:
         pytest.skip("no nvcc on PATH or in $CUDA_HOME/bin")
@@ -76,4 +93,5 @@ def sass(source: str, architecture: str) -> dict[str, str]:
     done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
     assert done.returncode == 0, done.stderr
     parts = re.split(r"\n\s*Function : (\S+)\n", done.stdout)
-    return dict(zip(parts[1::2], parts[2::2], strict=True))
+    names = {kernel["name"] for kernel in kernels(ptxas_report(source))}  # the library holds other sources' kernels, too
+    return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True) if name in names}
