@@ -20,10 +20,11 @@ STAMP := $(shell cat pyproject.toml setup.py Makefile csrc/* | cksum | cut -d' '
 train: $(VENV)/run-$(STAMP)
 	$(BIN)/python -m vimpac.training.launch --standalone --nproc-per-node=$(PROCESSES) train.py $(ARGS)
 
+# A process a core, one thread each: most tests are Python, and more threads than cores would wait for each other.
 test: $(VENV)/test-$(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
 
 gpu:
 	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \

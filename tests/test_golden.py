@@ -81,7 +81,7 @@ def test_gradients(golden):
             assert max(grad.norm(), released.norm()) < 1e-4 * weight.norm()
             continue
         own = distance(released, exact[name])  # how far the released program is from float64
-        assert distance(grad, released) < max(TOLERANCE, own / 2), name
+        assert distance(grad, released) < max(TOLERANCE, 2 * own), name  # ours rounds as much, as the number of threads has it
         assert own < 5e-3, name  # the rule above stays a tight one
         strict += distance(grad, released) < TOLERANCE
     assert strict >= 15  # weights and heads agree to 1e-5 outright; mostly biases, whose gradients cancel, do not
