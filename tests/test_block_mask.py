@@ -20,6 +20,24 @@ TABLE_2 = {  # masked share in % for 4…8 blocks
     (10, 32, 32): (9.3, 11.4, 13.4, 15.4, 17.2),
 }
 SEEDS = [0, -1, 1234567890123456789]
+OPTIONS = [  # of kernels' tests
+    {},
+    {"n_blocks": 1},
+    {"n_blocks": 33},  # one more than the bits of a word
+    {"n_blocks": 3, "noisy": True},
+    {"ratio": 0.15},
+    {"ratio": 0.6, "noisy": True},
+]
+GRIDS = [(1, 1, 1), (5, 6, 7), (5, 16, 16), (10, 32, 32), (3, 2, 70)]
+DTYPES = [  # of tokens, with a vocabulary
+    (torch.int64, 8192),
+    (torch.int64, 2**31 - 5),
+    (torch.int32, 8192),
+    (torch.int16, 8192),
+    (torch.uint16, 65531),
+    (torch.uint8, 200),
+    (torch.int8, 1),
+]
 SAMPLES = [0, 3, 2**32 + 3, -5, 2**63 - 1]
 
 

@@ -5,7 +5,7 @@ import torch
 
 from extension import needs_cpu
 from kernel_checks import poison_new_tensors
-from test_block_mask import SAMPLES, SEEDS, assert_same, clips
+from test_block_mask import DTYPES, SAMPLES, SEEDS, assert_same, clips
 from vimpac.ops import backend as backends
 from vimpac.ops import block_mask
 
@@ -49,15 +49,7 @@ def test_real_size(options):
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize(
     "dtype, vocab_size",
-    [
-        (torch.int64, 8192),
-        (torch.int64, 2**31 - 5),
-        (torch.int32, 8192),
-        (torch.int16, 8192),
-        (torch.uint16, 65531),
-        (torch.uint8, 251),
-        (torch.int8, 1),
-    ],
+    [*DTYPES, (torch.uint8, 251)],
 )
 def test_every_integer_dtype(dtype, vocab_size, noisy):
     tokens = clips(3, (2, 5, 6), dtype=torch.int64, vocab_size=vocab_size).to(dtype)

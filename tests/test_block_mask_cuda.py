@@ -11,30 +11,12 @@ import torch
 
 import nvcc
 from extension import needs_gpu
-from test_block_mask import SAMPLES, SEEDS, assert_same, clips
+from test_block_mask import DTYPES, GRIDS, OPTIONS, SAMPLES, SEEDS, assert_same, clips
 from vimpac.ops import BlockMask, block_mask
 from vimpac.ops import backend as backends
 from vimpac.ops.block_mask import _word, longest_block
 
 ROOT = Path(__file__).resolve().parents[1]
-OPTIONS = [
-    {},
-    {"n_blocks": 1},
-    {"n_blocks": 33},  # one more than the bits of a word
-    {"n_blocks": 3, "noisy": True},
-    {"ratio": 0.15},
-    {"ratio": 0.6, "noisy": True},
-]
-GRIDS = [(1, 1, 1), (5, 6, 7), (5, 16, 16), (10, 32, 32), (3, 2, 70)]
-DTYPES = [
-    (torch.int64, 8192),
-    (torch.int64, 2**31 - 5),
-    (torch.int32, 8192),
-    (torch.int16, 8192),
-    (torch.uint16, 65531),
-    (torch.uint8, 200),
-    (torch.int8, 1),
-]
 
 # --- on a CPU: the kernel's threads as fibers, every access checked -----------------------------------------------------
 

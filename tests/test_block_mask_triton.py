@@ -14,21 +14,11 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from test_block_mask import SAMPLES, SEEDS, assert_same, clips
+from test_block_mask import DTYPES, GRIDS, OPTIONS, SAMPLES, SEEDS, assert_same, clips
 from vimpac.ops import backend as backends
 from vimpac.ops import block_mask
 
 pytest.importorskip("triton", reason="triton is not installed")
-
-OPTIONS = [
-    {},
-    {"n_blocks": 1},
-    {"n_blocks": 33},  # one more than the bits of a word
-    {"n_blocks": 3, "noisy": True},
-    {"ratio": 0.15},
-    {"ratio": 0.6, "noisy": True},
-]
-GRIDS = [(1, 1, 1), (5, 6, 7), (5, 16, 16), (10, 32, 32), (3, 2, 70)]
 
 
 def test_in_the_interpreter():
@@ -88,15 +78,7 @@ def test_several_clips_a_program(B, kernels, monkeypatch):
 @pytest.mark.parametrize("noisy", [False, True])
 @pytest.mark.parametrize(
     "dtype, vocab_size",
-    [
-        (torch.int64, 8192),
-        (torch.int64, 2**31 - 5),
-        (torch.int32, 8192),
-        (torch.int16, 8192),
-        (torch.uint16, 65531),
-        (torch.uint8, 200),
-        (torch.int8, 1),
-    ],
+    DTYPES,
 )
 def test_every_integer_dtype(dtype, vocab_size, noisy, kernels):
     tokens = clips(3, (2, 5, 6), DEVICE, torch.int64, vocab_size).to(dtype)
