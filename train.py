@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process a machine reports what stopped all of them
     try:
         config = parse(arguments)
-        from vimpac.training.pretrain import Stopped, pretrain  # torch and all: not needed for --help
+        from vimpac.training.pretrain import pretrain  # torch and all: not needed for --help
+        from vimpac.training.trainer import Stopped
 
         try:
             pretrain(config)

@@ -34,15 +34,18 @@ TESTS = [  # the slowest first: they run side by side
     "test_info_nce.py",
     "test_block_mask.py",
     "test_masked_cross_entropy.py",
+    "test_dropout_add.py",
     "test_philox.py",
 ]
 BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 60, 130, 60
 BENCHMARKS = {  # name → seconds
     "axial_attention": 80,
     "block_mask": 20,
+    "dropout_add": 30,
     "info_nce": 40,
     "masked_cross_entropy": 30,
     "attn_layouts": 60,
+    "data": 20,
 }
 
 

@@ -10,7 +10,8 @@ move, copy_share relates it to a copy between two large tensors in the same run 
 
 Memory: the peak above what was allocated before the call, from torch's allocator (on a CPU: the profiler's record of it).
 
-The last line of standard output is one JSON object; table, CSV, JSON and PNG go to benchmarks/results/DEVICE.
+The last line of standard output is one JSON object; JSON, CSV and PNG go to benchmarks/results/DEVICE, of which git keeps the
+JSON: render.py writes the tables of README.md and docs/ from it. --quick writes only where --results says.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import gc
 import json
 import math
 import os
+import platform
 import re
 import statistics
 import sys
@@ -193,6 +195,7 @@ class Benchmark:
         result = {
             "benchmark": self.title,
             "device": device_name(self.device),
+            "processor": processor(),
             "torch": torch.__version__,
             "triton": triton_version(),
             "threads": None if self.on_gpu else torch.get_num_threads(),
@@ -204,7 +207,7 @@ class Benchmark:
         }
         if small:
             print("\nsmall shapes, for want of a GPU: no measure of one")
-        if not self.options.no_write:
+        if not self.options.no_write and (self.options.results or not self.quick):
             folder = self.options.results or ROOT / "benchmarks" / "results" / slug(device_name(self.device))
             write(folder, result)
         failed = [row for row in self.rows if row["status"] == "failed" and row["impl"].startswith("ours")]
@@ -380,6 +383,19 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
     return 2 * size / times[0] / 1e6
 
 
+def matrix_peak(device: torch.device, dtype: torch.dtype, quick: bool = False) -> float:
+    """TFLOP/s of the product of two large square matrices: what a step of matrix products could reach at most."""
+    size = 8192 if device.type == "cuda" else 128 if quick else 2048
+    a, b = (torch.randn(size, size, dtype=dtype, device=device) for _ in range(2))
+    out = a @ b
+
+    def product(_):
+        torch.mm(a, b, out=out)
+
+    times, _ = time_gpu(lambda: None, product, False) if device.type == "cuda" else time_cpu(lambda: None, product, quick)
+    return 2 * size**3 / times[0] / 1e9
+
+
 def peak_bytes(device: torch.device, prepare: Callable, run: Callable) -> int:
     """Most bytes allocated during run, beyond what was before prepare."""
     if device.type == "cpu":
@@ -426,6 +442,13 @@ def finite(x: float) -> float | None:
 
 def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def processor() -> str:
+    """The host's, by the name that it gives itself."""
+    path = Path("/proc/cpuinfo")
+    found = re.search(r"^model name\s*:\s*(.+)$", path.read_text(), re.MULTILINE) if path.exists() else None
+    return found[1].strip() if found else platform.processor() or platform.machine()
 
 
 def slug(text: str) -> str:

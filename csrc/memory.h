@@ -22,6 +22,9 @@ inline Memory allocate(size_t bytes) {
   return memory;
 }
 
+// Results of this size and more are written past the caches, which would not hold them until they are read.
+constexpr size_t PAST_CACHES = size_t{16} << 20;
+
 // Of a large result that was just allocated: its first touch in pages of 4 KB would cost as much as computing it (63 MB: 14 ms of
 // 33 on 2 cores). Only an advice, so failure does not matter.
 inline void prefer_huge_pages(void* data, size_t bytes) {

@@ -227,13 +227,31 @@ HOST_DEVICE V exp2_series(V x) {
   return x < LEAST ? V{} : x == x ? result : x;
 }
 
+// The low halves of 64-bit lanes times a constant. GCC does not see that high halves are zero and would multiply in full.
+template <class W>
+HOST_DEVICE W multiply_low_halves(W x, uint32_t multiplier) {
+  [[maybe_unused]] W y = W{} + multiplier;
+#if defined(__clang__) || !defined(__SSE2__)
+  return (x & 0xFFFFFFFFu) * y;
+#elif defined(__AVX512F__)
+  return (W)__builtin_ia32_pmuludq512_mask((Vector<int, 16>)x, (Vector<int, 16>)y, Vector<long long, 8>{}, 0xFF);
+#elif defined(__AVX2__)
+  return (W)__builtin_ia32_pmuludq256((Vector<int, 8>)x, (Vector<int, 8>)y);
+#else
+  return (W)__builtin_ia32_pmuludq128((Vector<int, 4>)x, (Vector<int, 4>)y);
+#endif
+}
+
 template <class V>
-struct Product {  // philox.h's, for a vector of words
+struct Product {  // philox.h's, for a register of words
   V high, low;
   HOST_DEVICE Product(V x, uint32_t multiplier) {
-    auto product = __builtin_convertvector(x, Vector<uint64_t, LANES_OF<V>>) * multiplier;
-    high = __builtin_convertvector(product >> 32, V);
-    low = __builtin_convertvector(product, V);
+    static_assert(sizeof(V) == VECTOR_BYTES);
+    constexpr uint64_t HIGH = ~uint64_t{0} << 32;
+    auto pairs = (Vector<uint64_t, LANES_OF<V> / 2>)x;
+    auto even = multiply_low_halves(pairs, multiplier), odd = multiply_low_halves(pairs >> 32, multiplier);
+    high = (V)((even >> 32) | (odd & HIGH));  // lanes lie in memory the low one first, as on all that vectors are compiled for
+    low = (V)((even & ~HIGH) | (odd << 32));
   }
 };
 

@@ -79,6 +79,25 @@ def arguments(store: Path | str, output: Path | str, model: dict | None = None, 
     return words
 
 
+def make_trainer(store_folder: Path, folder: Path | str, world=None, compiled: bool = False, **options):
+    """The tiny run's Trainer, for tests that call its updates one by one."""
+    import torch
+
+    from vimpac.data.clips import ClipPairs, split_videos
+    from vimpac.data.store import TokenStore
+    from vimpac.training.distributed import World, plan_batches
+    from vimpac.training.schedule import plan_steps
+    from vimpac.training.trainer import Trainer
+
+    config = tiny_config(data=str(store_folder), output=str(folder), **options)
+    store = TokenStore(store_folder)
+    videos, _ = split_videos(store, config.held_out)
+    pairs = ClipPairs(store, videos, config.model.grid[0], config.model.pad_id, config.seed, config.contrastive_videos)
+    plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, 1)
+    world = world or World(0, 1, torch.device("cpu"))
+    return Trainer(config, pairs, plan, plan_steps(config, len(videos)), world, Path(folder), store, None, compiled)
+
+
 def train_main():
     """train.py's main, wherever the tests run from."""
     spec = importlib.util.spec_from_file_location("train", ROOT / "train.py")
@@ -226,12 +245,30 @@ def keep_weights(folder: Path) -> Callable[[], None]:
 def _keep_weights(folder: str) -> None:
     import torch
 
-    from vimpac.training.pretrain import Trainer
+    from vimpac.training.trainer import Trainer
 
     save = Trainer.save
 
     def patched(trainer):
         torch.save(trainer.module.model.state_dict(), f"{folder}/rank-{trainer.world.rank}.pt")
+        return save(trainer)
+
+    Trainer.save = patched
+
+
+def moments_kept(folder: Path) -> Callable[[], None]:
+    """A hook: every rank writes of how many parameters it keeps AdamW's state to FOLDER/moments-R."""
+    return partial(_moments_kept, str(folder))
+
+
+def _moments_kept(folder: str) -> None:
+    from vimpac.training.trainer import Trainer
+
+    save = Trainer.save
+
+    def patched(trainer):
+        inner = getattr(trainer.optimizer, "optim", trainer.optimizer)
+        Path(f"{folder}/moments-{trainer.world.rank}").write_text(str(len(inner.state)))
         return save(trainer)
 
     Trainer.save = patched
@@ -298,9 +335,9 @@ EVENTS = {
 
 
 def metrics(folder: Path) -> list[dict]:
-    """Lines of metrics.jsonl without the speed, which no two runs share."""
+    """Lines of metrics.jsonl without what was timed, which no two runs share."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: x for name, x in line.items() if name != "videos_per_second"} for line in lines]
+    return [{name: x for name, x in line.items() if name not in ("videos_per_second", "data_wait_share")} for line in lines]
 
 
 def model_bytes(folder: Path) -> bytes:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-TESTS = ["tests/test_axial_attention_cpu.py", "tests/test_block_mask_cpu.py", "tests/test_info_nce_cpu.py"]
+TESTS = [f"tests/test_{op}_cpu.py" for op in ("axial_attention", "block_mask", "dropout_add", "info_nce")]
 
 
 def build(folder: Path) -> Path:

@@ -13,6 +13,8 @@ OPS = {
     "axial_attention": ["cpu", "cuda", "triton"],
     "axial_attention_backward": ["cpu", "cuda", "triton"],
     "block_mask": ["cpu", "cuda", "triton"],
+    "dropout_add": ["cpu", "cuda", "triton"],
+    "dropout_add_backward": ["cpu", "cuda", "triton"],
     "info_nce": ["cpu", "cuda", "triton"],
     "info_nce_backward": ["cpu", "cuda", "triton"],
     "masked_cross_entropy": ["chunked", "cpu", "cuda", "triton"],
@@ -87,12 +89,13 @@ def test_environment_never_falls_back(registry, monkeypatch, value, shown):
 
 
 @pytest.mark.parametrize("value", ["turbo", "{op}=turbo"])
-@pytest.mark.parametrize("op", ["axial_attention", "block_mask", "info_nce", "masked_cross_entropy"])
+@pytest.mark.parametrize("op", ["axial_attention", "block_mask", "dropout_add", "info_nce", "masked_cross_entropy"])
 def test_every_op_obeys_the_environment(monkeypatch, op, value):
     monkeypatch.setenv("VIMPAC_BACKEND", value.format(op=op))
     arguments = {
         "axial_attention": (torch.zeros(1, 1, 1, 1, 3, 1, 1), torch.zeros(1, 3, 1, 1), ("T",)),
         "block_mask": (torch.zeros(1, 1, 1, 1, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0),
+        "dropout_add": (torch.zeros(1), torch.zeros(1), 0.1, 0),
         "info_nce": (torch.zeros(1, 1), torch.zeros(1, 1)),
         "masked_cross_entropy": (torch.zeros(1, 1), torch.zeros(1, 1), torch.zeros(1), torch.zeros(1, dtype=torch.int64)),
     }

@@ -19,9 +19,11 @@ ROW_KEYS = {"op", "impl", "shape", "dtype", "pass", "ms", "ms_p20", "ms_p80", "g
 SCRIPTS = {  # script → implementations that need not be there
     "axial_attention": {"xformers": "xformers"},
     "block_mask": {},
+    "dropout_add": {},
     "info_nce": {"inf-cl": "inf_cl"},
     "masked_cross_entropy": {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"},
     "attn_layouts": {},
+    "data": {},
 }
 
 
@@ -173,3 +175,73 @@ def test_peak_memory_on_a_cpu():
 
     peak = harness.peak_bytes(torch.device("cpu"), lambda: torch.zeros(size // 4), run)
     assert size * 3 <= peak < size * 3.1  # what prepare made is counted, as the states that a forward saves are
+
+
+# --- the data path ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def plan(tmp_path):
+    import data
+
+    return data.Plan(data.Files(tmp_path, side=4, videos=300), clip_frames=5)
+
+
+@pytest.fixture
+def data_bench(bench):
+    import data
+
+    return data.DataBenchmark("data", bench.options)
+
+
+def drawn(plan):
+    import data
+
+    return [harness.Impl("ours", lambda: data.draw(plan), ours=True, required=True, bound=0.0)]
+
+
+def test_one_wrong_id_of_a_clip_is_caught(data_bench, plan, monkeypatch):
+    import data
+
+    right = data.TokenStore.read_clips
+
+    def wrong(*call, **options):
+        clips = right(*call, **options)
+        clips[-1, -1, -1, -1] ^= 1
+        return clips
+
+    monkeypatch.setattr(data.TokenStore, "read_clips", wrong)
+    data.add(data_bench, plan, "batch", drawn(plan))
+    assert statuses(data_bench) == ["failed"] and data_bench.rows[0]["pairs_per_s"] is None
+    assert data_bench.finish() == 1
+
+
+@pytest.mark.parametrize("gone, cache, note", [(True, "cold", ""), (False, "warm", "the file system keeps its pages")])
+def test_a_cache_that_stays_warm_is_said_so(data_bench, plan, monkeypatch, gone, cache, note):
+    import data
+
+    dropped = []
+    monkeypatch.setattr(data, "drop_pages", lambda path: dropped.append(path) or gone)
+    data.add(data_bench, plan, "batch", drawn(plan), dropped=plan.files.shards)
+    (row,) = data_bench.rows
+    assert (row["cache"], row["status"]) == (cache, "ok") and note in row["note"] and set(dropped) == set(plan.files.shards)
+    assert row["pairs_per_s"] == pytest.approx(128e3 / row["ms"])
+    assert row["mb_per_s"] == pytest.approx(row["pairs_per_s"] * 2 * 5 * 4 * 4 * 2 / 1e6)
+
+
+def test_one_core_and_back():
+    import data
+
+    before = torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0)
+    with data.one_core():
+        assert torch.get_num_threads() == 1
+        assert not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) == 1
+    assert before == (torch.get_num_threads(), getattr(os, "sched_getaffinity", lambda _: None)(0))
+
+
+def test_quick_numbers_stay_out_of_the_results(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    bench = harness.Benchmark("test", harness.arguments("", ["--device", "cpu", "--quick"]))
+    assert bench.finish() == 0 and not list(tmp_path.iterdir())
+    bench.options.quick = bench.quick = False
+    assert bench.finish() == 0 and (tmp_path / "benchmarks" / "results" / "cpu" / "test.json").exists()

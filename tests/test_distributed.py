@@ -1,16 +1,30 @@
 """Several processes (gloo, CPU) do what one does; no process is left waiting for another."""
 
+import itertools
 import signal
 import time
 
 import pytest
 import torch
 
-from runs import Run, arguments, hooks, keep_weights, metrics, model_bytes, on_call, on_rank, run, undrawn, wide_start
+from runs import (
+    Run,
+    arguments,
+    hooks,
+    keep_weights,
+    metrics,
+    model_bytes,
+    moments_kept,
+    on_call,
+    on_rank,
+    run,
+    undrawn,
+    wide_start,
+)
 from vimpac.errors import InputError
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.training.distributed import BatchPlan, plan_batches
-from vimpac.training.pretrain import rank_seed
+from vimpac.training.seeds import generator_of, seed_dropout
 
 # Float32 sums in another order, through 20 updates: 1e-5 of each value (measured: 4e-6 of losses, 8e-6 of gradient norms).
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
@@ -78,7 +92,7 @@ def test_several_contrastive_groups(store_folder, tmp_path, ranks, micro_batch):
         ({"alpha": 0.0}, {"cls_in_context": False}),
         ({"mask_task": False}, {"cls_in_context": False}),
         ({"contrastive_masked": False}, {}),
-        ({"activation_checkpointing": True, "noisy_mask": True}, {"norm": "pre", "layout": "T,HxW"}),
+        ({"activation_checkpointing": "full", "noisy_mask": True}, {"norm": "pre", "layout": "T,HxW"}),
         ({"n_blocks": 1, "batch_size": 2, "contrastive_videos": 2}, {}),  # one video a process, few masked tokens
     ],
     ids=["mask task only", "contrastive only", "intact clips", "checkpointed", "one video a process"],
@@ -88,10 +102,17 @@ def test_every_task_in_two_processes(store_folder, tmp_path, options, model):
     follow(store_folder, tmp_path, 2, {"steps": 4, **options}, model, tolerance=NEAR)
 
 
-def test_every_process_draws_its_own_dropout():
-    """And none of them what initialisation drew."""
-    seeds = range(3)
-    assert len({rank_seed(seed, rank) for seed in seeds for rank in range(8)} | set(seeds)) == 27
+def test_every_micro_step_of_every_process_draws_its_own_dropout():
+    """The same again for the same numbers, whatever was drawn before."""
+    cpu, draws = torch.device("cpu"), {}
+    for numbers in itertools.product((0, 1), (0, 1, 2), (0, 1), (0, 1, 2)):  # seed, update, micro-step, rank
+        seed_dropout(cpu, *numbers)
+        draws[numbers] = torch.randint(2**62, ()).item()
+    assert len(set(draws.values())) == len(draws) == 36
+    assert generator_of(cpu) is torch.default_generator
+    for numbers, draw in draws.items():
+        seed_dropout(cpu, *numbers)
+        assert torch.randint(2**62, ()).item() == draw
 
 
 # --- stopping and going on ------------------------------------------------------------------------------------------------
@@ -109,7 +130,7 @@ def whole(store_folder, tmp_path_factory):
 def test_sigterm(store_folder, whole, tmp_path, ranks):
     """To both processes or to one: all stop after the same update, and go on where they stopped, with their own dropout."""
     folder = tmp_path / "run"
-    stop = on_call("vimpac.training.pretrain:Trainer.update", 3, "terminate")
+    stop = on_call("vimpac.training.trainer:Trainer.update", 3, "terminate")
     hook = hooks(undrawn, *(on_rank(rank, stop) for rank in ranks))
     output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", 2, hook, code=143)
     path = folder / "checkpoints" / "step-00000003.pt"
@@ -133,7 +154,7 @@ def test_another_number_of_processes(store_folder, whole, tmp_path):
     """Two processes stop, one goes on: same clips, masks and updates (dropout 0; with dropout it is a new draw)."""
     model = {"dropout": 0.0, "width": 32, "head_width": 32}
     start = hooks(undrawn, wide_start)
-    stop = hooks(start, on_call("vimpac.training.pretrain:Trainer.update", 3, "terminate"))
+    stop = hooks(start, on_call("vimpac.training.trainer:Trainer.update", 3, "terminate"))
     run(arguments(store_folder, tmp_path / "two", model), tmp_path / "log", 2, stop, code=143)
     run(arguments(store_folder, tmp_path / "two", model, resume=True), tmp_path / "log", hook=start)
     run(arguments(store_folder, tmp_path / "one", model), tmp_path / "log", hook=start)
@@ -141,12 +162,65 @@ def test_another_number_of_processes(store_folder, whole, tmp_path):
         torch.testing.assert_close(line, expected, **NEAR)
 
 
+# --- a sharded optimizer --------------------------------------------------------------------------------------------------
+
+
+def test_sharded_optimizer(store_folder, whole, tmp_path):
+    """Each rank keeps a part of AdamW's state; the numbers, the checkpoint and the run are those of the whole one."""
+    folder = tmp_path / "run"
+    hook = hooks(undrawn, moments_kept(tmp_path))
+    run(arguments(store_folder, folder, shard_optimizer=True), tmp_path / "log", 2, hook)
+    assert metrics(folder) == metrics(whole) and model_bytes(folder) == model_bytes(whole)
+    sharded, plain = (load_checkpoint(list_checkpoints(path)[-1])["optimizer"] for path in (folder, whole))
+    assert [group["param_names"] for group in sharded["param_groups"]] == [g["param_names"] for g in plain["param_groups"]]
+    for i, state in plain["state"].items():
+        assert all(torch.equal(x, sharded["state"][i][name]) for name, x in state.items())
+    counts = [int((tmp_path / f"moments-{rank}").read_text()) for rank in range(2)]
+    assert sum(counts) == len(plain["state"]) and min(counts) > 0
+
+
+@pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True)])
+def test_a_sharded_optimizer_goes_on(store_folder, whole, tmp_path, before, after):
+    stop = hooks(undrawn, on_call("vimpac.training.trainer:Trainer.update", 3, "terminate"))
+    run(arguments(store_folder, tmp_path / "run", shard_optimizer=before), tmp_path / "log", 2, stop, code=143)
+    run(arguments(store_folder, tmp_path / "run", shard_optimizer=after, resume=True), tmp_path / "log", 2, undrawn)
+    assert metrics(tmp_path / "run") == metrics(whole) and model_bytes(tmp_path / "run") == model_bytes(whole)
+
+
+def test_a_second_stage_shards(store_folder, whole, tmp_path):
+    """Moments of the first stage, interpolated positions among them, find the rank that keeps them."""
+    model = {"grid": (4, 4, 4)}
+    for name, shard in (("plain", False), ("sharded", True)):
+        words = arguments(
+            store_folder, tmp_path / name, model, continue_from=str(whole), steps=8, shard_optimizer=shard, weight_decay=0.3
+        )
+        run(words, tmp_path / "log", 2, undrawn)
+    assert metrics(tmp_path / "plain") == metrics(tmp_path / "sharded")
+    assert model_bytes(tmp_path / "plain") == model_bytes(tmp_path / "sharded")
+
+
+# --- a process is lost ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("lost", [0, 1])
+def test_the_others_end_when_one_is_lost(store_folder, tmp_path, lost):
+    """With a sentence, not a traceback; whoever comes back finds the last checkpoint."""
+    hook = hooks(undrawn, on_rank(lost, on_call("vimpac.training.trainer:Trainer.update", 4, "kill")))
+    started = Run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook)
+    codes = started.wait()
+    assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
+    output = started.logs[1 - lost].read_text()
+    assert "Traceback" not in output
+    if lost == 1:  # each machine's first process speaks
+        assert "another process was lost" in output and "step-00000002.pt" in output and "--resume" in output
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_process_groups_end_after_their_reducers(store_folder, tmp_path, code):
     """Otherwise one run in ten hangs at its end, or after a signal."""
     hook = hooks(undrawn, on_call("torch.distributed:destroy_process_group", 1, "only_without_reducers"))
     if code:
-        hook = hooks(hook, on_call("vimpac.training.pretrain:Trainer.update", 2, "terminate"))
+        hook = hooks(hook, on_call("vimpac.training.trainer:Trainer.update", 2, "terminate"))
     run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook, code)
 
 
@@ -160,7 +234,7 @@ def test_a_mistake_is_said_once(store_folder, tmp_path):
 
 
 def test_a_loss_that_is_not_finite_on_one_rank(store_folder, tmp_path):
-    hook = on_rank(1, on_call("vimpac.training.pretrain:PretrainStep.forward", 3, "nan_loss"))
+    hook = on_rank(1, on_call("vimpac.training.step:PretrainStep.forward", 3, "nan_loss"))
     output = run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hooks(undrawn, hook), code=1)
     assert output.count("train.py: error: step 3: mask_loss=nan, loss=nan, grad_norm=nan is not finite") == 1
     assert "Traceback" not in output and [line["step"] for line in metrics(tmp_path / "run")] == [1, 2]
@@ -196,11 +270,14 @@ def test_folders_that_are_not_shared(store_folder, whole, tmp_path):
         (1024, 128, 32, 8, BatchPlan(32, 4, 4)),
         (1024, 256, None, 16, BatchPlan(16, 4, 16)),
         (6, 3, 3, 2, BatchPlan(3, 1, 1)),
+        (1024, 128, 64, 1, BatchPlan(64, 16, 1, 2)),  # more than one forward pass holds: in parts
+        (1024, 1024, 32, 8, BatchPlan(32, 4, 8, 4)),
     ],
 )
 def test_plans(batch_size, contrastive_videos, micro_batch, ranks, plan):
     assert plan_batches(batch_size, contrastive_videos, micro_batch, ranks) == plan
-    assert plan.micro_batch * plan.group_ranks == contrastive_videos
+    assert plan.micro_batch * plan.group_ranks * plan.parts == contrastive_videos
+    assert plan.micro_steps % plan.parts == 0 and (plan.parts == 1 or plan.group_ranks == ranks)
     assert plan.micro_batch * plan.micro_steps * ranks == batch_size
 
 
@@ -208,14 +285,17 @@ def test_plans(batch_size, contrastive_videos, micro_batch, ranks, plan):
     "batch_size, contrastive_videos, micro_batch, ranks, message",
     [
         (1024, 128, None, 3, "contrastive_videos=128 cannot be split evenly over 3 processes: use a multiple of 3, or"),
-        (1024, 128, 64, 1, "contrastive_videos=128 cannot be made up of micro_batch=64 videos in each of 1 processes"),
-        (1024, 128, 64, 3, "for example --micro-batch 128$"),
-        (1024, 128, 24, 8, "for example --micro-batch 128 or 64 or 32 or 16$"),
+        (1024, 128, 48, 1, "contrastive_videos=128 cannot be made up of micro_batch=48 videos in each of 1 processes"),
+        (1024, 256, 32, 3, "must be micro_batch × a divisor of 3, or a multiple of micro_batch × 3 (which takes two passes)"),
+        (960, 128, 32, 1, "batch_size=960 must be a multiple of contrastive_videos = 128"),
+        (1024, 128, 64, 3, "for example --micro-batch 128"),
+        (1024, 128, 24, 8, "for example --micro-batch 128 or 64 or 32 or 16"),
         (1024, 128, 256, 8, "contrastive_videos=128 cannot be made up of micro_batch=256"),
         (1000, 128, None, 8, "batch_size=1000 must be a multiple of micro_batch × processes = 16 × 8 = 128"),
         (64, 128, None, 1, "batch_size=64 must be a multiple of micro_batch × processes = 128 × 1 = 128"),
     ],
 )
 def test_a_contrastive_batch_never_shrinks(batch_size, contrastive_videos, micro_batch, ranks, message):
-    with pytest.raises(InputError, match=message):
+    with pytest.raises(InputError) as error:
         plan_batches(batch_size, contrastive_videos, micro_batch, ranks)
+    assert message in str(error.value)

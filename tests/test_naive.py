@@ -12,6 +12,7 @@ from vimpac.losses import contrastive_loss, mask_loss
 from vimpac.model import PretrainModel
 from vimpac.ops import block_mask
 from vimpac.ops.block_mask import expected_block_ratio
+from vimpac.training.batch import pack
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import naive
@@ -63,7 +64,7 @@ def test_same_states_and_losses(layout, norm, dtype):
         "cls": (naive_cls, cls),
         "mask loss": (
             naive.mask_loss(opponent.token_logits(naive_hidden), tokens, masked.mask),
-            mask_loss(ours, hidden, tokens, masked)[0],
+            mask_loss(ours, hidden, *pack(tokens, masked)[2:4])[0],
         ),
         "contrastive loss": (naive.contrastive_loss(opponent.cls_head(head_input), 0.2), contrastive_loss(ours, cls, 0.2)),
     }
@@ -76,7 +77,7 @@ def test_same_loss_and_gradients(norm):
     ours, opponent = pair(norm=norm)
     tokens, masked = batch(ours.config)
     cls, hidden = ours.backbone(masked.tokens)
-    expected = mask_loss(ours, hidden, tokens, masked)[0] + 0.7 * 0.2 * contrastive_loss(ours, cls, 0.2)
+    expected = mask_loss(ours, hidden, *pack(tokens, masked)[2:4])[0] + 0.7 * 0.2 * contrastive_loss(ours, cls, 0.2)
     got = naive.loss(opponent, tokens, masked.mask, alpha=0.7, temperature=0.2, padded=False)
     assert distance(got, expected) < TOLERANCE[torch.float64]
     expected.backward()

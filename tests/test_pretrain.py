@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 
-from runs import MODEL, VOCABULARY, Run, arguments, metrics, model_bytes, on_call, run, tiny_config, write_store
+from runs import MODEL, VOCABULARY, Run, arguments, make_trainer, metrics, model_bytes, on_call, run, tiny_config, write_store
 from vimpac import convert
 from vimpac.errors import InputError
 from vimpac.training import pretrain as pretrain_module
+from vimpac.training import trainer as trainer_module
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
 from vimpac.training.metrics import MetricsLog
-from vimpac.training.pretrain import Stopped, interpolate_moments, pretrain
+from vimpac.training.pretrain import pretrain
 from vimpac.training.progress import Progress
+from vimpac.training.trainer import Stopped, interpolate_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = World(0, 1, torch.device("cpu"))
@@ -34,6 +36,7 @@ LINE = {
     "learning_rate",
     "grad_norm",
     "videos_per_second",
+    "data_wait_share",
 }
 FINAL = {"mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy", "retrieval_accuracy", "retrieval_chance"}
 
@@ -68,7 +71,7 @@ def test_model_is_the_last_checkpoint(finished_run):
     assert model.config.grid == MODEL["grid"] and model.config.vocab_size == VOCABULARY
     assert model.state_dict().keys() == state["model"].keys()
     assert all(torch.equal(x, state["model"][name]) for name, x in model.state_dict().items())
-    assert state["step"] == 6 and state["world_size"] == 1 and state["config"]["seed"] == 0
+    assert state["step"] == 6 and state["config"]["seed"] == 0
 
 
 def test_curves_and_events(finished_run):
@@ -111,11 +114,11 @@ def test_seed_and_dropout_matter(finished_run, store_folder, tmp_path, option, u
 
 KILLED = {
     "writing config.json": on_call("vimpac.atomic:publish", 1, "kill"),
-    "before the first update": on_call("vimpac.training.pretrain:Trainer.update", 1, "kill"),
-    "before the first checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 2, "kill"),
+    "before the first update": on_call("vimpac.training.trainer:Trainer.update", 1, "kill"),
+    "before the first checkpoint": on_call("vimpac.training.trainer:Trainer.update", 2, "kill"),
     "writing the first checkpoint": on_call("torch:save", 1, "half_a_checkpoint"),
     "a line half written": on_call("vimpac.training.metrics:MetricsLog.write", 4, "half_a_line"),
-    "lines of updates that have no checkpoint": on_call("vimpac.training.pretrain:Trainer.update", 6, "kill"),
+    "lines of updates that have no checkpoint": on_call("vimpac.training.trainer:Trainer.update", 6, "kill"),
     "naming a checkpoint": on_call("vimpac.atomic:publish", 3, "kill"),
     "writing the last checkpoint": on_call("torch:save", 3, "half_a_checkpoint"),
     "before the model": on_call("vimpac.convert:save", 1, "kill"),
@@ -184,27 +187,13 @@ def test_resume_restores_everything(store_folder, tmp_path, scaled):
         assert second.scaler.get_scale() == 64.0  # grown after updates 2 and 4
 
 
-def make_trainer(store_folder, folder, **options):
-    from vimpac.data.clips import ClipPairs, split_videos
-    from vimpac.data.store import TokenStore
-    from vimpac.training.distributed import plan_batches
-    from vimpac.training.pretrain import Trainer, plan_steps
-
-    config = tiny_config(data=str(store_folder), output=str(folder), **options)
-    store = TokenStore(store_folder)
-    videos, _ = split_videos(store, config.held_out)
-    pairs = ClipPairs(store, videos, 3, config.model.pad_id, config.seed, config.contrastive_videos)
-    plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, 1)
-    return Trainer(config, pairs, plan, plan_steps(config, len(videos)), CPU, folder, store, None)
-
-
 # --- signals --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("update", [1, 3, 5])
 def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, update):
     folder = tmp_path / "run"
-    hook = on_call("vimpac.training.pretrain:Trainer.update", update, "terminate")
+    hook = on_call("vimpac.training.trainer:Trainer.update", update, "terminate")
     output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", hook=hook, code=143)
     path = folder / "checkpoints" / f"step-{update:08d}.pt"
     assert f"train.py: stopped by SIGTERM; {path} is written, go on with --resume\n" in output
@@ -218,7 +207,7 @@ def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, updat
 @pytest.mark.parametrize(
     "hook",
     [
-        on_call("vimpac.training.pretrain:Trainer.update", 6, "terminate"),  # the last one
+        on_call("vimpac.training.trainer:Trainer.update", 6, "terminate"),  # the last one
         on_call("vimpac.evaluation.held_out:partners_found", 1, "terminate"),
     ],
     ids=["last update", "evaluation"],
@@ -276,14 +265,14 @@ def test_diverges(store_folder, tmp_path):
 @pytest.mark.parametrize("term", ["mask_loss", "contrastive_loss"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_names_the_step_and_the_term(store_folder, tmp_path, monkeypatch, term, value):
-    original, calls = getattr(pretrain_module.PretrainStep, "forward"), []  # noqa: B009
+    original, calls = getattr(trainer_module.PretrainStep, "forward"), []  # noqa: B009
 
     def bad(self, *args):
         out = original(self, *args)
         calls.append(1)
         return {**out, "loss": out["loss"] * value, term: out[term] * value} if len(calls) == 4 else out
 
-    monkeypatch.setattr(pretrain_module.PretrainStep, "forward", bad)
+    monkeypatch.setattr(trainer_module.PretrainStep, "forward", bad)
     folder = tmp_path / "run"
     with pytest.raises(InputError) as error:
         pretrain(tiny_config(data=str(store_folder), output=str(folder)))
@@ -431,7 +420,7 @@ def test_held_out_batches_have_no_video_twice(store_folder, tmp_path, undrawn, m
         asked.update(pairs=pairs, batches=batches, videos=videos)
         return {}
 
-    monkeypatch.setattr(pretrain_module, "evaluate", note)
+    monkeypatch.setattr(trainer_module, "evaluate", note)
     pretrain(tiny_config(data=str(store_folder), output=str(tmp_path / "run"), eval_batches=5))
     batches = [asked["pairs"].batch(4 * i, 4).videos for i in range(5)]
     assert asked["batches"] == 5 and asked["videos"] == 4

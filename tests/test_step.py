@@ -28,7 +28,7 @@ def batch(videos=6, seed=0):
 def backward(step, tokens, ids, seed=1):
     torch.manual_seed(seed)
     step.zero_grad()
-    out = step(tokens, ids)
+    out = step(step.batch(tokens, ids))
     out["loss"].backward()
     return {name: x.item() for name, x in out.items()}, {n: p.grad for n, p in step.named_parameters() if p.grad is not None}
 
@@ -166,23 +166,24 @@ def test_autocast(dtype, error):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["T,H|W", "T,HxW"])
-def test_activation_checkpointing_changes_nothing(dtype, layout):
+@pytest.mark.parametrize("norm", ["post", "pre"])
+def test_activation_checkpointing_changes_nothing(dtype, layout, norm):
     """Dropout included: the second forward pass draws what the first one drew. Same operations, so the same bits."""
     results = []
-    for checkpointing in (False, True):
-        step = make_step(dtype, model={"layers": 2, "layout": layout})
+    for checkpointing in ("none", "selective", "full"):
+        step = make_step(dtype, model={"layers": 2, "layout": layout, "norm": norm})
         step.model.backbone.activation_checkpointing = checkpointing
         results.append(backward(step, *batch()))
-    assert results[0][0] == results[1][0]
-    assert results[0][1].keys() == results[1][1].keys()
-    assert all(torch.equal(g, results[1][1][name]) for name, g in results[0][1].items())
-    other = backward(make_step(dtype, model={"layers": 2, "layout": layout}), *batch(), seed=2)
+    for out, gradients in results[1:]:
+        assert out == results[0][0] and gradients.keys() == results[0][1].keys()
+        assert all(torch.equal(g, gradients[name]) for name, g in results[0][1].items())
+    other = backward(make_step(dtype, model={"layers": 2, "layout": layout, "norm": norm}), *batch(), seed=2)
     assert other[0] != results[0][0]  # there is dropout in it
 
 
 def test_activation_checkpointing_recomputes():
     step, calls = make_step(model={"layers": 2}), []
-    step.model.backbone.activation_checkpointing = True
+    step.model.backbone.activation_checkpointing = "full"
     step.model.backbone.layers[0].register_forward_pre_hook(lambda *call: calls.append(1))
     backward(step, *batch())
     assert len(calls) == 2
@@ -206,7 +207,7 @@ def test_compiled_backbone():
     """Fused float32 kernels round differently: 1e-5 of the loss, 1e-4 of the gradients' norm. (Without the contrastive loss,
     whose batch norm makes much more of a rounding in so small a model, see runs.wide_start.)"""
     eager, compiled = (make_step(alpha=0.0, model={"dropout": 0.0, "layout": "T"}) for _ in range(2))
-    compiled.model.backbone.compile(dynamic=False)
+    compiled.model.compile_parts()
     names = set(compiled.state_dict())
     (out, gradients), (expected, reference) = (backward(step, *batch()) for step in (compiled, eager))
     assert names == set(eager.state_dict())  # checkpoints of either fit the other

@@ -4,8 +4,11 @@ import dataclasses
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -356,3 +359,34 @@ def test_torchrun(store_folder, output, tmp_path):
     result = python(*launch, *arguments(store_folder, output, steps=1), cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.count(f"train.py: error: run folder {output} exists") == 1
     assert "Traceback" not in result.stderr
+
+
+def test_torchrun_restarts(store_folder, output, tmp_path):
+    """A process that is lost is started again, with all others, and the run goes on where its last checkpoint is."""
+    launch = [sys.executable, "-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    words = arguments(store_folder, output, steps=60, save_every=2, resume=True, n_blocks=40)
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (tmp_path / "said").open("w") as said:
+        process = subprocess.Popen([*launch, str(ROOT / "train.py"), *words], stderr=said, stdout=said, env=environment)
+        try:
+            deadline = time.monotonic() + 60
+            while not list_checkpoints(output) and time.monotonic() < deadline:
+                time.sleep(0.01)
+            os.kill(children(process.pid)[1], signal.SIGKILL)
+            assert process.wait(90) == 0, (tmp_path / "said").read_text()
+        finally:
+            process.kill()
+            process.wait()
+    assert [line["step"] for line in metrics(output)] == [*range(1, 61), 60]
+    words = arguments(store_folder, tmp_path / "whole", steps=60, save_every=2, n_blocks=40)
+    result = python(*launch[1:], str(ROOT / "train.py"), *words)
+    assert result.returncode == 0, result.stderr
+    assert metrics(output) == metrics(tmp_path / "whole")
+
+
+def children(pid):
+    """Processes that a process has started."""
+    found = Path(f"/proc/{pid}/task/{pid}/children")
+    if not found.exists():
+        pytest.skip("this system does not list a process's children")
+    return [int(child) for child in found.read_text().split()]

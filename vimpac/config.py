@@ -169,7 +169,7 @@ class TrainConfig:
     contrastive_videos: int = 128
     """n of Eq. 5: videos contrasted with each other; n - 1 of them are negatives (Table 11)."""
     micro_batch: int | None = None
-    """Videos a forward pass in each process; None = contrastive_videos / processes."""
+    """Videos a forward pass in each process; None = contrastive_videos / processes. Fewer: contrast in two passes."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -205,10 +205,14 @@ class TrainConfig:
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; auto = bf16 on a GPU that has it, else fp32."""
-    compile: bool = False
-    """torch.compile the backbone."""
-    activation_checkpointing: bool = False
-    """Recompute each layer in the backward pass instead of keeping its activations."""
+    compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile of embedding, layers and token head; auto = on a CUDA device that can."""
+    graphs: bool = False
+    """Replay the micro-step as a CUDA graph: for steps so short that launching kernels is what takes their time."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "selective"
+    """What backward computes again: nothing; what is cheap beside the matrix products; every layer (a third slower)."""
+    shard_optimizer: bool = False
+    """ZeRO-1: each process keeps and updates its part of AdamW's state, instead of all of it."""
 
     held_out: float = 0.0625
     """Share of the videos kept for the evaluation at the end, at least one."""
@@ -220,6 +224,8 @@ class TrainConfig:
     """Updates between checkpoints."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints to keep."""
+    profile: bool = False
+    """Profile a few updates near the start: RUN/profile.json (a trace for Perfetto) and a table of where the time goes."""
 
     def __post_init__(self):
         for name in ("batch_size", "contrastive_videos", "log_every", "save_every", "keep_checkpoints", "eval_batches"):

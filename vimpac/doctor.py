@@ -71,7 +71,13 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[str
     mask = (tokens, ids, ids[0], 5, None, False, 8192)
     z, weight = (torch.zeros(8, 64, dtype=dtype, device=device) for _ in range(2))
     entropy = (z, weight, weight[:, 0], torch.zeros(8, dtype=torch.int64, device=device))
-    every = {"axial_attention": attention, "block_mask": mask, "info_nce": (z, z), "masked_cross_entropy": entropy}
+    every = {
+        "axial_attention": attention,
+        "block_mask": mask,
+        "dropout_add": (z, z, 0.1, ids[0]),
+        "info_nce": (z, z),
+        "masked_cross_entropy": entropy,
+    }
     return {op: (order(op, device.type), call) for op, call in every.items()}
 
 

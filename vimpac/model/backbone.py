@@ -16,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from vimpac.config import ModelConfig
 from vimpac.layouts import parse_layout
 from vimpac.model.positions import Positions
-from vimpac.ops import axial_attention_packed
-from vimpac.ops.axial_attention import unpack
+from vimpac.model.recompute import recomputing, remade
+from vimpac.ops import axial_attention_packed, dropout_add
+from vimpac.ops.axial_attention import draws_from_generator, unpack
 
 SPECIAL_IDS = 5
 NORM_EPS = 1e-12  # BERT's
@@ -39,7 +40,7 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = False
+        self.activation_checkpointing = "none"
         self.embedding = nn.Embedding(config.vocab_size + SPECIAL_IDS, config.width)
         self.cls = nn.Parameter(torch.empty(config.width))
         self.positions = Positions(config.grid, config.width)
@@ -73,24 +74,28 @@ class Backbone(nn.Module):
                 "convert.load(path, grid=...) interpolates the positions to another grid"
             )
         pad = tokens == self.config.pad_id if padded else None
-        x = self.embed(tokens)
-        seeds = attention_seeds(x, self) if self.training and self.config.dropout > 0 else None
-        for i, layer in enumerate(self.layers):
-            arguments = (x, pad, None if seeds is None else seeds[i])
-            if self.activation_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(layer, *arguments, use_reentrant=False)
-            else:
-                x = layer(*arguments)
+        seeds = dropout_seeds(tokens.device, self) if self.training and self.config.dropout > 0 else None
+        # Not in what is compiled: both terms would get one and the same tensor as gradient, and accumulation add to it twice.
+        cls = self.cls + self.positions.cls
+        x = self.embed(tokens, cls, None if seeds is None else seeds[-1, 0])
+        full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
+        with recomputing(self.activation_checkpointing == "selective"):
+            for i, layer in enumerate(self.layers):
+                arguments = (x, pad, None if seeds is None else seeds[i])
+                x = checkpoint(layer, *arguments, use_reentrant=False) if full else layer(*arguments)
         return self.final_norm(x)
 
-    def embed(self, tokens: Tensor) -> Tensor:
-        """Eq. 7, for tokens and [CLS]: rows [R, C]."""
-        x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
-        cls = (self.cls + self.positions.cls).expand(tokens.shape[0], -1)
-        return self._dropout(self.embedding_norm(torch.cat([x.flatten(0, 3), cls])))
+    def compile_parts(self) -> None:
+        """torch.compile of the embedding and of each layer."""
+        self.embed = torch.compile(self.embed, dynamic=False)
+        for layer in self.layers:
+            layer.compile(dynamic=False)
 
-    def _dropout(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.config.dropout, self.training)
+    def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> Tensor:
+        """Eq. 7, for tokens and [CLS] [C]: rows [R, C]. seed: of dropout, None = none."""
+        x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
+        x = self.embedding_norm(torch.cat([x.flatten(0, 3), cls.expand(tokens.shape[0], -1)]))
+        return x if seed is None else dropout_add(torch.zeros_like(x), x, self.config.dropout, seed)
 
 
 class Layer(nn.Module):
@@ -105,7 +110,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
         for i, block in enumerate(self.attention):
             x = block(x, pad, None if seeds is None else seeds[i])
-        return self.mlp(x)
+        return self.mlp(x, None if seeds is None else seeds[-1])
 
 
 class Residual(nn.Module):
@@ -117,10 +122,14 @@ class Residual(nn.Module):
         self.pre = config.norm == "pre"
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
-    def residual(self, x: Tensor, *arguments) -> Tensor:
-        y = self.transform(self.norm(x) if self.pre else x, *arguments)
-        x = x + F.dropout(y, self.dropout, self.training)
-        return x if self.pre else self.norm(x)
+    def residual(self, x: Tensor, seed: Tensor | None, *arguments) -> Tensor:
+        y = self.transform(remade(self.norm, x) if self.pre else x, seed, *arguments)
+        x = dropout_add(x, y, self.dropout_p, seed)
+        return x if self.pre else remade(self.norm, x)
+
+    @property
+    def dropout_p(self) -> float:
+        return self.dropout if self.training else 0.0
 
 
 class AttentionBlock(Residual):
@@ -134,12 +143,13 @@ class AttentionBlock(Residual):
         self.project = nn.Linear(config.key_width, config.width)
 
     def forward(self, x: Tensor, pad: Tensor | None, seed: Tensor | None) -> Tensor:
-        return self.residual(x, pad, seed)
+        return self.residual(x, seed, pad)
 
-    def transform(self, x: Tensor, pad: Tensor | None, seed: Tensor | None) -> Tensor:
+    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [R, 3, N, D]
-        dropout = self.dropout if self.training else 0.0
-        out = axial_attention_packed(qkv, self.grid, self.axes, pad, dropout, seed, self.cls_in_context)
+        arguments = (qkv, self.grid, self.axes, pad, self.dropout_p, seed, self.cls_in_context)
+        same_again = self.dropout_p == 0 or not draws_from_generator(self.axes, (1, *self.grid))
+        out = remade(axial_attention_packed, *arguments) if same_again else axial_attention_packed(*arguments)
         return self.project(out.flatten(1))
 
 
@@ -151,17 +161,18 @@ class MLP(Residual):
         self.expand = nn.Linear(config.width, config.hidden_width)
         self.project = nn.Linear(config.hidden_width, config.width)
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.residual(x)
+    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        return self.residual(x, seed)
 
-    def transform(self, x: Tensor) -> Tensor:
-        return self.project(F.gelu(self.expand(x)))
+    def transform(self, x: Tensor, seed: Tensor | None) -> Tensor:
+        return self.project(remade(F.gelu, self.expand(x)))
 
 
-def attention_seeds(x: Tensor, backbone: Backbone) -> Tensor:
-    """Dropout seeds [layers, blocks a layer] of one forward pass, drawn from torch's generator on x's device."""
-    blocks = len(backbone.layers[0].attention)
-    return torch.randint(2**62, (len(backbone.layers), blocks), device=x.device)
+def dropout_seeds(device: torch.device, backbone: Backbone) -> Tensor:
+    """Seeds [layers + 1, residual blocks a layer] of one forward pass, drawn from torch's generator on the device; the last
+    row is the embedding's. A block's attention and its residual connection share one: they draw other words of it."""
+    blocks = len(backbone.layers[0].attention) + 1
+    return torch.randint(2**62, (len(backbone.layers) + 1, blocks), device=device)
 
 
 def init_weights(module: nn.Module) -> None:

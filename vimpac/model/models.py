@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from vimpac.config import ModelConfig
@@ -23,6 +24,14 @@ class PretrainModel(nn.Module):
         self.backbone = Backbone(config)
         self.token_head = TokenHead(self.backbone.embedding)
         self.cls_head = ContrastiveHead(config.width, config.head_layers, config.head_width, config.head_out)
+
+    def compile_parts(self) -> None:
+        """torch.compile of the embedding, each layer and the token head, one by one: equal layers compile once.
+
+        Names of parameters stay. The token head takes any number of rows without compiling again.
+        """
+        self.backbone.compile_parts()
+        self.token_head.transform = torch.compile(self.token_head.transform, dynamic=True)
 
 
 class ClassificationModel(nn.Module):

@@ -277,6 +277,11 @@ def has_long_lines(axes: Sequence[str], shape: Sequence[int]) -> bool:
     return longest_line(axes, shape) > LONGEST_LINE or any("x" in axis for axis in axes)
 
 
+def draws_from_generator(axes: Sequence[str], shape: Sequence[int]) -> bool:
+    """Whether dropout comes from torch's generator, as `sdpa` draws it, so that a second call has another one."""
+    return has_long_lines(axes, shape) or backends.named_by_environment("axial_attention") == "sdpa"
+
+
 def table_row(axes: Sequence[str], shape: Sequence[int]) -> str:
     """The row of choice.py's table for a call."""
     return "axial_attention on long lines" if has_long_lines(axes, shape) else "axial_attention"

@@ -223,14 +223,19 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
     Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why.
     """
     registered = _REGISTRY[op]
-    requested = requested or _from_environment(op)
+    requested = requested or named_by_environment(op)
     if requested is None:
-        return next(name for name in preference if name in registered and not registered[name](*args))
+        return first_that_runs(op, preference, *args)
     if requested not in registered:
         raise ValueError(f"{op}: no backend {requested!r}; it has {', '.join(sorted(registered))}")
     if reasons := registered[requested](*args):
         raise ValueError(f"{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
     return requested
+
+
+def first_that_runs(op: str, preference: Sequence[str], *args) -> str:
+    """The first backend of `preference` that can run `op(*args)`, whatever the environment names."""
+    return next(name for name in preference if name in _REGISTRY[op] and not _REGISTRY[op][name](*args))
 
 
 def full_precision(function: Callable) -> Callable:
@@ -252,7 +257,7 @@ def always(*_args) -> list[str]:
     return []
 
 
-def _from_environment(op: str) -> str | None:
+def named_by_environment(op: str) -> str | None:
     named = os.environ.get("VIMPAC_BACKEND", "").strip()
     if "=" not in named:
         return named or None

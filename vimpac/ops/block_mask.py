@@ -56,14 +56,17 @@ def block_mask(
     depends on, beside `seed` (an int or a 0-dimensional int64 tensor).
     n_blocks: blocks a clip. ratio: instead of blocks, mask every token independently with this probability (Eq. 2).
     noisy: replace only 80 % of masked tokens by MASK (vocab_size + 4), 10 % by a random code, keep 10 % (section G.3).
-    backend: "reference", "triton", "cuda" (both CUDA), "cpu" or None (chooses).
+    backend: "reference", "triton", "cuda" (both CUDA), "cpu", None (chooses) or "any": as None, but not what VIMPAC_BACKEND
+    names, which may be for tensors on another device. All draw the same bits.
 
     Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these.
     """
     _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
     seed = seed_tensor(seed, tokens.device)
     call = (tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size)
-    match backends.choose("block_mask", backend, order("block_mask", tokens.device.type), *call):
+    preference = order("block_mask", tokens.device.type)
+    choose = backends.choose("block_mask", backend, preference, *call) if backend != "any" else None
+    match choose or backends.first_that_runs("block_mask", preference, *call):
         case "reference":
             return block_mask_reference(*call)
         case name:

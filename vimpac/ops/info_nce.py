@@ -88,7 +88,8 @@ class _AllGather(torch.autograd.Function):
 def _all_gather(x, group):
     """[m, ...] of each rank → [ranks·m, ...]."""
     out = x.new_empty(group.size() * x.shape[0], *x.shape[1:])
-    dist.all_gather_into_tensor(out, x.contiguous(), group=group)
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name before torch 2.13
+    gather(out, x.contiguous(), group=group)
     return out
 
 

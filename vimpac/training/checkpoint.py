@@ -1,7 +1,8 @@
 """Checkpoints: one file a step with everything that the rest of the run depends on, written whole or not at all.
 
-A file holds {format, version, step, config, tokenizer, world_size, model, optimizer, scaler, rng}: tensors and plain values,
-read back with weights_only=True. The sampler's state is the step: what a sample is depends on its number alone.
+A file holds {format, version, step, config, tokenizer, world_size, model, optimizer, scaler}: tensors and plain values, read
+back with weights_only=True. The state of the sampler and of every generator is the step: what a sample is, its mask and a
+micro-step's dropout are functions of the run's seed and their number. So a checkpoint fits any number of processes.
 """
 
 from __future__ import annotations
@@ -13,11 +14,13 @@ from pathlib import Path
 import torch
 
 from vimpac.atomic import TEMPORARY, replacing
+from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 
 FORMAT = "vimpac-checkpoint"
-VERSION = 1
+VERSION = 2
 FOLDER = "checkpoints"
+PARTS = frozenset({"step", "config", "tokenizer", "model", "optimizer", "scaler"})
 
 
 def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
@@ -58,4 +61,16 @@ def load_checkpoint(path: Path) -> dict:
             f"{path} has format {kind[0]!r} version {kind[1]!r}, expected {FORMAT!r} version {VERSION}; "
             "use the program that wrote it"
         )
+    if missing := sorted(PARTS - state.keys()):
+        raise InputError(f"{path} lacks {', '.join(missing)}, so a run cannot go on from it: delete it, or start anew")
     return state
+
+
+def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
+    """Raises InputError when a run's ids are not the store's."""
+    if saved["digest"] != store.tokenizer.digest:
+        raise InputError(
+            f"{where} was trained on ids of tokenizer {saved['name']} {saved['digest'][:12]}…, store {store.folder} holds ids "
+            f"of {store.tokenizer.name} {store.tokenizer.digest[:12]}…: tokenize the videos with the first store's tokenizer "
+            "(`vimpac tokenize --tokenizer-path STORE`)"
+        )

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import gc
+import inspect
 import os
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
+from torch.nn.parallel import DistributedDataParallel
 
 from vimpac.errors import InputError
+from vimpac.training.checkpoint import list_checkpoints
+
+# What gloo and NCCL say when a peer is gone.
+LOST = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "NCCL communicator was aborted",
+    "remote process",
+)
 
 
 @dataclass(frozen=True)
@@ -42,8 +56,12 @@ def join_world() -> Iterator[World]:
                 f"--nproc-per-node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
-    if size > 1:  # tensors on the CPU, such as signals and generator states, go through gloo without a GPU waiting
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+    if size > 1:  # tensors on the CPU, such as signals, go through gloo without a GPU waiting
+        store, _, _ = next(rendezvous("env://"))
+        # After a restart torchrun may hand out the store it had before, with addresses of processes that are gone.
+        store = dist.PrefixStore(f"vimpac/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{size}", store)
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
     try:
         yield World(rank, size, device)
     except BaseException as error:
@@ -64,6 +82,33 @@ def leave_world() -> None:
         dist.destroy_process_group()
 
 
+def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
+    """The module with its gradients averaged over ranks, bucket by bucket while backward still runs.
+
+    Buffers are not sent around: every rank computes the same batch norm statistics.
+    """
+    devices = [world.device] if world.device.type == "cuda" else None
+    named = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.13
+    return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, **{buffers: False})
+
+
+@contextmanager
+def explained_loss(run: Path, world: World) -> Iterator[None]:
+    """The failure of a collective because another process is gone becomes an InputError that says how to go on."""
+    try:
+        yield
+    except RuntimeError as error:
+        if world.size == 1 or not any(words in str(error) for words in LOST):
+            raise
+        traceback.clear_frames(error.__traceback__)  # they refer to the reducer: see leave_world
+        kept = list_checkpoints(run)
+        raise InputError(
+            f"another process was lost, so this one ends; the last checkpoint is {kept[-1] if kept else 'not written yet'}: "
+            "start again with --resume (torchrun --max-restarts does it by itself)"
+        ) from None
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """How an update's videos are laid out over processes and micro-steps."""
@@ -71,6 +116,7 @@ class BatchPlan:
     micro_batch: int  # videos a forward pass in each process
     micro_steps: int  # forward passes an update
     group_ranks: int  # neighbouring ranks that make up one contrastive batch
+    parts: int = 1  # micro-steps, one after another, that make up one contrastive batch: more than one means two passes
 
 
 def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int) -> BatchPlan:
@@ -82,19 +128,20 @@ def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | No
         )
     micro_batch = micro_batch or contrastive_videos // ranks
     group, remainder = divmod(contrastive_videos, micro_batch)
-    if remainder or group == 0 or ranks % group:
+    parts, uneven = divmod(group, ranks) if group > ranks else (1, 0)
+    group = min(group, ranks)
+    if remainder or uneven or group == 0 or ranks % group:
         raise InputError(
             f"contrastive_videos={contrastive_videos} cannot be made up of micro_batch={micro_batch} videos in each of "
-            f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, for example --micro-batch "
+            f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, or a multiple of micro_batch × {ranks} "
+            f"(which takes two passes), for example --micro-batch "
             f"{' or '.join(str(m) for m in _micro_batches(contrastive_videos, ranks))}"
         )
-    micro_steps, remainder = divmod(batch_size, micro_batch * ranks)
-    if remainder or micro_steps == 0:
-        raise InputError(
-            f"batch_size={batch_size} must be a multiple of micro_batch × processes = {micro_batch} × {ranks} = "
-            f"{micro_batch * ranks}"
-        )
-    return BatchPlan(micro_batch, micro_steps, group)
+    videos = micro_batch * ranks * parts
+    if batch_size % videos or batch_size < videos:
+        of = f"contrastive_videos = {videos}" if parts > 1 else f"micro_batch × processes = {micro_batch} × {ranks} = {videos}"
+        raise InputError(f"batch_size={batch_size} must be a multiple of {of}")
+    return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
 
 
 def _micro_batches(contrastive_videos: int, ranks: int) -> list[int]:
@@ -113,9 +160,13 @@ def contrastive_group(world: World, ranks: int) -> dist.ProcessGroup | None:
 
 def mean_over_ranks(x: Tensor, world: World) -> Tensor:
     """Mean of a tensor over all ranks, in place."""
+    return sum_over_ranks(x, world).div_(world.size) if world.size > 1 else x
+
+
+def sum_over_ranks(x: Tensor, world: World) -> Tensor:
+    """Sum of a tensor over all ranks, in place."""
     if world.size > 1:
         dist.all_reduce(x)
-        x /= world.size
     return x
 
 

@@ -27,7 +27,7 @@ class MetricsLog:
     def __init__(self, run: Path, world: World, step: int):
         self.path, self.world = run / "metrics.jsonl", world
         self.waiting: list[dict] = []
-        self.since = time.perf_counter()
+        self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
         if world.is_first:
             self._drop_lines_after(step)
@@ -39,21 +39,23 @@ class MetricsLog:
     def add(self, metrics: dict) -> None:
         self.waiting.append(metrics)
 
-    def flush(self, progress: Progress, batch_size: int, may_overflow: bool) -> None:
+    def flush(self, progress: Progress, batch_size: int, may_overflow: bool, waited: float = 0.0) -> None:
         """Write what waits. Raises InputError when a loss or the gradient is not finite.
 
         may_overflow: a gradient that is not finite was skipped by the scaler; the line says null.
+        waited: seconds that this process has spent waiting for batches since the run began.
         """
         names = [name for name in self.waiting[0] if isinstance(self.waiting[0][name], Tensor)]
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self.waiting])  # [updates, names]
         values = distributed.mean_over_ranks(values, self.world).tolist()
         now = time.perf_counter()
         speed = len(self.waiting) * batch_size / (now - self.since)
-        self.since = now
+        speeds = {"videos_per_second": speed, "data_wait_share": (waited - self.waited) / (now - self.since)}
+        self.since, self.waited = now, waited
         lines, bad = [], []
         for metrics, row in zip(self.waiting, values, strict=True):
             line = {"step": metrics["step"], **{name: None for name in METRICS}, **metrics}
-            line |= dict(zip(names, row, strict=True)) | {"videos_per_second": speed}
+            line |= dict(zip(names, row, strict=True)) | speeds
             if may_overflow and not math.isfinite(line["grad_norm"]):
                 line["grad_norm"] = None
             bad = not_finite(line)

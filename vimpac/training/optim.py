@@ -1,4 +1,4 @@
-"""AdamW with linear warm-up and decay (Table 4)."""
+"""AdamW with linear warm-up and decay (Table 4), whole on every rank or sharded over them."""
 
 from __future__ import annotations
 
@@ -6,15 +6,54 @@ import torch
 from torch import nn
 
 
-def adamw(model: nn.Module, weight_decay: float, betas: tuple[float, float], eps: float) -> torch.optim.AdamW:
-    """AdamW over what requires a gradient; biases and norm weights do not decay, as released."""
+def adamw(
+    model: nn.Module, weight_decay: float, betas: tuple[float, float], eps: float, shard: bool = False
+) -> torch.optim.Optimizer:
+    """AdamW over what requires a gradient; biases and norm weights do not decay, as released.
+
+    shard: ZeRO-1, each rank of the process group keeps the moments of, and updates, a part of the parameters.
+    """
     norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     decayed, undecayed = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (undecayed if id(p) in norms or name.endswith(".bias") else decayed).append((name, p))
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=0.0, betas=betas, eps=eps, fused=True)
+    options = {"lr": 0.0, "betas": betas, "eps": eps, "fused": True}
+    if not shard:
+        return torch.optim.AdamW(groups, **options)
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # imports all of torch.jit
+
+    groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]  # it takes no names
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+
+
+def whole_state(optimizer: torch.optim.Optimizer, model: nn.Module, is_first: bool) -> dict | None:
+    """The state dict of AdamW, names included, however the optimizer is sharded; None on ranks other than the first.
+
+    Every rank calls it: a sharded state travels to the first rank.
+    """
+    if is_sharded(optimizer):
+        optimizer.consolidate_state_dict(to=0)
+    if not is_first:
+        return None
+    state = optimizer.state_dict()
+    names = {id(p): name for name, p in model.named_parameters()}
+    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
+        saved["param_names"] = [names[id(p)] for p in group["params"]]
+    return state
+
+
+def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
+    """Load what `whole_state` gave into an optimizer, sharded or not."""
+    if is_sharded(optimizer):
+        groups = [{name: x for name, x in group.items() if name != "param_names"} for group in state["param_groups"]]
+        state = {**state, "state": dict(state["state"]), "param_groups": groups}  # it removes what other ranks keep
+    optimizer.load_state_dict(state)
+
+
+def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+    return hasattr(optimizer, "consolidate_state_dict")
 
 
 def is_norm(module: nn.Module) -> bool:

@@ -11,46 +11,36 @@ RUN/curves.png         the metrics drawn, where matplotlib is installed
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import shutil
 import signal
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor
-from torch.nn.parallel import DistributedDataParallel
 
-from vimpac import convert
 from vimpac.atomic import TEMPORARY, write_text
-from vimpac.config import ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
+from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
-from vimpac.evaluation.held_out import evaluate, most_frequent_token
-from vimpac.model import PretrainModel
-from vimpac.model.positions import interpolate_state
 from vimpac.training import distributed
-from vimpac.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
-from vimpac.training.distributed import BatchPlan, World
+from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint
+from vimpac.training.distributed import World
+from vimpac.training.machine import check_options, explained_memory, resolve_compile
 from vimpac.training.metrics import MetricsLog
-from vimpac.training.optim import adamw, learning_rate
 from vimpac.training.progress import Progress
-from vimpac.training.step import PretrainStep
+from vimpac.training.schedule import plan_steps
+from vimpac.training.trainer import Trainer
 
-MAY_CHANGE = frozenset({"data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "compile"})
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class Stopped(Exception):
-    """A signal asked the run to end; its checkpoint is written. `signal` is its number."""
-
-    def __init__(self, number: int, checkpoint: Path):
-        super().__init__(f"stopped by {signal.Signals(number).name}; {checkpoint} is written, go on with --resume")
-        self.signal = number
+# What does not change which samples, masks and losses a run has, up to rounding and the draws of dropout.
+MAY_CHANGE = frozenset(
+    {
+        *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
+        *("compile", "graphs", "activation_checkpointing", "shard_optimizer", "micro_batch"),
+    }
+)
 
 
 def pretrain(config: TrainConfig) -> dict | None:
@@ -75,8 +65,10 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
     held_pairs = ClipPairs(store, held_out, seed=config.seed + 1, distinct=contrasted, **options)
     schedule = plan_steps(config, len(trained_on))
     run = Path(config.output)
+    check_options(config, plan, world)
     checkpoint = open_run(run, config, store)
-    trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint)
+    compiled, why_not = resolve_compile(config.compile, world.device)
+    trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
     start_run(run, config, store, world, trainer.step)
     log = MetricsLog(run, world, trainer.step)
     with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
@@ -85,7 +77,15 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
                 f"{len(trained_on)} training videos are fewer than contrastive_videos={config.contrastive_videos}: "
                 "batches repeat videos, and clips of one video count as each other's negatives"
             )
-        with handling_signals(trainer.note_signal):
+        if why_not:
+            progress.note(f"nothing is compiled, since torch.compile does not work here: {why_not}")
+        if plan.parts > 1 and config.alpha > 0:
+            progress.note(
+                f"contrastive_videos={config.contrastive_videos} in {plan.parts} parts of {plan.micro_batch * world.size}: "
+                "each clip goes forward twice; a larger --micro-batch, where memory allows, saves that"
+            )
+        explained = explained_memory(config, plan, world.device), distributed.explained_loss(run, world)
+        with handling_signals(trainer.note_signal), explained[0], explained[1]:
             trainer.train(log, progress)
         trainer.distributed = None  # it refers to the process group, which ends here:
         distributed.leave_world()  # the evaluation is the first rank's alone
@@ -93,21 +93,6 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
             return None
         with handling_signals(trainer.stop_now):
             return trainer.finish(held_pairs, contrasted, log, progress)
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    steps: int  # updates at which the run ends
-    decay_steps: int  # updates at which the learning rate reaches 0
-
-
-def plan_steps(config: TrainConfig, videos: int) -> Schedule:
-    """Updates of the run and of its learning-rate schedule, which stages of one schedule share."""
-    schedule_epochs = config.schedule_epochs or config.epochs
-    if config.steps is not None:
-        return Schedule(config.steps, round(schedule_epochs / config.epochs * config.steps))
-    steps, decay_steps = (max(1, round(n * videos / config.batch_size)) for n in (config.epochs, schedule_epochs))
-    return Schedule(steps, decay_steps)
 
 
 def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
@@ -212,255 +197,6 @@ def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Pa
 def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:
     names = [name for name in now if name not in ignored and before.get(name) != now[name]]
     return "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
-
-
-def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
-    if saved["digest"] != store.tokenizer.digest:
-        raise InputError(
-            f"{where} was trained on ids of tokenizer {saved['name']} {saved['digest'][:12]}…, store {store.folder} holds ids "
-            f"of {store.tokenizer.name} {store.tokenizer.digest[:12]}…: tokenize the videos with the first store's tokenizer "
-            "(`vimpac tokenize --tokenizer-path STORE`)"
-        )
-
-
-class Trainer:
-    """The state of a run and its loop."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        pairs: ClipPairs,
-        plan: BatchPlan,
-        schedule: Schedule,
-        world: World,
-        run: Path,
-        store: TokenStore,
-        checkpoint: dict | None,
-    ):
-        self.config, self.pairs, self.plan, self.schedule = config, pairs, plan, schedule
-        self.world, self.run, self.tokenizer = world, run, dataclasses.asdict(store.tokenizer)
-        autocast = PRECISIONS[resolve_precision(config.precision, world.device)]
-        torch.manual_seed(config.seed)
-        model = initial_model(config, store).to(world.device)
-        model.backbone.activation_checkpointing = config.activation_checkpointing
-        group = distributed.contrastive_group(world, plan.group_ranks)
-        self.module = PretrainStep(model, config, pairs.padded, group, autocast)
-        self.optimizer = adamw(self.module, config.weight_decay, config.betas, config.eps)
-        self.scaler = torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16)
-        torch.manual_seed(rank_seed(config.seed, world.rank))  # from here on ranks draw their own dropout
-        self.step = 0
-        self.signal: tuple[int, float] | None = None  # number and time of the signal that asks the run to end
-        if checkpoint is not None:
-            self.restore(checkpoint)
-        elif config.continue_from is not None:
-            self.continue_from(Path(config.continue_from), store)
-        if config.compile:
-            model.backbone.compile(dynamic=False)
-        self.distributed = self.module
-        if world.size > 1:
-            devices = [world.device] if world.device.type == "cuda" else None
-            self.distributed = DistributedDataParallel(self.module, devices, gradient_as_bucket_view=True)
-
-    # --- the loop -----------------------------------------------------------------------------------------------------
-
-    def train(self, log: MetricsLog, progress: Progress) -> None:
-        config = self.config
-        look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU wait
-        self.module.train()
-        while self.step < self.schedule.steps:
-            log.add(self.update())
-            self.step += 1
-            last = self.step == self.schedule.steps
-            stop = distributed.any_rank(self.signal is not None, self.world) and not last
-            save = last or stop or self.step % config.save_every == 0
-            if save or self.step % look_every == 0:
-                log.flush(progress, config.batch_size, self.may_overflow)
-            if save:
-                path = self.save()
-            if stop:
-                raise Stopped(self.signal[0] if self.signal else signal.SIGTERM, path)
-
-    def update(self) -> dict[str, Tensor]:
-        """One update of the weights; metrics as scalars on the device."""
-        config, plan, world = self.config, self.plan, self.world
-        rate = learning_rate(self.step, self.schedule.decay_steps, config.warmup, config.learning_rate)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
-        for i in range(plan.micro_steps):
-            first = self.step * config.batch_size + (i * world.size + world.rank) * plan.micro_batch
-            batch = self.pairs.batch(first, plan.micro_batch)
-            tokens, ids = (torch.from_numpy(x).to(world.device) for x in (batch.tokens, batch.sample_ids))
-            with self.synchronised(i == plan.micro_steps - 1):
-                out = self.distributed(tokens, ids)
-                self.scaler.scale(out["loss"] / plan.micro_steps).backward()
-            for name, x in out.items():
-                sums[name] = sums.get(name, 0) + x.detach() / plan.micro_steps
-        self.scaler.unscale_(self.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.grad_clip)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return {"step": self.step + 1, "learning_rate": rate, "grad_norm": norm, **sums}
-
-    def synchronised(self, last: bool):
-        """Gradients are averaged over ranks in the last micro-step of an update only."""
-        return nullcontext() if last or self.world.size == 1 else self.distributed.no_sync()
-
-    @property
-    def may_overflow(self) -> bool:
-        """Whether float16 gradients that are not finite are only scaled too much: the scaler skips the update."""
-        return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
-
-    # --- signals ------------------------------------------------------------------------------------------------------
-
-    def note_signal(self, number: int, _frame) -> None:
-        """The run ends after this update. A second Ctrl-C ends it at once; torchrun passes each on, so it comes twice."""
-        now = time.monotonic()
-        if self.signal is None:
-            self.signal = number, now
-        elif number == signal.SIGINT and now - self.signal[1] > 2:
-            raise KeyboardInterrupt
-
-    def stop_now(self, number: int, _frame) -> None:
-        """After the last update its checkpoint is there."""
-        raise Stopped(number, list_checkpoints(self.run)[-1])
-
-    # --- state --------------------------------------------------------------------------------------------------------
-
-    def save(self) -> Path:
-        """Write a checkpoint (first rank); every rank's generator state is in it."""
-        rng = distributed.gather_rows(rng_state(self.world.device), self.world)
-        path = self.run
-        if self.world.is_first:
-            state = {
-                "step": self.step,
-                "config": dataclasses.asdict(self.config),
-                "tokenizer": self.tokenizer,
-                "world_size": self.world.size,
-                "model": self.module.model.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.scaler.state_dict(),
-                "rng": rng,
-            }
-            path = save_checkpoint(self.run, state, self.config.keep_checkpoints)
-        distributed.barrier(self.world)
-        return path
-
-    def restore(self, state: dict) -> None:
-        """Go on exactly where a checkpoint of this run was written."""
-        self.module.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        if state["world_size"] == self.world.size:
-            set_rng_state(state["rng"][self.world.rank], self.world.device)
-        else:  # another number of ranks has no states of its own: same samples and masks, new dropout
-            torch.manual_seed(rank_seed(self.config.seed + state["step"], self.world.rank))
-        self.step = state["step"]
-
-    def continue_from(self, run: Path, store: TokenStore) -> None:
-        """Go on from an earlier stage: weights, moments and step; positions (and moments) at this grid."""
-        checkpoints = list_checkpoints(run)
-        if not checkpoints:
-            raise InputError(f"continue_from={run} has no checkpoint: expected the run folder of the earlier stage")
-        state = load_checkpoint(checkpoints[-1])
-        check_tokenizer(state["tokenizer"], store, checkpoints[-1])
-        grid = self.config.model.grid
-        own = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
-        try:
-            self.module.model.load_state_dict(interpolate_state(state["model"], grid, convert.POSITIONS))
-            self.optimizer.load_state_dict(interpolate_moments(state["optimizer"], grid))
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())
-            raise InputError(f"{checkpoints[-1]} does not fit this model: {reason[:300]}") from None
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(options)  # this stage's weight decay and betas, not the earlier one's
-        self.step = state["step"]
-        if self.step >= self.schedule.steps:
-            raise InputError(
-                f"{checkpoints[-1]} is at step {self.step}, this run would end at {self.schedule.steps}: raise --epochs or "
-                "--steps, which count from the first stage's start"
-            )
-
-    # --- the end ------------------------------------------------------------------------------------------------------
-
-    def finish(self, held_out: ClipPairs, videos: int, log: MetricsLog, progress: Progress) -> dict:
-        """Write the model, evaluate it on batches of `videos` held-out videos, draw the curves."""
-        if self.signal is not None:  # during the last update
-            self.stop_now(*self.signal)
-        config, micro_batch = self.config, self.plan.micro_batch
-        convert.save(self.module.model, self.run / "model.safetensors", self.tokenizer)
-        self.module.padded |= held_out.padded
-        most_frequent = most_frequent_token(self.pairs, config.model.vocab_size)
-        result = {
-            "final": True,
-            "step": self.step,
-            **evaluate(self.module, held_out, config.eval_batches, videos, micro_batch, most_frequent),
-            "held_out_videos": len(held_out.videos),
-        }
-        log.write([result])
-        if importlib.util.find_spec("matplotlib"):
-            from vimpac.figures import plot_curves
-
-            plot_curves(log.path, self.run / "curves.png")
-        else:
-            progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
-        progress.summary(result)
-        return result
-
-
-def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
-    """A fresh model, or `init_from`'s weights at this grid."""
-    if config.init_from is None:
-        return PretrainModel(config.model)
-    model = convert.load(config.init_from, config.model.grid, store.tokenizer.digest)
-    if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
-        raise InputError(
-            f"init_from={config.init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "
-            f"PretrainModel of {shape_of(config.model)}"
-        )
-    fresh = PretrainModel(config.model)  # the configuration's dropout, not the file's
-    fresh.load_state_dict(model.state_dict())
-    return fresh
-
-
-def shape_of(config: ModelConfig) -> dict:
-    """What decides the names and shapes of a model's parameters."""
-    return {name: value for name, value in dataclasses.asdict(config).items() if name != "dropout"}
-
-
-def interpolate_moments(state: dict, grid: tuple[int, int, int]) -> dict:
-    """An AdamW state dict with the moments of the position tables resampled to another grid, like the positions."""
-    names = {i: name for group in state["param_groups"] for i, name in zip(group["params"], group["param_names"], strict=True)}
-    moments = dict(state["state"])
-    for key in ("exp_avg", "exp_avg_sq"):
-        tables = {names[i]: s[key] for i, s in moments.items() if f"model.{convert.POSITIONS}" in names[i]}
-        tables = interpolate_state(tables, grid, f"model.{convert.POSITIONS}")
-        moments = {i: {**s, key: tables.get(names[i], s[key])} for i, s in moments.items()}
-    return {**state, "state": moments}
-
-
-def resolve_precision(precision: str, device: torch.device) -> str:
-    if precision != "auto":
-        return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
-
-
-def rank_seed(seed: int, rank: int) -> int:
-    """Seed of a rank's generator: initialisation uses `seed` itself on every rank."""
-    return (seed + 0x9E3779B97F4A7C15 * (rank + 1)) % 2**63
-
-
-def rng_state(device: torch.device) -> Tensor:
-    """torch's generator state (bytes) of this rank: what draws its dropout."""
-    return torch.cuda.get_rng_state(device) if device.type == "cuda" else torch.get_rng_state()
-
-
-def set_rng_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.set_rng_state(state, device)
-    else:
-        torch.set_rng_state(state)
 
 
 @contextmanager

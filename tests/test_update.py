@@ -1,0 +1,451 @@
+"""Every way to make an update is the same update: in parts, compiled, replayed, weights cast once, batches made ahead."""
+
+import collections
+import threading
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from extension import needs_compiler
+from runs import arguments, make_trainer, metrics, run, tiny_config, undrawn, wide_start
+from vimpac.errors import InputError
+from vimpac.training import machine
+from vimpac.training.batch import ROWS, Batch
+from vimpac.training.distributed import BatchPlan, World, plan_batches
+from vimpac.training.graphs import GraphedStep, row_multiple
+from vimpac.training.loader import BatchLoader
+from vimpac.training.profile import start, waits
+from vimpac.training.seeds import seed_dropout
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = torch.device("cpu")
+MODEL = {"dropout": 0.0, "layers": 2, "width": 32, "head_layers": 3, "head_width": 32, "grid": (3, 4, 4)}
+OPTIONS = {
+    "batch_size": 8,
+    "contrastive_videos": 8,
+    "learning_rate": 1e-3,
+    "grad_clip": 1e9,
+}  # so that gradients stay as they are
+# Float32 sums in another order. (Batch norm of 16 rows magnifies rounding of [CLS]: see runs.wide_start.)
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setattr("vimpac.model.backbone.INIT_STD", 0.2)
+
+
+def trainer_of(store_folder, model=None, compiled=False, **options):
+    trainer = make_trainer(
+        store_folder, "unused", model={**MODEL, **(model or {})}, compiled=compiled, **{**OPTIONS, **options}
+    )
+    trainer.module.train()
+    return trainer
+
+
+def update(store_folder, updates=1, **options):
+    """Metrics of each update and the last one's gradients."""
+    trainer = trainer_of(store_folder, **options)
+    lines = []
+    for _ in range(updates):
+        lines.append({name: float(x) for name, x in trainer.update().items()})
+        trainer.step += 1
+    trainer.close()
+    return lines, {name: p.grad.clone() for name, p in trainer.module.named_parameters() if p.grad is not None}
+
+
+def assert_same(actual, expected, rtol=1e-5, atol=1e-5):
+    """atol is of the largest gradient: biases in front of a batch norm have none but rounding."""
+    for line, other in zip(actual[0], expected[0], strict=True):
+        assert line.keys() == other.keys()
+        for name, x in line.items():
+            torch.testing.assert_close(x, other[name], rtol=rtol, atol=1e-6, msg=lambda m, n=name: f"{n}: {m}")
+    assert actual[1].keys() == expected[1].keys()
+    largest = max(g.abs().max().item() for g in expected[1].values())
+    for name, g in expected[1].items():
+        torch.testing.assert_close(actual[1][name], g, rtol=rtol, atol=atol * largest, msg=lambda m, n=name: f"{n}: {m}")
+
+
+# --- contrastive batches in parts -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"alpha": 0.5, "temperature": 0.3},
+        {"contrastive_masked": False},
+        {"mask_task": False},
+        {"mask_task": False, "contrastive_masked": False},
+        {"alpha": 0.0},
+        {"noisy_mask": True, "model": {"norm": "pre", "layout": "T,HxW"}},
+        {"batch_size": 16},
+        {"activation_checkpointing": "full"},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("micro_batch", [4, 1])
+def test_in_parts(store_folder, options, micro_batch):
+    """Two passes over parts of a contrastive batch are one pass over all of it, batch norm and mean over tokens included."""
+    assert_same(update(store_folder, micro_batch=micro_batch, **options), update(store_folder, **options))
+
+
+def test_parts_have_the_same_dropout_in_both_passes(store_folder):
+    """Compared with one graph over all parts, each with the dropout that its place seeds."""
+    for options in ({}, {"contrastive_masked": False}):
+        actual = update(store_folder, micro_batch=2, model={"dropout": 0.2}, **options)
+        trainer = trainer_of(store_folder, micro_batch=2, model={"dropout": 0.2}, **options)
+        step, batches = trainer.module, [trainer.make_batch(first) for first in (0, 2, 4, 6)]
+        states, mask_losses = [], []
+        for i, batch in enumerate(batches):
+            seed_dropout(CPU, trainer.config.seed, 0, i, 0)
+            out = step(batch, False)
+            states.append(out["cls"])
+            mask_losses.append(out["loss"] * batch.count / sum(b.count for b in batches))
+        cls = torch.stack(states).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
+        loss = sum(mask_losses) + 0.2 * step.contrast(cls)
+        loss.backward()
+        gradients = {name: p.grad for name, p in step.named_parameters() if p.grad is not None}
+        assert actual[0][0]["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same((actual[0], actual[1]), (actual[0], gradients))
+        without = update(store_folder, micro_batch=2, **options)
+        assert without[0][0]["loss"] != actual[0][0]["loss"]
+
+
+def test_first_pass_keeps_no_graph(store_folder):
+    """The memory of a part, not of the batch: what autograd keeps after the first pass is one [CLS] row a clip."""
+    trainer = trainer_of(store_folder, micro_batch=2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: (kept.append(x.shape), x)[1], lambda x: x):
+        trainer.contrast_ahead(0, [trainer.make_batch(first) for first in (0, 2, 4, 6)])
+    clips, rows = 2 * 8, 2 * 2 * (3 * 4 * 4 + 1)  # of the batch, and rows of the backbone's states in a part
+    assert any(shape[:1] == (clips,) for shape in kept) and not any(shape[:1] == (rows,) for shape in kept)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"micro_batch": 2}, {"micro_batch": 1, "batch_size": 16}, {"micro_batch": 2, "contrastive_masked": False}],
+    ids=str,
+)
+def test_in_parts_in_two_processes(store_folder, tmp_path, options):
+    """A group of two ranks, each with two parts or more, follows one process that holds the whole batch."""
+    common = {"steps": 5, "save_every": 100, "eps": 1e-2, "contrastive_videos": 8, "batch_size": 8, "learning_rate": 1e-3}
+    for name, ranks, changed in (("one", 1, {**options, "micro_batch": 8}), ("two", 2, options)):
+        words = arguments(store_folder, tmp_path / name, MODEL, **{**common, **changed})
+        run(words, tmp_path / f"log-{name}", ranks, hook=start_wide_and_undrawn)
+    one, two = metrics(tmp_path / "one"), metrics(tmp_path / "two")
+    for line, other in zip(two[:-1], one[:-1], strict=True):
+        for key, x in line.items():
+            rtol = 1e-4 if key == "grad_norm" else 1e-5  # a norm has a term for every weight, a loss averages its rounding
+            torch.testing.assert_close(x, other[key], rtol=rtol, atol=1e-6, msg=lambda m, k=key: f"{k}: {m}")
+
+
+def start_wide_and_undrawn():
+    undrawn()
+    wide_start()
+
+
+# --- compiled -------------------------------------------------------------------------------------------------------------
+
+
+@needs_compiler
+def test_compiled(store_folder):
+    """One graph for each part of the model, none of them broken, and the plain update's numbers."""
+    torch.compiler.reset()
+    torch._dynamo.utils.counters.clear()
+    options = {"micro_batch": 4, "batch_size": 16, "model": {"layers": 3}}
+    compiled = update(store_folder, compiled=True, **options)
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"]
+    assert counters["stats"]["unique_graphs"] <= 8  # embedding, layer, token head: with and without gradients, rows once more
+    assert_same(compiled, update(store_folder, **options), atol=1e-4)  # fused kernels round differently
+
+
+@needs_compiler
+def test_every_part_compiles_whole(store_folder, monkeypatch):
+    """As graphs of their own with fullgraph=True, which a break anywhere would fail."""
+    torch.compiler.reset()
+    trainer = trainer_of(store_folder, model={"dropout": 0.1, "layers": 1})
+    original = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda f, **options: original(f, **{**options, "fullgraph": True}))
+    trainer.module.model.compile_parts()
+    trainer.update()
+
+
+def test_compile_that_does_not_work(store_folder, monkeypatch):
+    def broken(*_, **__):
+        raise RuntimeError("no C++ compiler\nin sight")
+
+    monkeypatch.setattr(torch, "compile", broken)
+    with pytest.raises(
+        InputError, match=r"--compile on: torch.compile does not work here \(RuntimeError: no C\+\+ compiler in sight\)"
+    ):
+        machine.resolve_compile("on", CPU)
+    assert machine.resolve_compile("off", CPU) == (False, None)
+    assert machine.resolve_compile("auto", CPU) == (False, None)  # a minute of compiling for a CPU is the user's choice
+
+
+# --- weights in low precision ---------------------------------------------------------------------------------------------
+
+
+class Casts(TorchDispatchMode):
+    """Counts casts to bfloat16 by shape."""
+
+    def __init__(self):
+        self.shapes = collections.Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and (kwargs or {}).get("dtype") == torch.bfloat16:
+            self.shapes[tuple(args[0].shape)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("micro_batch", [8, 4])
+def test_weights_are_cast_once_an_update(store_folder, micro_batch):
+    """Not once a micro-step; with the second pass over parts, once for each (the first has no gradient to share)."""
+    trainer = trainer_of(store_folder, precision="bf16", batch_size=32, micro_batch=micro_batch)
+    expand = trainer.module.model.backbone.layers[0].mlp.expand.weight
+    with Casts() as casts:
+        trainer.update()
+    assert casts.shapes[tuple(expand.shape)] == 2 * (1 + (0 if micro_batch == 8 else 8))  # two layers
+
+
+def test_cached_weights_change_nothing(store_folder, monkeypatch):
+    """Two updates, so that a copy that outlived its weights would show. The same operations: the same bits."""
+    options = {"precision": "bf16", "batch_size": 32, "updates": 2}
+    cached = update(store_folder, **options)
+    real = torch.autocast
+
+    def uncached(device, *args, **kwargs):
+        return real(device, *args, **{**kwargs, "cache_enabled": False})
+
+    monkeypatch.setattr(torch, "autocast", uncached)
+    plain = update(store_folder, **options)
+    assert cached[0] == plain[0]
+    assert all(torch.equal(g, plain[1][name]) for name, g in cached[1].items())
+
+
+# --- batches made ahead ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("ahead", [0, 1, 3])
+def test_loader(ahead):
+    made = []
+
+    def make(first):
+        made.append((first, threading.current_thread().name))
+        return Batch(torch.tensor(first), None, None, None, None, first)
+
+    loader = BatchLoader(make, iter(range(5)), CPU, ahead)
+    assert [batch.count for batch in loader] == [0, 1, 2, 3, 4]
+    assert [first for first, _ in made] == [0, 1, 2, 3, 4] and loader.waited > 0
+    assert all((name == threading.current_thread().name) == (ahead == 0) for _, name in made)
+    loader.close()
+
+
+def test_loader_works_ahead_but_not_further():
+    made = []
+    loader = BatchLoader(lambda first: made.append(first) or Batch(*[None] * 5, first), iter(range(100)), CPU, 2)
+    next(loader)
+    loader._thread.submit(lambda: None).result()  # all that was asked for is made
+    assert made == [0, 1, 2]
+    loader.close()
+
+
+def test_loader_raises_what_making_a_batch_raises():
+    def make(first):
+        raise InputError("shard is cut short")
+
+    loader = BatchLoader(make, iter(range(3)), CPU, 2)
+    with pytest.raises(InputError, match="cut short"):
+        next(loader)
+    loader.close()
+    assert not any(thread.name.startswith("batches") and thread.is_alive() for thread in threading.enumerate())
+
+
+def test_batches_made_ahead_change_nothing(store_folder, monkeypatch):
+    inline = update(store_folder, updates=3, micro_batch=4)
+    monkeypatch.setattr("vimpac.training.trainer.BatchLoader", lambda *call: BatchLoader(*call, ahead=2))
+    ahead = update(store_folder, updates=3, micro_batch=4)
+    assert inline[0] == ahead[0] and all(torch.equal(g, ahead[1][name]) for name, g in inline[1].items())
+
+
+# --- nothing waits --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"contrastive_masked": False}, {"batch_size": 16}], ids=str)
+def test_an_update_waits_for_nothing(store_folder, options):
+    """No op in it that would make the host wait for a GPU; making batches, which is the host's own work, aside."""
+    trainer = trainer_of(store_folder, model={"dropout": 0.1}, **options)
+    trainer.update()
+    trainer.step += 1
+    profiler = start()
+    trainer.update()
+    profiler.stop()
+    assert waits(profiler, CPU) == []
+
+
+def test_what_waits_is_counted():
+    profiler = start()
+    float(torch.ones(3).sum())
+    torch.ones(3).nonzero()
+    with torch.profiler.record_function("data"):
+        float(torch.ones(3).sum())
+    profiler.stop()
+    assert sorted(waits(profiler, CPU)) == ["aten::_local_scalar_dense", "aten::nonzero"]
+
+
+@pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}], ids=str)
+def test_a_step_asks_for_no_value(store_folder, options):
+    """On tensors without values: whatever had to know one would raise."""
+    trainer = trainer_of(store_folder, model={"dropout": 0.1}, **options)
+    batch = trainer.make_batch(0).map(lambda x: x.to("meta"))
+    step = trainer.module.to("meta")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VIMPAC_BACKEND", "reference")
+        step(batch)["loss"].backward()
+    assert all(p.grad.device.type == "meta" for p in step.parameters() if p.grad is not None)
+
+
+# --- graphs ---------------------------------------------------------------------------------------------------------------
+
+
+def fake_capture(function):
+    """What a CUDA graph does, without one: warm-up runs, then a replay is the same work on the same tensors."""
+    for _ in range(4):
+        function()
+    return function
+
+
+def graphed_trainer(store_folder, **options):
+    trainer = trainer_of(store_folder, **options)
+    trainer.graphed = GraphedStep(trainer.forward_backward, trainer.module, fake_capture)
+    return trainer
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_graphed(store_folder, dropout):
+    """Captures leave no trace: gradients, batch norm's statistics and dropout are the plain updates'. New shapes come twice."""
+    options = {"batch_size": 16, "model": {"dropout": dropout}}
+    plain, graphed = trainer_of(store_folder, **options), graphed_trainer(store_folder, **options)
+    for _ in range(3):
+        expected, line = plain.update(), graphed.update()
+        assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(line[name])) for name, x in expected.items())
+        plain.step += 1
+        graphed.step += 1
+    for (name, x), y in zip(plain.module.state_dict().items(), graphed.module.state_dict().values(), strict=True):
+        assert torch.equal(x, y), name
+    grads = [p.grad.data_ptr() for p in graphed.module.parameters()]
+    graphed.update()
+    assert grads == [p.grad.data_ptr() for p in graphed.module.parameters()]  # where a graph has them
+
+
+def test_a_graph_for_each_number_of_rows(store_folder):
+    trainer = graphed_trainer(store_folder)
+    batch = trainer.make_batch(0)
+    for rows in (batch, batch, batch._replace(rows=batch.rows.repeat(2), targets=batch.targets.repeat(2)), batch):
+        trainer.graphed(rows)
+    assert len(trainer.graphed.graphs) == 2
+
+
+def test_rows_of_a_graph():
+    """A few sizes serve a run: an eighth of the expected number apart, which is several standard deviations."""
+    assert row_multiple(256 * 1280, 0.145) == 6144 and row_multiple(256 * 1280, 0.145) % ROWS == 0
+    assert row_multiple(100, 0.1) == ROWS
+
+
+@pytest.mark.gpu
+def test_graphed_on_a_gpu(store_folder):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    world = World(0, 1, torch.device("cuda", 0))
+    lines = []
+    for graphs in (False, True):
+        trainer = trainer_of(store_folder, world=world, graphs=graphs, precision="fp32", model={"dropout": 0.1})
+        losses = []
+        for _ in range(20):
+            losses.append({name: float(x) for name, x in trainer.update().items()})
+            trainer.step += 1
+        trainer.close()
+        lines.append(losses)
+    for plain, graphed in zip(*lines, strict=True):
+        for name, x in plain.items():
+            assert graphed[name] == pytest.approx(x, rel=1e-4), name  # atomics of the embedding's gradient, through 20 updates
+
+
+@pytest.mark.gpu
+def test_an_update_on_a_gpu_waits_for_nothing(store_folder):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    trainer = trainer_of(store_folder, world=World(0, 1, torch.device("cuda", 0)), model={"dropout": 0.1}, precision="bf16")
+    for _ in range(3):
+        trainer.update()
+        trainer.step += 1
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        trainer.update()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+        trainer.close()
+
+
+# --- options that do not go together --------------------------------------------------------------------------------------
+
+CUDA = torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(
+    "options, plan, world, message",
+    [
+        ({}, BatchPlan(8, 1, 1), World(0, 1, CPU), "--graphs needs a CUDA device, training runs on cpu: leave it out"),
+        ({}, BatchPlan(8, 1, 1), World(0, 4, CUDA), "--graphs replays the step of one process, 4 take part"),
+        ({}, BatchPlan(4, 2, 1, 2), World(0, 1, CUDA), "or --micro-batch 8"),
+        (
+            {"activation_checkpointing": "full"},
+            BatchPlan(8, 1, 1),
+            World(0, 1, CUDA),
+            "use --activation-checkpointing selective",
+        ),
+    ],
+)
+def test_refused(options, plan, world, message):
+    with pytest.raises(InputError) as error:
+        machine.check_options(tiny_config(graphs=True, **options), plan, world)
+    assert message in str(error.value)
+    machine.check_options(tiny_config(graphs=False, **options), plan, world)
+
+
+def test_refused_before_anything_is_written(store_folder, tmp_path):
+    words = arguments(store_folder, tmp_path / "run", graphs=True)
+    output = run(words, tmp_path / "log", code=1)
+    assert "train.py: error: --graphs needs a CUDA device" in output and not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB. GPU 0 has"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory(error):
+    config = tiny_config(contrastive_videos=128, batch_size=128)
+    with pytest.raises(InputError) as raised, machine.explained_memory(config, BatchPlan(128, 1, 1), CPU):
+        raise error
+    said = str(raised.value)
+    assert "out of memory on cpu with 128 videos a forward pass" in said and "--micro-batch 64 takes about 50%" in said
+    assert "--activation-checkpointing full" in said and str(error).split(". GPU")[0][:40] in said
+
+
+def test_another_error_is_not_out_of_memory():
+    with pytest.raises(RuntimeError, match="shape"), machine.explained_memory(tiny_config(), BatchPlan(4, 1, 1), CPU):
+        raise RuntimeError("shape '[3]' is invalid")
+
+
+def test_advice_follows_the_options():
+    config = tiny_config(activation_checkpointing="full", alpha=0.0)
+    with pytest.raises(InputError) as raised, machine.explained_memory(config, plan_batches(4, 4, 1, 1), CPU):
+        raise torch.OutOfMemoryError("no")
+    assert "a smaller model or grid" in str(raised.value) and "--micro-batch" not in str(raised.value)

@@ -1,0 +1,142 @@
+"""The residual connection (Eq. 10) with its dropout.
+
+    x [...], y [...], seed → out [...] = x + keep · y / (1 - p)
+
+Dropout is a function of (seed, element). Element i (raster index of the tensor) reads word (i % 64) // 16 of
+
+    philox4x32-7(counter = (c low, c high, 0, 2), key = seed),  c = 16·(i // 64) + i % 16
+
+and is kept when that reaches round(p·2^32). So a group of 64 elements takes 16 counters, and a register of counters gives
+four registers of neighbouring elements. (Attention's counters end in 0 or 1: under one seed the two do not draw the same.)
+
+The mask is never stored, backward draws it again: grad_x is the upstream gradient, grad_y = keep · grad / (1 - p).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from vimpac.ops import backend as backends
+from vimpac.ops.choice import order
+from vimpac.ops.philox import philox, seed_tensor, split_words
+
+ROUNDS = 7  # the fewest that pass BigCrush
+PURPOSE = 2  # the fourth counter word
+GROUP, COUNTERS = 64, 16
+
+
+def dropout_add(x: Tensor, y: Tensor, p: float, seed: int | Tensor | None = None, backend: str | None = None) -> Tensor:
+    """x + dropout(y), the residual connection (Eq. 10).
+
+    x, y: floating, one shape, any strides; of two dtypes the result has the wider. p in [0, 1): probability of an element to
+    be dropped, rounded to a multiple of 2^-32; 0 is x + y. Above 0 it needs `seed`, an int or a 0-dimensional int64 tensor.
+    backend: "reference", "torch", "cpu" or None (chooses). "torch" draws from torch's own generator instead of `seed`: its
+    dropout and sum are ops that torch.compile fuses with their neighbours, as one kernel on a GPU.
+
+    Raises ValueError for anything else.
+    """
+    _check(x, y, p, seed)
+    if p == 0:
+        return x + y
+    call = (x, y, p, seed_tensor(seed, x.device))
+    match backends.choose("dropout_add", backend, order("dropout_add", x.device.type), *call):
+        case "reference":
+            return dropout_add_reference(*call)
+        case "torch":
+            return x + F.dropout(y, p)
+        case name:
+            return _DropoutAdd.apply(*call, name)
+
+
+def dropout_add_reference(x: Tensor, y: Tensor, p: float, seed: Tensor) -> Tensor:
+    """The definition, in plain float32 (float64 stays float64)."""
+    dtype = torch.promote_types(x.dtype, y.dtype)
+    x, y = (z.to(torch.promote_types(dtype, torch.float32)) for z in (x, y))
+    return (x + y * (dropout_keep(y.shape, p, seed).to(y.dtype) * dropout_scale(p))).to(dtype)
+
+
+def dropout_keep(shape: Sequence[int], p: float, seed: Tensor) -> Tensor:
+    """Which elements dropout keeps, bool of a shape."""
+    elements = math.prod(shape)
+    groups = -(-elements // GROUP)
+    counters = torch.arange(groups * COUNTERS, device=seed.device).view(-1, COUNTERS)
+    words = torch.stack(philox((*split_words(counters), 0, PURPOSE), seed, ROUNDS), 1)  # [groups, word, counter]
+    return (words.flatten()[:elements] >= dropout_threshold(p)).view(shape)
+
+
+def dropout_threshold(p: float) -> int:
+    """The word below which an element is dropped; its share of 2^32 is the dropout rate in use."""
+    return min(round(p * 2**32), 2**32 - 1)
+
+
+def dropout_scale(p: float) -> float:
+    """What is kept is multiplied with 1 / (1 - the rate in use)."""
+    return 2**32 / (2**32 - dropout_threshold(p))
+
+
+def _check(x, y, p, seed) -> None:
+    """Raise ValueError for a call that no backend could run. Reads no device memory."""
+    if x.shape != y.shape:
+        raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+    if not x.is_floating_point() or not y.is_floating_point():
+        raise ValueError(f"x and y must be floating, got {x.dtype} and {y.dtype}")
+    if x.device != y.device:
+        raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+    if not 0.0 <= p < 1.0:
+        raise ValueError(f"p must be in [0, 1), got {p}")
+    if p > 0 and seed is None:
+        raise ValueError(f"p={p} needs a seed: an int or a 0-dimensional int64 tensor")
+
+
+def _fake_forward(x, y, p, seed):
+    return y.new_empty(y.shape)  # contiguous, as its inputs
+
+
+def _fake_backward(grad, p, seed):
+    return grad.new_empty(grad.shape)
+
+
+SCHEMAS = {
+    "dropout_add": ("(Tensor x, Tensor y, float p, Tensor seed) -> Tensor", _fake_forward),
+    "dropout_add_backward": ("(Tensor grad, float p, Tensor seed) -> Tensor", _fake_backward),
+}
+for _name, (_schema, _fake) in SCHEMAS.items():
+    backends.define(_name, _schema, _fake)
+    backends.implement_library(_name, "cpu")
+backends.register("dropout_add", "reference", backends.always)
+backends.register("dropout_add", "torch", backends.always)
+
+CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+def _why_not_cpu(x, y, p, seed) -> list[str]:
+    reasons = backends.why_not_library(x, "cpu", CPU_DTYPES)
+    if x.dtype != y.dtype:
+        reasons.append(f"x of {x.dtype} and y of {y.dtype}, it takes one dtype")
+    return reasons
+
+
+backends.register("dropout_add", "cpu", _why_not_cpu)
+
+
+class _DropoutAdd(torch.autograd.Function):
+    """A backend's kernels, differentiable. Saves nothing but the seed: the mask is drawn again in backward."""
+
+    @staticmethod
+    def forward(ctx, x, y, p, seed, backend):
+        ctx.save_for_backward(seed)
+        ctx.options = p, backend
+        return backends.overload("dropout_add", backend)(x.contiguous(), y.contiguous(), p, seed)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (seed,) = ctx.saved_tensors
+        p, backend = ctx.options
+        return grad, backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed), None, None, None

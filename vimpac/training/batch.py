@@ -1,0 +1,51 @@
+"""What a forward pass reads: clips, their masks, and which rows the token head works on. Made on the CPU, ahead of the GPU.
+
+Masks are functions of (seed, sample id), the same bits on every device, so they are drawn where the number of masked tokens is
+needed: on the host. A step then never asks the device for anything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vimpac.ops import BlockMask
+
+# The token head runs on a multiple of this: oneDNN keeps megabytes for every shape it meets, and shapes would not end.
+ROWS = 256
+
+
+class Batch(NamedTuple):
+    """Clips of n videos, all first clips, then all second clips. Fields that no task needs are None."""
+
+    tokens: Tensor  # [2n, T, H, W] integer: the ids
+    masked: Tensor | None  # [2n, T, H, W]: with MASK (or noise) at masked positions
+    rows: Tensor | None  # [M] int64: raster indices of the masked positions, then 0 as filler
+    targets: Tensor | None  # [M] int64: the ids there, then -1
+    share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 where it is a whole batch of its own
+    count: int  # masked positions
+
+    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
+        """f applied to every tensor."""
+        return Batch(*(f(x) if isinstance(x, Tensor) else x for x in self))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [x for x in self if isinstance(x, Tensor)]
+
+
+def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:
+    """A batch of masked clips. multiple: M is rounded up to it. Reads the number of masked positions: call it on the host."""
+    count = int(masked.counts.sum())
+    length = math.ceil(count / multiple) * multiple
+    indices = masked.indices[:length]
+    indices = F.pad(indices, (0, length - len(indices)), value=-1)  # where the multiple is beyond the last token
+    filler = indices < 0
+    rows = indices.masked_fill(filler, 0)
+    targets = tokens.flatten()[rows].long().masked_fill(filler, -1)
+    return Batch(tokens, masked.tokens, rows, targets, torch.ones((), device=tokens.device), count)

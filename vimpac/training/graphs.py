@@ -1,0 +1,86 @@
+"""CUDA graphs of the micro-step: its hundreds of launches become one.
+
+A graph has fixed shapes. All of a batch's are fixed but the number of rows of the token head, so rows are rounded up to one of
+a few numbers and each gets its graph when it first comes. Graphs share one memory pool: they never run at the same time.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from vimpac.training.batch import ROWS, Batch
+from vimpac.training.seeds import generator_of
+
+WARM_UP = 3  # runs before a capture: autotuning, compilation, cuBLAS workspaces
+
+
+def row_multiple(tokens: int, share: float) -> int:
+    """What to round the number of rows up to: an eighth of what is expected, so that some three graphs serve a run."""
+    return max(ROWS, math.ceil(tokens * share / 8 / ROWS) * ROWS)
+
+
+class GraphedStep:
+    """run(batch) → metrics, which adds to the gradients of a module's parameters, replayed from a graph.
+
+    Gradients must stay where they are: zero them, do not drop them. Dropout is drawn from torch's generator as it is seeded
+    before each call; a capture leaves gradients, buffers (batch norm's) and the generator as they were.
+    """
+
+    def __init__(self, run: Callable[[Batch], dict[str, Tensor]], module: nn.Module, capture: Callable | None = None):
+        self.run, self.module = run, module
+        self.capture = capture or _Capture()
+        self.graphs: dict[tuple, tuple[Batch, Callable[[], dict[str, Tensor]]]] = {}
+
+    def __call__(self, batch: Batch) -> dict[str, Tensor]:
+        shapes = tuple((x.shape, x.dtype) for x in batch.tensors)
+        if shapes not in self.graphs:
+            inputs = batch.map(torch.clone)
+            self.graphs[shapes] = inputs, self.prepare(inputs)
+        inputs, replay = self.graphs[shapes]
+        for static, x in zip(inputs.tensors, batch.tensors, strict=True):
+            static.copy_(x)
+        return {name: x.clone() for name, x in replay().items()}  # the next graph may write where this one's results are
+
+    def prepare(self, inputs: Batch) -> Callable[[], dict[str, Tensor]]:
+        """Captures run(inputs); module state is restored afterwards."""
+        parameters = [p for p in self.module.parameters() if p.requires_grad]
+        for p in parameters:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        state = [*(p.grad for p in parameters), *self.module.buffers()]
+        kept, generator = [x.clone() for x in state], generator_of(inputs.tokens.device)
+        drawn = generator.get_state()
+        torch.clear_autocast_cache()  # a copy of a weight made outside of the graph would be frozen into it
+        replay = self.capture(lambda: self.run(inputs))
+        torch.clear_autocast_cache()
+        for x, before in zip(state, kept, strict=True):
+            x.copy_(before)
+        generator.set_state(drawn)
+        return replay
+
+
+class _Capture:
+    """Captures a function's kernels on a side stream, into one pool."""
+
+    def __init__(self):
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, function: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(WARM_UP):
+                function()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+            out = function()
+
+        def replay() -> dict[str, Tensor]:
+            graph.replay()
+            return out
+
+        return replay

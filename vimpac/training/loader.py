@@ -1,0 +1,70 @@
+"""Batches in the order in which they are needed, made before they are: on a GPU by a thread that also copies them there."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import torch
+
+from vimpac.training.batch import Batch
+
+
+class BatchLoader:
+    """Iterates over make(first) for each sample number of `firsts`, on `device`.
+
+    ahead: how many batches a thread makes ahead of the one in use; 0 = none, each is made when it is asked for. None
+    chooses: 2 on a CUDA device; 0 on a CPU, where a thread would only take the step's cores from it.
+
+    On a CUDA device the thread copies from pinned memory on a stream of its own, and the consumer's stream waits for the copy,
+    the host does not. What make raises is raised by next(). `waited`: seconds that the consumer has waited so far.
+    """
+
+    def __init__(self, make: Callable[[int], Batch], firsts: Iterable[int], device: torch.device, ahead: int | None = None):
+        self.make, self.firsts, self.device = make, iter(firsts), device
+        self.ahead = (2 if device.type == "cuda" else 0) if ahead is None else ahead
+        self.waited = 0.0
+        self._waiting: deque[Future] = deque()
+        self._thread = ThreadPoolExecutor(1, "batches") if self.ahead else None
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        started = time.perf_counter()
+        if self._thread is None:
+            batch, ready = self._load(next(self.firsts))
+        else:
+            self._fill()
+            if not self._waiting:
+                raise StopIteration
+            batch, ready = self._waiting.popleft().result()
+            self._fill()
+        self.waited += time.perf_counter() - started
+        if ready is not None:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(ready)
+            for x in batch.tensors:  # their memory was taken on the other stream: not to be given away while this one reads it
+                x.record_stream(stream)
+        return batch
+
+    def _fill(self) -> None:
+        while len(self._waiting) < self.ahead and (first := next(self.firsts, None)) is not None:
+            self._waiting.append(self._thread.submit(self._load, first))
+
+    def _load(self, first: int) -> tuple[Batch, torch.cuda.Event | None]:
+        batch = self.make(first)
+        if self._stream is None:
+            return batch, None
+        with torch.cuda.stream(self._stream):
+            batch = batch.map(lambda x: x.pin_memory().to(self.device, non_blocking=True))
+            return batch, self._stream.record_event()
+
+    def close(self) -> None:
+        """Ends the thread; batches that nobody took are dropped."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
+            self._waiting.clear()

@@ -1,0 +1,113 @@
+"""Where the time of an update goes: a trace, a table, and how often the host waited for the device."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+
+from vimpac.training.distributed import World
+from vimpac.training.progress import Progress
+
+WARM_UP, UPDATES = 3, 3  # updates before the profile, updates in it
+PARTS = ("data", "first pass", "forward", "backward", "optimizer")
+# What makes the host wait for the device: calls of the CUDA runtime or, where there is none, the ops that would make them.
+WAITS_CUDA = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"})
+NOT_WAITING = ("data", "aten::_fused_adamw_")
+WAITS_CPU = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim"})
+
+
+class UpdateProfile:
+    """Profiles a few updates of a run. Writes RUN/profile.json, a trace that Perfetto and chrome://tracing show."""
+
+    def __init__(self, run: Path, world: World):
+        self.path, self.world = run / "profile.json", world
+        self.seen, self.profiler, self.updates = 0, None, 0
+
+    @contextmanager
+    def update(self, left: int) -> Iterator[None]:
+        """Around each update; left: how many there are, this one included."""
+        self.seen += 1
+        warm = min(WARM_UP, max(0, left - 1)) if self.seen == 1 else WARM_UP
+        if self.world.is_first and self.profiler is None and (self.seen > warm or left == 1):
+            self.profiler = start()
+        yield
+        if self.profiler is not None and self.updates < UPDATES:
+            self.updates += 1
+            if self.updates == UPDATES or left == 1:
+                synchronize(self.world.device)
+                self.profiler.stop()
+
+    def report(self, progress: Progress) -> None:
+        """Write the trace and print the table."""
+        if self.profiler is None:
+            return
+        self.path.unlink(missing_ok=True)
+        self.profiler.export_chrome_trace(str(self.path))
+        progress.note(f"profile of {self.updates} updates; {self.path} has the trace")
+        for line in table(self.profiler, self.updates, self.world.device):
+            progress.note(line)
+
+
+def start() -> profile:
+    """A running profiler of the host and, where there is one, the device."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it prints two lines of its own
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    profiler = profile(activities=activities)
+    profiler.start()
+    return profiler
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def table(profiler: profile, updates: int, device: torch.device, operations: int = 12) -> list[str]:
+    """Lines: parts of the update, the ops that take longest, how often the host waited; milliseconds an update."""
+    averages = {event.key: event for event in profiler.key_averages()}
+    on_gpu = device.type == "cuda"
+    lines = [f"{'part':28} {'host ms':>9}" + (f" {'device ms':>9}" if on_gpu else "")]
+    for name in PARTS:
+        if name in averages:
+            event = averages[name]
+            cells = [event.cpu_time_total, *([event.device_time_total] if on_gpu else [])]
+            lines.append(f"{name:28} " + " ".join(f"{x / 1e3 / updates:9.2f}" for x in cells))
+
+    def own(event) -> float:
+        return event.self_device_time_total if on_gpu else event.self_cpu_time_total
+
+    ranked = sorted((event for event in averages.values() if event.key not in PARTS), key=own, reverse=True)
+    total = sum(own(event) for event in averages.values()) or 1.0
+    lines.append(f"{'operation':60} {'ms':>9} {'share':>6} {'calls':>6}")
+    for event in ranked[:operations]:
+        cells = f"{own(event) / 1e3 / updates:9.2f} {own(event) / total:6.1%} {event.count / updates:6.0f}"
+        lines.append(f"{event.key[:60]:60} {cells}")
+    names = waits(profiler, device)
+    lines.append(
+        f"the host waited for the device {len(names) / updates:g} times an update"
+        + (f": {sorted(set(names))}" if names else "")
+    )
+    return lines
+
+
+def waits(profiler: profile, device: torch.device) -> list[str]:
+    """What made the host wait for the device during a profile, outside of the making of batches, which is the host's own.
+
+    On a CPU: the ops that would wait if their tensors were on a device. (AdamW's fused op reads its step count there, which
+    its kernel does on a device.)
+    """
+    asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
+    return [event.name for event in profiler.events() if event.name in asked and not _inside(event, NOT_WAITING)]
+
+
+def _inside(event, parts: Sequence[str]) -> bool:
+    while event is not None:
+        if event.name in parts:
+            return True
+        event = event.cpu_parent
+    return False
