@@ -75,10 +75,12 @@ void run_groups(const Call& call, int64_t begin, int64_t end) {
 
 template <class T>
 void run(const Call& call, int64_t begin, int64_t end) {
-  if constexpr (std::is_same_v<T, typename Arithmetic<T>::type>) {
-    if (call.streams) return call.x ? run_groups<T, true, true>(call, begin, end) : run_groups<T, false, true>(call, begin, end);
+  constexpr bool STREAMS = std::is_same_v<T, typename Arithmetic<T>::type>;
+  if (call.streams) {
+    call.x ? run_groups<T, true, STREAMS>(call, begin, end) : run_groups<T, false, STREAMS>(call, begin, end);
+  } else {
+    call.x ? run_groups<T, true, false>(call, begin, end) : run_groups<T, false, false>(call, begin, end);
   }
-  call.x ? run_groups<T, true, false>(call, begin, end) : run_groups<T, false, false>(call, begin, end);
 }
 
 }  // namespace

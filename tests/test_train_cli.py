@@ -350,6 +350,26 @@ def test_the_command(store_folder, output, tmp_path):
     )
 
 
+def test_profile(store_folder, output, tmp_path):
+    """A trace, and a table of where the time of an update goes."""
+    result = python(str(ROOT / "train.py"), *arguments(store_folder, output, profile=True), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    trace = json.loads((output / "profile.json").read_text())["traceEvents"]
+    assert sum(event.get("name") == "optimizer" for event in trace) == 3  # updates 4 to 6
+    lines = result.stderr.splitlines()
+    parts = next(i for i, line in enumerate(lines) if line.startswith("part "))
+    assert [line.split()[0] for line in lines[parts + 1 : parts + 5]] == ["data", "forward", "backward", "optimizer"]
+    assert all(float(line.split()[1]) > 0 for line in lines[parts + 1 : parts + 5])
+    assert "the host waited for the device 0 times an update" in lines and any("axial_attention" in line for line in lines)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_profile_of_a_short_run(main, store_folder, output, steps):
+    """Fewer updates than it would leave out and take: what there is."""
+    assert main(arguments(store_folder, output, profile=True, steps=steps))[0] == 0
+    assert (output / "profile.json").exists()
+
+
 def test_torchrun(store_folder, output, tmp_path):
     """Both processes join; a mistake is said once, and the launcher adds nothing to it."""
     launch = ["-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]

@@ -87,6 +87,9 @@ def table(profiler: profile, updates: int, device: torch.device, operations: int
     for event in ranked[:operations]:
         cells = f"{own(event) / 1e3 / updates:9.2f} {own(event) / total:6.1%} {event.count / updates:6.0f}"
         lines.append(f"{event.key[:60]:60} {cells}")
+    if on_gpu:
+        peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
+        lines.append(f"peak memory {peak / 2**30:.2f} GiB of {total / 2**30:.1f}")
     names = waits(profiler, device)
     lines.append(
         f"the host waited for the device {len(names) / updates:g} times an update"
