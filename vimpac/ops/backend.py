@@ -119,7 +119,11 @@ REINSTALL = "reinstall vimpac beside this torch, with pip's --no-build-isolation
 
 def library_path(backend: str) -> Path:
     """Where a library of csrc/ is: in the package, or in the folder that VIMPAC_LIBRARIES names (a sanitized build)."""
-    folder = os.environ.get("VIMPAC_LIBRARIES")
+    return _library_path(os.environ.get("VIMPAC_LIBRARIES"), backend)
+
+
+@functools.cache  # asked for at every call of an op, and the file system takes 40 µs to answer
+def _library_path(folder: str | None, backend: str) -> Path:
     return (Path(folder).resolve() if folder else Path(__file__).resolve().parents[1]) / LIBRARIES[backend]
 
 
