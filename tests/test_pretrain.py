@@ -420,7 +420,7 @@ def test_held_out_batches_have_no_video_twice(store_folder, tmp_path, undrawn, m
         asked.update(pairs=pairs, batches=batches, videos=videos)
         return {}
 
-    monkeypatch.setattr(trainer_module, "evaluate", note)
+    monkeypatch.setattr(pretrain_module, "evaluate", note)
     pretrain(tiny_config(data=str(store_folder), output=str(tmp_path / "run"), eval_batches=5))
     batches = [asked["pairs"].batch(4 * i, 4).videos for i in range(5)]
     assert asked["batches"] == 5 and asked["videos"] == 4

@@ -16,11 +16,10 @@ from vimpac.atomic import replacing
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
-from vimpac.model.positions import interpolate_state
+from vimpac.model.positions import IN_BACKBONE, interpolate_state
 
 FORMAT = "vimpac-model"
 VERSION = 1
-POSITIONS = "backbone.positions."
 
 
 def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer: Mapping | None = None) -> None:
@@ -55,7 +54,7 @@ def load(
     config = ModelConfig(**header["config"])
     if grid is not None:
         config = dataclasses.replace(config, grid=tuple(grid))
-        state = interpolate_state(state, config.grid, POSITIONS)
+        state = interpolate_state(state, config.grid, IN_BACKBONE)
     classes = header.get("classes")
     model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
     model.load_state_dict(state)
@@ -98,8 +97,8 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
             f"({len(missing)} and {len(unknown)} in all)"
         )
     state = {ours: torch.cat([released[name] for name in parts]) for ours, parts in names.items()}
-    state[POSITIONS + "cls"] = state[POSITIONS + "cls"].reshape(-1)
-    state = interpolate_state(state, config.grid, POSITIONS)
+    state[IN_BACKBONE + "cls"] = state[IN_BACKBONE + "cls"].reshape(-1)
+    state = interpolate_state(state, config.grid, IN_BACKBONE)
     own = model.state_dict()
     wrong = [
         f"{name} {tuple(x.shape)} instead of {tuple(own[name].shape)}"

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+IN_BACKBONE = "backbone.positions."  # what names of these parameters begin with in a whole model
 AXES = ("time", "height", "width")  # parameter names, in the order of the grid
 
 

@@ -11,6 +11,7 @@ RUN/curves.png         the metrics drawn, where matplotlib is installed
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import json
 import shutil
 import signal
@@ -20,11 +21,13 @@ from pathlib import Path
 
 import torch
 
+from vimpac import convert
 from vimpac.atomic import TEMPORARY, write_text
 from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
+from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.training import distributed
 from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
@@ -92,7 +95,29 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
         if not world.is_first:
             return None
         with handling_signals(trainer.stop_now):
-            return trainer.finish(held_pairs, contrasted, log, progress)
+            return finish(trainer, held_pairs, contrasted, log, progress)
+
+
+def finish(trainer: Trainer, held_out: ClipPairs, videos: int, log: MetricsLog, progress: Progress) -> dict:
+    """Write the model, evaluate it on batches of `videos` held-out videos, draw the curves."""
+    if trainer.signal is not None:  # during the last update
+        trainer.stop_now(*trainer.signal)
+    config, step = trainer.config, trainer.module
+    convert.save(step.model, trainer.run / "model.safetensors", trainer.tokenizer)
+    step.padded |= held_out.padded
+    most_frequent = most_frequent_token(trainer.pairs, config.model.vocab_size)
+    with torch.compiler.set_stance("force_eager"):  # not worth compiling once more
+        found = evaluate(step, held_out, config.eval_batches, videos, trainer.plan.micro_batch, most_frequent)
+    result = {"final": True, "step": trainer.step, **found, "held_out_videos": len(held_out.videos)}
+    log.write([result])
+    if importlib.util.find_spec("matplotlib"):
+        from vimpac.figures import plot_curves
+
+        plot_curves(log.path, trainer.run / "curves.png")
+    else:
+        progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
+    progress.summary(result)
+    return result
 
 
 def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:

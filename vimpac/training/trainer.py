@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import itertools
 import signal
 import time
@@ -15,14 +14,12 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from vimpac import convert
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
-from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.model import PretrainModel
-from vimpac.model.positions import interpolate_state
+from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.training import distributed
 from vimpac.training.batch import ROWS, Batch
 from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint, save_checkpoint
@@ -282,7 +279,7 @@ class Trainer:
         grid = self.config.model.grid
         own = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
         try:
-            self.module.model.load_state_dict(interpolate_state(state["model"], grid, convert.POSITIONS))
+            self.module.model.load_state_dict(interpolate_state(state["model"], grid, IN_BACKBONE))
             load_whole_state(self.optimizer, interpolate_moments(state["optimizer"], grid))
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
@@ -296,39 +293,13 @@ class Trainer:
                 "--steps, which count from the first stage's start"
             )
 
-    # --- the end ------------------------------------------------------------------------------------------------------
-
-    def finish(self, held_out: ClipPairs, videos: int, log: MetricsLog, progress: Progress) -> dict:
-        """Write the model, evaluate it on batches of `videos` held-out videos, draw the curves."""
-        if self.signal is not None:  # during the last update
-            self.stop_now(*self.signal)
-        config, micro_batch = self.config, self.plan.micro_batch
-        convert.save(self.module.model, self.run / "model.safetensors", self.tokenizer)
-        self.module.padded |= held_out.padded
-        most_frequent = most_frequent_token(self.pairs, config.model.vocab_size)
-        with torch.compiler.set_stance("force_eager"):  # not worth compiling once more
-            result = evaluate(self.module, held_out, config.eval_batches, videos, micro_batch, most_frequent)
-        result = {
-            "final": True,
-            "step": self.step,
-            **result,
-            "held_out_videos": len(held_out.videos),
-        }
-        log.write([result])
-        if importlib.util.find_spec("matplotlib"):
-            from vimpac.figures import plot_curves
-
-            plot_curves(log.path, self.run / "curves.png")
-        else:
-            progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
-        progress.summary(result)
-        return result
-
 
 def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
     """A fresh model, or `init_from`'s weights at this grid."""
     if config.init_from is None:
         return PretrainModel(config.model)
+    from vimpac import convert  # safetensors, which a fresh start does without
+
     model = convert.load(config.init_from, config.model.grid, store.tokenizer.digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
         raise InputError(
@@ -350,7 +321,7 @@ def interpolate_moments(state: dict, grid: tuple[int, int, int]) -> dict:
     names = {i: name for group in state["param_groups"] for i, name in zip(group["params"], group["param_names"], strict=True)}
     moments = dict(state["state"])
     for key in ("exp_avg", "exp_avg_sq"):
-        tables = {names[i]: s[key] for i, s in moments.items() if f"model.{convert.POSITIONS}" in names[i]}
-        tables = interpolate_state(tables, grid, f"model.{convert.POSITIONS}")
+        tables = {names[i]: s[key] for i, s in moments.items() if f"model.{IN_BACKBONE}" in names[i]}
+        tables = interpolate_state(tables, grid, f"model.{IN_BACKBONE}")
         moments = {i: {**s, key: tables.get(names[i], s[key])} for i, s in moments.items()}
     return {**state, "state": moments}
