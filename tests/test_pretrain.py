@@ -306,6 +306,18 @@ def test_looks_at_several_updates_at_once(tmp_path):
     assert [line["loss"] for line in metrics(tmp_path)] == [1, 2, 3]
 
 
+def test_share_of_time_spent_waiting_for_data(tmp_path, monkeypatch):
+    """Of the time between two looks."""
+    clock = iter([100.0, 110.0, 114.0])
+    monkeypatch.setattr("vimpac.training.metrics.time.perf_counter", lambda: next(clock))
+    log = MetricsLog(tmp_path, CPU, 0)
+    for step, waited in ((1, 4.0), (2, 5.0)):
+        log.add(one_line(step))
+        log.flush(Progress(2, enabled=False), 8, False, waited)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["data_wait_share"], line["videos_per_second"]) for line in lines] == [(0.4, 0.8), (0.25, 2.0)]
+
+
 def test_float16_scaler_recovers(store_folder, tmp_path):
     """A scale that overflows every gradient is halved, update by update, until they fit; nothing is lost on the way."""
     trainer = make_trainer(store_folder, tmp_path / "run", precision="fp16")

@@ -173,6 +173,16 @@ def test_every_part_compiles_whole(store_folder, monkeypatch):
     trainer.update()
 
 
+@needs_compiler
+def test_the_token_head_compiles_once_for_any_number_of_rows(store_folder):
+    torch.compiler.reset()
+    trainer = trainer_of(store_folder, compiled=True)
+    head = trainer.module.model.token_head
+    for rows in (256, 512, 768, 2048):
+        with torch.compiler.set_stance("default" if rows == 256 else "fail_on_recompile"):
+            head.transform(torch.randn(rows, 32, requires_grad=True)).sum().backward()
+
+
 def test_compile_that_does_not_work(store_folder, monkeypatch):
     def broken(*_, **__):
         raise RuntimeError("no C++ compiler\nin sight")
@@ -262,6 +272,15 @@ def test_loader_raises_what_making_a_batch_raises():
         next(loader)
     loader.close()
     assert not any(thread.name.startswith("batches") and thread.is_alive() for thread in threading.enumerate())
+
+
+@pytest.mark.parametrize("named", ["triton", "cuda", "block_mask=cuda", "reference"])
+def test_batches_are_made_on_the_host_whatever_backend_is_named(store_folder, monkeypatch, named):
+    """A name that is meant for the GPU's tensors does not stop the host from drawing masks, which are the same bits anyway."""
+    trainer = trainer_of(store_folder)
+    expected = trainer.make_batch(0)
+    monkeypatch.setenv("VIMPAC_BACKEND", named)
+    assert all(torch.equal(x, y) for x, y in zip(trainer.make_batch(0).tensors, expected.tensors, strict=True))
 
 
 def test_batches_made_ahead_change_nothing(store_folder, monkeypatch):
