@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -12,6 +13,7 @@ from vimpac.errors import InputError
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")  # torch raises a RuntimeError with either
 
 
@@ -50,6 +52,19 @@ def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None
     if reason is not None and choice == "on":
         raise InputError(f"--compile on: torch.compile does not work here ({reason}): mend that, or --compile off")
     return reason is None, reason
+
+
+def keep_freed_memory() -> bool:
+    """Have the C library keep what is freed for the next update, instead of giving it back and asking for zeroed pages again.
+
+    For training on a CPU: an update allocates gigabytes of states, each page of which the kernel would clear anew. The process
+    then stays as large as its largest update. Returns whether the C library could be asked (glibc).
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, 2**31 - 1) == 1 for option in (M_TRIM_THRESHOLD, M_MMAP_THRESHOLD))
 
 
 def why_not_compile(device: torch.device) -> str | None:

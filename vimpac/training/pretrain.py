@@ -31,7 +31,7 @@ from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.training import distributed
 from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
-from vimpac.training.machine import check_options, explained_memory, resolve_compile
+from vimpac.training.machine import check_options, explained_memory, keep_freed_memory, resolve_compile
 from vimpac.training.metrics import MetricsLog
 from vimpac.training.progress import Progress
 from vimpac.training.schedule import plan_steps
@@ -69,6 +69,8 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
     schedule = plan_steps(config, len(trained_on))
     run = Path(config.output)
     check_options(config, plan, world)
+    if world.device.type == "cpu":
+        keep_freed_memory()
     checkpoint = open_run(run, config, store)
     compiled, why_not = resolve_compile(config.compile, world.device)
     trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
