@@ -25,7 +25,7 @@ def adamw(
     from torch.distributed.optim import ZeroRedundancyOptimizer  # imports all of torch.jit
 
     groups = [{**group, "params": [p for _, p in group["params"]]} for group in groups]  # it takes no names
-    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, **options)
+    return ZeroRedundancyOptimizer(groups, torch.optim.AdamW, parameters_as_bucket_view=True, **options)
 
 
 def whole_state(optimizer: torch.optim.Optimizer, model: nn.Module, is_first: bool) -> dict | None:

@@ -37,7 +37,8 @@ from vimpac.training.progress import Progress
 from vimpac.training.schedule import plan_steps
 from vimpac.training.trainer import Trainer
 
-# What does not change which samples, masks and losses a run has, up to rounding and the draws of dropout.
+# What changes neither samples nor masks, nor losses beyond rounding and the draws of dropout. (A micro-batch of several
+# contrastive groups is also what batch norm spans; restarts with another number of processes may need another one.)
 MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),

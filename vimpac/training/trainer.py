@@ -88,7 +88,7 @@ class Trainer:
 
     def train(self, log: MetricsLog, progress: Progress) -> None:
         config = self.config
-        look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU wait
+        look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU, and all hosts, wait
         profile = UpdateProfile(self.run, self.world) if config.profile else None
         self.module.train()
         try:
@@ -97,9 +97,10 @@ class Trainer:
                     log.add(self.update())
                 self.step += 1
                 last = self.step == self.schedule.steps
-                stop = distributed.any_rank(self.signal is not None, self.world) and not last
+                look = last or self.step % look_every == 0 or self.step % config.save_every == 0
+                stop = look and not last and distributed.any_rank(self.signal is not None, self.world)
                 save = last or stop or self.step % config.save_every == 0
-                if save or self.step % look_every == 0:
+                if look:
                     log.flush(progress, config.batch_size, self.may_overflow, self.loader.waited if self.loader else 0.0)
                 if save:
                     path = self.save()
