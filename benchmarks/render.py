@@ -336,11 +336,77 @@ def small_ops_cpu(results: Results) -> list[str]:
     return [*table(head, lines), "", machines(results, CPU, ["info_nce", "block_mask"])]
 
 
+# --- docs/performance.md ----------------------------------------------------------------------------------------------
+
+
+def train_step_cpu(results: Results) -> list[str]:
+    impls = ("ours", "naive eager")
+    ours, naive = (step(results, CPU, impl, "small 5x128") for impl in impls)
+    columns = {
+        "ms a step": ("ms", 1.0, ">", "≥ 1.3× as fast", lambda x: x >= 1.3),
+        "videos/s": ("videos_per_s", 1.0, "", "", None),
+        "of the measured matrix peak, %": ("matrix_peak_share", 100.0, "", "", None),
+        "peak memory beyond weights and optimizer, MiB": ("peak_bytes", 2**-20, ">", "≤ 1/2", lambda x: x >= 2),
+        "waits for the device a micro-step": ("syncs", 1.0, "", "0", None),
+        "of the time waiting for data, %": ("data_wait_share", 100.0, "", "< 1", None),
+    }
+    lines = []
+    for title, (key, scale, better, wanted, met) in columns.items():
+        cells = [NOT_YET if row is None or row[key] is None else number(scale * row[key]) for row in (ours, naive)]
+        ratio = naive[key] / ours[key] if better and NOT_YET not in cells else None
+        shown = "" if ratio is None else f"{ratio:.2f}×" + ("" if met(ratio) else ", missed")
+        lines.append([title, *cells, shown, wanted])
+    head = ["", *impls, "naive / ours", "goal"]
+    return [*table(head, lines), "", machines(results, CPU, ["train_step"])]
+
+
+def layouts_cpu(results: Results) -> list[str]:
+    result = results.load(CPU, "attn_layouts")
+    lines = [] if result else [["all", "", "", *[NOT_YET] * 6]]
+    for first in (row for row in (result["rows"] if result else []) if row["pass"] == "step"):
+        same = {key: first[key] for key in ("layout", "norm", "impl")}
+        passes = [results.row(CPU, "attn_layouts", pass_=which, **same) for which in ("forward", BOTH, "step")]
+        peak = NOT_YET if first["peak_bytes"] is None else number(first["peak_bytes"] / 2**20)
+        paper = [first["paper_samples_per_s"], first["paper_accuracy"]]
+        lines.append(
+            [
+                f"`{first['layout']}`, {first['norm']}",
+                first["impl"],
+                f"{first['parameters'] / 1e6:.1f}",
+                *(cell(one(row), unit="") for row in passes),
+                cell(one(first), "samples_per_s", ""),
+                peak,
+                ", ".join("-" if x is None else f"{x:.1f}" for x in paper),
+            ]
+        )
+    head = ["layout, norm", "", "M parameters", "forward, ms", "and backward", "step", "videos/s", "peak MiB"]
+    return [*table([*head, "paper: samples/s, UCF101"], lines), "", machines(results, CPU, ["attn_layouts"])]
+
+
+def dropout_add_cpu(results: Results) -> list[str]:
+    result = results.load(CPU, "dropout_add")
+    names = {"ours": "ours", "ours:torch": "torch's, eager", "torch compiled": "torch's, compiled"}
+    names |= {"reference eager": "reference, eager", "reference compiled": "reference, compiled"}
+    shape = result and result["rows"][0]["shape"]
+    lines = []
+    for impl, title in names.items():
+        rows = [
+            one(results.row(CPU, "dropout_add", impl=impl, shape=shape, pass_=which)) if shape else None
+            for which in ("forward", "backward", BOTH)
+        ]
+        lines.append([title, *(cell(row, unit="") for row in rows), cell(rows[-1], "peak_bytes", "", 2**-20)])
+    head = ["ms", "forward", "backward", "both", "MiB above the inputs"]
+    return [*table(head, lines), "", machines(results, CPU, ["dropout_add"])]
+
+
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "cpu": cpu,
     "gpu": gpu,
     "axial_attention-cpu": axial_attention_cpu,
     "small-ops-cpu": small_ops_cpu,
+    "dropout_add-cpu": dropout_add_cpu,
+    "train_step-cpu": train_step_cpu,
+    "layouts-cpu": layouts_cpu,
 }
 
 

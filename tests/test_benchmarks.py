@@ -23,6 +23,7 @@ SCRIPTS = {  # script → implementations that need not be there
     "info_nce": {"inf-cl": "inf_cl"},
     "masked_cross_entropy": {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"},
     "attn_layouts": {},
+    "train_step": {},
     "data": {},
 }
 
@@ -50,6 +51,15 @@ def test_script(script, tmp_path):
     with (tmp_path / f"{script}.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(rows)
     assert json.loads((tmp_path / f"{script}.json").read_text()) == result
+
+
+def test_everything_for_a_gpu_fits_into_eight_minutes():
+    import gpu
+
+    limits = gpu.BUILD_SECONDS, gpu.TEST_SECONDS, gpu.SANITIZER_SECONDS, *gpu.BENCHMARKS.values()
+    assert sum(limits) <= 480
+    assert gpu.BENCHMARKS.keys() == SCRIPTS.keys()
+    assert all((ROOT / "tests" / file).exists() for file in gpu.TESTS)
 
 
 def test_every_op_has_a_benchmark():

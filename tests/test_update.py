@@ -317,6 +317,16 @@ def test_what_waits_is_counted():
     assert sorted(waits(profiler, CPU)) == ["aten::_local_scalar_dense", "aten::nonzero"]
 
 
+def test_what_a_profile_waits_for_itself_is_not_counted():
+    profiler = start()
+    for _ in range(2):
+        with torch.profiler.record_function("update"):
+            float(torch.ones(3).sum())
+    torch.ones(3).nonzero()  # between or behind updates
+    profiler.stop()
+    assert waits(profiler, CPU) == ["aten::_local_scalar_dense"] * 2
+
+
 @pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}], ids=str)
 def test_a_step_asks_for_no_value(store_folder, options):
     """On tensors without values: whatever had to know one would raise."""

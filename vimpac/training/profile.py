@@ -8,12 +8,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from vimpac.training.distributed import World
 from vimpac.training.progress import Progress
 
 WARM_UP, UPDATES = 3, 3  # updates before the profile, updates in it
+UPDATE = "update"
 PARTS = ("data", "first pass", "forward", "backward", "optimizer")
 # What makes the host wait for the device: calls of the CUDA runtime or, where there is none, the ops that would make them.
 WAITS_CUDA = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"})
@@ -35,7 +36,8 @@ class UpdateProfile:
         warm = min(WARM_UP, max(0, left - 1)) if self.seen == 1 else WARM_UP
         if self.world.is_first and self.profiler is None and (self.seen > warm or left == 1):
             self.profiler = start()
-        yield
+        with record_function(UPDATE):
+            yield
         if self.profiler is not None and self.updates < UPDATES:
             self.updates += 1
             if self.updates == UPDATES or left == 1:
@@ -81,7 +83,7 @@ def table(profiler: profile, updates: int, device: torch.device, operations: int
     def own(event) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    ranked = sorted((event for event in averages.values() if event.key not in PARTS), key=own, reverse=True)
+    ranked = sorted((event for event in averages.values() if event.key not in (UPDATE, *PARTS)), key=own, reverse=True)
     total = sum(own(event) for event in averages.values()) or 1.0
     lines.append(f"{'operation':60} {'ms':>9} {'share':>6} {'calls':>6}")
     for event in ranked[:operations]:
@@ -104,8 +106,15 @@ def waits(profiler: profile, device: torch.device) -> list[str]:
     On a CPU: the ops that would wait if their tensors were on a device. (AdamW's fused op reads its step count there, which
     its kernel does on a device.)
     """
-    asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
-    return [event.name for event in profiler.events() if event.name in asked and not _inside(event, NOT_WAITING)]
+    asked, events = WAITS_CUDA if device.type == "cuda" else WAITS_CPU, profiler.events()
+    updates = [event.time_range for event in events if event.name == UPDATE]  # not what the profile itself waits for, behind
+    return [
+        event.name
+        for event in events
+        if event.name in asked
+        and not _inside(event, NOT_WAITING)
+        and (not updates or any(span.start <= event.time_range.start <= span.end for span in updates))
+    ]
 
 
 def _inside(event, parts: Sequence[str]) -> bool:
