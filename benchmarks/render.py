@@ -65,7 +65,7 @@ class Results:
 
 
 def number(x: float) -> str:
-    return f"{x:,.{0 if x >= 100 else 1 if x >= 1 else 2}f}"
+    return f"{x:,.{0 if x >= 100 or x == 0 else 1 if x >= 1 else 2}f}"
 
 
 def cell(rows: Row | Sequence[Row] | None, key: str = "ms", unit: str = "", scale: float = 1.0) -> str:

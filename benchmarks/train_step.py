@@ -79,7 +79,7 @@ GPU_ORDER = [  # what to measure, the most important first
 ]
 GPU_VIDEOS, CPU_VIDEOS, QUICK_VIDEOS = (128, 64, 32), (4,), (2,)
 CPU_DEFAULT = ("small 5x128",), ("ours", "naive eager")
-CPU_STEPS, GPU_STEPS, GPU_SECONDS, GPU_WARM_UP = 3, (5, 50), 3.0, 3
+CPU_STEPS, GPU_STEPS, GPU_SECONDS, GPU_WARM_UP = 5, (5, 50), 3.0, 3
 SPEED_GOAL, MEMORY_GOAL = 1.3, 0.5  # on a CPU
 OUT_OF_MEMORY = "OutOfMemoryError"
 OWN_KEYS = (

@@ -10,7 +10,9 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import render
 
-BENCHMARKS = ("axial_attention", "info_nce", "block_mask", "data", "train_step", "attn_layouts")
+BENCHMARKS = ("axial_attention", "info_nce", "block_mask", "dropout_add", "data", "train_step", "attn_layouts")
+
+PAPER = {"parameters": 29.4e6, "paper_samples_per_s": 32.0, "paper_accuracy": None}
 
 
 def row(impl, shape, which, ms, **more):
@@ -48,7 +50,7 @@ def train_rows(preset="small 5x128", speeds=(1200.0, 1500.0, 400.0, 1250.0)):
         size = (8 if impl.startswith("ours") else 30) << 30
         yield {
             **{"impl": impl, "preset": preset, "videos_per_s": speed, "matrix_peak_share": 0.5, "peak_bytes": size},
-            **{"videos": 128, "syncs": 0, "data_wait_share": 0.004},
+            **{"videos": 128, "syncs": 0, "data_wait_share": 0.004, "ms": 128e3 / speed},
         }
 
 
@@ -61,9 +63,15 @@ def made_rows(name):
             row(x, f"{s} B=512 blocks={n}", "forward", n) for s, n in (("5x16x16", 5), ("10x32x32", 7)) for x in refs
         ),
         "data": lambda: data_rows(),
-        "train_step": lambda: train_rows("tiny"),
+        "train_step": lambda: train_rows(),
+        "dropout_add": lambda: (
+            row(impl, "10x10", which, 1.0)
+            for impl in ("ours", "ours:torch", "torch compiled", "reference eager", "reference compiled")
+            for which in ("forward", "backward", "forward+backward")
+        ),
         "attn_layouts": lambda: (
-            row(impl, "", "step", 1.0, layout=layout, norm="post", samples_per_s=5.0)
+            row(impl, "", which, 1.0, layout=layout, norm="post", samples_per_s=5.0, **PAPER)
+            for which in ("forward", "forward+backward", "step")
             for layout in ("T,H|W", "T,H,W", "T,HxW", "TxHxW")
             for impl in ("ours", "naive eager", "naive compiled")
         ),
@@ -134,7 +142,8 @@ def test_only_tables_change(root):
         ("axial_attention", ["README.md: table cpu", "docs/kernels.md: table axial_attention-cpu"]),
         ("info_nce", ["README.md: table cpu", "docs/kernels.md: table small-ops-cpu"]),
         ("data", ["README.md: table cpu"]),
-        ("train_step", ["README.md: table cpu"]),
+        ("train_step", ["README.md: table cpu", "docs/performance.md: table train_step-cpu"]),
+        ("dropout_add", ["docs/kernels.md: table dropout_add-cpu"]),
     ],
 )
 def test_a_changed_number_is_named(root, name, tables, capsys):
@@ -170,7 +179,7 @@ TITLES = {
 }
 
 
-@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize("name", TITLES)
 def test_a_missing_file_is_not_measured_yet(root, name):
     before = lines(root, "cpu")
     assert render.NOT_YET not in "".join(before)
@@ -230,7 +239,7 @@ def test_cells_of_a_cpu(root):
         "",
     ]
     assert line(root, "cpu", "the same, warm, with block masks")[1:] == ["70,000/s", "", "", "≥ 5,000/s"]
-    assert line(root, "cpu", "training step, tiny")[1:4] == [
+    assert line(root, "cpu", "training step, small 5x128")[1:4] == [
         "1,200 videos/s, compiled 1,500",
         "eager: 400 videos/s (3.8×)",
         "compiled: 1,250 videos/s (1.2×)",
@@ -238,6 +247,15 @@ def test_cells_of_a_cpu(root):
     assert lines(root, "cpu")[-1] == "Measured on a processor, 2 threads, torch 2.13.0; medians."
     write(root, render.CPU, "data", data_rows(), threads=1)
     assert lines(root, "cpu")[-1].endswith("; a processor, 1 thread, torch 2.13.0 (`data`); medians.")
+
+
+def test_cells_of_the_step_on_a_cpu(root):
+    assert line(root, "train_step-cpu", "videos/s")[1:3] == ["1,200", "400"]
+    assert line(root, "train_step-cpu", "ms a step")[3:] == ["3.00×", "≥ 1.3× as fast"]
+    assert line(root, "train_step-cpu", "peak memory")[1:4] == ["8,192", "30,720", "3.75×"]
+    assert line(root, "train_step-cpu", "waits")[1:] == ["0", "0", "", "0"]
+    write(root, render.CPU, "train_step", train_rows(speeds=(480.0, 500.0, 400.0, 450.0)))
+    assert line(root, "train_step-cpu", "ms a step")[3] == "1.20×, missed"
 
 
 def test_goals_of_a_gpu(root):
