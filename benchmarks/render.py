@@ -15,7 +15,8 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -419,20 +420,26 @@ def documents(root: Path = ROOT) -> list[Path]:
 
 def render(text: str, results: Results, where: str) -> tuple[str, list[str]]:
     """The text with its tables as the results say, and the names of those that change."""
+    return fill(text, START, {name: partial(make, results) for name, make in TABLES.items()}, where)
+
+
+def fill(text: str, start: re.Pattern, tables: Mapping[str, Callable[[], list[str]]], where: str) -> tuple[str, list[str]]:
+    """The text with the lines between `start`, whose group is a table's name, and END as that table makes them; the names of the
+    tables that change."""
     lines, stale, inside = [], [], None
     for line in text.split("\n"):
-        start = START.fullmatch(line)
-        if start and inside is not None:
+        found = start.fullmatch(line)
+        if found and inside is not None:
             raise ValueError(f"{where}: table {inside[0]} has no {END} before {line}")
-        if start:
-            if start[1] not in TABLES:
-                raise ValueError(f"{where}: no table is called {start[1]!r}, expected one of {', '.join(TABLES)}")
-            inside = start[1], []
+        if found:
+            if found[1] not in tables:
+                raise ValueError(f"{where}: no table is called {found[1]!r}, expected one of {', '.join(tables)}")
+            inside = found[1], []
             lines.append(line)
         elif inside is None:
             lines.append(line)
         elif line == END:
-            made = TABLES[inside[0]](results)
+            made = tables[inside[0]]()
             stale += [inside[0]] * (made != inside[1])
             lines += [*made, line]
             inside = None

@@ -25,12 +25,12 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import torch
 
-from render import END, H100, ROOT, Results, number, table
+from render import H100, ROOT, Results, fill, number, table
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.errors import InputError
 from vimpac.model import PretrainModel
@@ -739,24 +739,7 @@ TABLES: dict[str, Callable[[Inputs], list[str]]] = {
 
 def render(text: str, inputs: Inputs) -> str:
     """The text with its tables as computed."""
-    lines, inside = [], None
-    for line in text.split("\n"):
-        start = START.fullmatch(line)
-        if start and inside is not None:
-            raise ValueError(f"table {inside} has no {END} before {line}")
-        if start:
-            if start[1] not in TABLES:
-                raise ValueError(f"no table is called {start[1]!r}, expected one of {', '.join(TABLES)}")
-            inside = start[1]
-            lines += [line, *TABLES[inside](inputs)]
-        elif line == END and inside is not None:
-            inside = None
-            lines.append(line)
-        elif inside is None:
-            lines.append(line)
-    if inside is not None:
-        raise ValueError(f"table {inside} has no {END}")
-    return "\n".join(lines)
+    return fill(text, START, {name: partial(make, inputs) for name, make in TABLES.items()}, DOCUMENT.name)[0]
 
 
 def json_rows(inputs: Inputs) -> list[dict]:

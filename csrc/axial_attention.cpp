@@ -13,6 +13,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "axial_attention_cpu.h"
+#include "dtypes.h"
 #include "memory.h"
 
 namespace vimpac::axial {
@@ -27,20 +28,6 @@ constexpr int64_t MOST_TOKENS = int64_t{1} << 30;  // of a clip: they are counte
 int axis_code(const std::string& axis) {
   STD_TORCH_CHECK(axis == "T" || axis == "H" || axis == "W", "axial_attention.cpu: axis ", axis, ", it takes T, H and W");
   return axis == "T" ? 0 : axis == "H" ? 1 : 2;
-}
-
-const LineKernels& kernels_for(ScalarType type) {
-  const Kernels& kernels = axial_attention_kernels();
-  switch (type) {
-    case ScalarType::Float:
-      return kernels.of_float;
-    case ScalarType::Double:
-      return kernels.of_double;
-    case ScalarType::BFloat16:
-      return kernels.of_bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "axial_attention.cpu takes float32, float64 and bfloat16");
-  }
 }
 
 Call call_of(const Tensor& qkv, const Tensor& cls, const std::vector<std::string>& axes, const std::optional<Tensor>& pad,
@@ -90,7 +77,7 @@ void write_to(Call& call, const Tensor& out) {
 }
 
 void run(Call& call, ScalarType type, bool backward) {
-  const LineKernels& kernels = kernels_for(type);
+  const LineKernels& kernels = of_dtype(axial_attention_kernels(), type, "axial_attention.cpu");
   const int kinds = backward ? 3 : 1;
   Memory parts = allocate(kernels.parts(call, kinds));
   call.parts = parts.get();

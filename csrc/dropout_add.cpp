@@ -8,6 +8,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "dropout_add_cpu.h"
+#include "dtypes.h"
 #include "memory.h"
 
 namespace vimpac::dropout_add {
@@ -19,22 +20,8 @@ using torch::stable::Tensor;
 
 constexpr int64_t GRAIN = 512;  // groups that are worth a thread
 
-Kernels::Run kernel_for(ScalarType type) {
-  const Kernels& kernels = dropout_add_kernels();
-  switch (type) {
-    case ScalarType::Float:
-      return kernels.of_float;
-    case ScalarType::Double:
-      return kernels.of_double;
-    case ScalarType::BFloat16:
-      return kernels.of_bfloat16;
-    default:
-      STD_TORCH_CHECK(false, "dropout_add.cpu takes float32, float64 and bfloat16");
-  }
-}
-
 Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed) {
-  const Kernels::Run kernel = kernel_for(y.scalar_type());
+  const Kernels::Run kernel = of_dtype(dropout_add_kernels(), y.scalar_type(), "dropout_add.cpu");
   STD_TORCH_CHECK(y.is_contiguous() && (!x || x->is_contiguous()), "dropout_add.cpu takes contiguous tensors");
   STD_TORCH_CHECK(!x || (x->scalar_type() == y.scalar_type() && x->numel() == y.numel()),
                   "dropout_add.cpu takes x and y of one shape and dtype");
