@@ -424,7 +424,7 @@ def render(text: str, results: Results, where: str) -> tuple[str, list[str]]:
 
 
 def fill(text: str, start: re.Pattern, tables: Mapping[str, Callable[[], list[str]]], where: str) -> tuple[str, list[str]]:
-    """The text with the lines between `start`, whose group is a table's name, and END as that table makes them; the names of the
+    """The text with the lines between `start`, whose group is a table's name, and END as that table makes them; the names of
     tables that change."""
     lines, stale, inside = [], [], None
     for line in text.split("\n"):
