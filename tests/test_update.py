@@ -503,4 +503,4 @@ def test_freed_memory_is_kept():
     kept, few = faults(True)
     if not kept:
         pytest.skip("this C library has no mallopt")
-    assert few * 10 < faults(False)[1]  # 10 × 64 MB are 160,000 pages of 4 KB, or 320 of 2 MB
+    assert few * 3 < faults(False)[1]  # 160,000 pages of 4 KB without; with it the heap grows once or twice, then none
