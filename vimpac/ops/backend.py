@@ -28,6 +28,7 @@ import torch
 WhyNot = Callable[..., "list[str]"]
 
 COMPILED = ("cuda", "triton", "cpu")  # the overloads that every op defines
+ANY = "any"
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LIBRARIES = {"cpu": "_ops_cpu.so", "cuda": "_ops_cuda.so"}  # of csrc/, built by setup.py
@@ -224,22 +225,20 @@ def why_not(op: str, name: str, *args) -> list[str]:
 def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:
     """Name of the backend that runs `op(*args)`.
 
+    requested: None = what VIMPAC_BACKEND names, else the first of `preference` that can; ANY = that first one whatever is named,
+    for tensors that a name was not meant for.
+
     Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why.
     """
     registered = _REGISTRY[op]
-    requested = requested or named_by_environment(op)
-    if requested is None:
-        return first_that_runs(op, preference, *args)
+    requested = requested or named_by_environment(op) or ANY
+    if requested == ANY:
+        return next(name for name in preference if name in registered and not registered[name](*args))
     if requested not in registered:
         raise ValueError(f"{op}: no backend {requested!r}; it has {', '.join(sorted(registered))}")
     if reasons := registered[requested](*args):
         raise ValueError(f"{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
     return requested
-
-
-def first_that_runs(op: str, preference: Sequence[str], *args) -> str:
-    """The first backend of `preference` that can run `op(*args)`, whatever the environment names."""
-    return next(name for name in preference if name in _REGISTRY[op] and not _REGISTRY[op][name](*args))
 
 
 def full_precision(function: Callable) -> Callable:

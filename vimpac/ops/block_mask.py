@@ -64,9 +64,7 @@ def block_mask(
     _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
     seed = seed_tensor(seed, tokens.device)
     call = (tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size)
-    preference = order("block_mask", tokens.device.type)
-    choose = backends.choose("block_mask", backend, preference, *call) if backend != "any" else None
-    match choose or backends.first_that_runs("block_mask", preference, *call):
+    match backends.choose("block_mask", backend, order("block_mask", tokens.device.type), *call):
         case "reference":
             return block_mask_reference(*call)
         case name:

@@ -90,8 +90,11 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
                 f"contrastive_videos={config.contrastive_videos} in {plan.parts} parts of {plan.micro_batch * world.size}: "
                 "each clip goes forward twice; a larger --micro-batch, where memory allows, saves that"
             )
-        explained = explained_memory(config, plan, world.device), distributed.explained_loss(run, world)
-        with handling_signals(trainer.note_signal), explained[0], explained[1]:
+        with (
+            handling_signals(trainer.note_signal),
+            explained_memory(config, plan, world.device),
+            distributed.explained_loss(run, world),
+        ):
             trainer.train(log, progress)
         trainer.distributed = None  # it refers to the process group, which ends here:
         distributed.leave_world()  # the evaluation is the first rank's alone

@@ -12,6 +12,7 @@ from vimpac.config import TrainConfig
 from vimpac.losses import contrastive_loss, mask_loss
 from vimpac.model import PretrainModel
 from vimpac.ops import BlockMask, block_mask
+from vimpac.ops.backend import ANY
 from vimpac.ops.block_mask import expected_block_ratio
 from vimpac.training.batch import ROWS, Batch, pack
 
@@ -92,7 +93,7 @@ class PretrainStep(nn.Module):
         """
         if not self.masks:
             return Batch(tokens, None, None, None, None, 0)
-        return pack(tokens, self.mask(tokens, sample_ids, "any"), multiple)
+        return pack(tokens, self.mask(tokens, sample_ids, ANY), multiple)
 
     def mask(self, tokens: Tensor, sample_ids: Tensor, backend: str | None = None) -> BlockMask:
         """The masks of these samples, a function of the run's seed and the sample ids."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -82,6 +83,8 @@ class Trainer:
         self.distributed = self.module
         if world.size > 1:
             self.distributed = distributed.averaging(self.module, world)
+        tokens = 2 * plan.micro_batch * math.prod(config.model.grid)
+        self.row_multiple = row_multiple(tokens, self.module.mask_share) if config.graphs else ROWS
         self.graphed = GraphedStep(self.forward_backward, self.module) if config.graphs else None
 
     # --- the loop -----------------------------------------------------------------------------------------------------
@@ -217,8 +220,7 @@ class Trainer:
     def make_batch(self, first: int) -> Batch:
         """Samples first, first + 1, …, on the CPU."""
         clips = self.pairs.batch(first, self.plan.micro_batch)
-        multiple = row_multiple(clips.tokens.size, self.module.mask_share) if self.config.graphs else ROWS
-        return self.module.batch(torch.from_numpy(clips.tokens), torch.from_numpy(clips.sample_ids), multiple)
+        return self.module.batch(torch.from_numpy(clips.tokens), torch.from_numpy(clips.sample_ids), self.row_multiple)
 
     def synchronised(self, last: bool):
         """Gradients are averaged over ranks in the last micro-step of an update only."""
