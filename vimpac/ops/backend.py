@@ -225,7 +225,7 @@ def why_not(op: str, name: str, *args) -> list[str]:
 def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:
     """Name of the backend that runs `op(*args)`.
 
-    requested: None = what VIMPAC_BACKEND names, else the first of `preference` that can; ANY = that first one whatever is named,
+    requested: None = what VIMPAC_BACKEND names, else the first of `preference` that can; ANY = that one whatever is named,
     for tensors that a name was not meant for.
 
     Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why.
