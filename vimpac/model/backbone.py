@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vimpac.config import ModelConfig
 from vimpac.layouts import parse_layout
+from vimpac.model.linear import Linear
 from vimpac.model.positions import Positions
 from vimpac.model.recompute import recomputing, remade
 from vimpac.ops import axial_attention_packed, dropout_add
@@ -139,8 +140,8 @@ class AttentionBlock(Residual):
         super().__init__(config)
         self.grid, self.axes, self.heads = config.grid, axes, config.heads
         self.cls_in_context = config.cls_in_context
-        self.qkv = nn.Linear(config.width, 3 * config.key_width)
-        self.project = nn.Linear(config.key_width, config.width)
+        self.qkv = Linear(config.width, 3 * config.key_width)
+        self.project = Linear(config.key_width, config.width)
 
     def forward(self, x: Tensor, pad: Tensor | None, seed: Tensor | None) -> Tensor:
         return self.residual(x, seed, pad)
@@ -158,8 +159,8 @@ class MLP(Residual):
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
-        self.expand = nn.Linear(config.width, config.hidden_width)
-        self.project = nn.Linear(config.hidden_width, config.width)
+        self.expand = Linear(config.width, config.hidden_width)
+        self.project = Linear(config.hidden_width, config.width)
 
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
         return self.residual(x, seed)
