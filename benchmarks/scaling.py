@@ -42,7 +42,7 @@ START = re.compile(r"<!-- scaling: (\S+) -->")
 GPUS = tuple(2**k for k in range(11))
 BATCH = 1024  # videos an update
 BUCKETS = (1 << 20, 25 << 20)  # DistributedDataParallel's: the first, all others
-FLOAT, MOMENTS, HALF = 4, 8, 2  # bytes: a float32, AdamW's two moments, a bfloat16
+DOUBLE, FLOAT, MOMENTS, HALF = 8, 4, 8, 2  # bytes: a float64, a float32, AdamW's two moments, a bfloat16
 ADAMW_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes weight and moments
 CLIP_BYTES = 12  # a parameter: reads the gradient for its norm, reads and writes it to scale it
 CAST_BYTES = 6  # a parameter: reads the weight, writes its bfloat16 copy
@@ -255,13 +255,13 @@ class Collective:
 def small_collectives(model: ModelConfig, contrastive: int, group_ranks: int = 2) -> list[Collective]:
     """What a contrastive batch sends in forward and backward (heads.py, info_nce.py, trainer.py)."""
     norms, rows = model.head_layers - 1, CLIPS * contrastive
+    moments = 2 * DOUBLE * model.head_width
+    features, sums = rows * (HALF * model.head_out + FLOAT), FLOAT * (rows + group_ranks)
     return [
-        Collective("batch norm: mean and variance, forward", "all_reduce", 2 * norms, FLOAT * model.head_width, "all"),
-        Collective("batch norm: their gradients, backward", "all_reduce", 2 * norms, FLOAT * model.head_width, "all"),
-        Collective("InfoNCE: features (bfloat16), forward", "all_gather", 1, HALF * rows * model.head_out, "contrast"),
-        Collective("InfoNCE: lengths, forward", "all_gather", 1, FLOAT * rows, "contrast"),
-        Collective("InfoNCE: upstream gradients, backward", "all_gather", 1, FLOAT * group_ranks, "contrast"),
-        Collective("InfoNCE: logsumexps, backward", "all_gather", 1, FLOAT * rows, "contrast"),
+        Collective("batch norm: both moments, forward", "all_reduce", norms, moments, "all"),
+        Collective("batch norm: their gradients, backward", "all_reduce", norms, moments, "all"),
+        Collective("InfoNCE: features (bfloat16) and lengths, forward", "all_gather", 1, features, "contrast"),
+        Collective("InfoNCE: logsumexps and upstream gradients, backward", "all_gather", 1, sums, "contrast"),
         Collective("number of masked tokens", "all_reduce", 1, FLOAT, "all"),
     ]
 

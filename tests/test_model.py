@@ -4,11 +4,13 @@ import dataclasses
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch.testing import assert_close
 
 from vimpac.config import ModelConfig
 from vimpac.model import Backbone, ClassificationModel, PretrainModel
+from vimpac.model.heads import BatchNorm
 from vimpac.model.positions import interpolate
 from vimpac.ops import axial_attention_reference
 
@@ -200,3 +202,36 @@ def test_interpolation():
     # Linear between the centres of the old cells, constant beyond the outer ones.
     assert_close(interpolate(table, 8)[:, 0], torch.tensor([0, 0.25, 0.75, 1.25, 1.75, 2.25, 2.75, 3]))
     assert interpolate(table.bfloat16(), 2).dtype == torch.bfloat16
+
+
+# --- batch norm over ranks ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def four_equal_ranks(monkeypatch):
+    """A process group of four, each of which holds the same rows."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(4))
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("offset", (0.0, 300.0, 1e4))
+def test_batch_norm_over_ranks_is_exact_far_from_zero(four_equal_ranks, offset):
+    """Its moments are sent as sums whose difference is the variance: float32 would lose 1e8 · eps of it at 1e4."""
+    torch.manual_seed(0)
+    rows = (torch.randn(24, 6) + offset).requires_grad_()
+    upstream = torch.randn(24, 6)
+    ours, exact = BatchNorm(6), torch.nn.BatchNorm1d(6, dtype=torch.float64)
+    rows64 = rows.detach().double().requires_grad_()
+    got, expected = ours(rows), exact(rows64)
+    # A float32 sum of 24 rows is eps · offset from exact, which batch norm, whose rows are 1 apart, hands on as it is.
+    assert_close(got.double(), expected, rtol=0, atol=1e-6 * max(offset, 2.0))
+    (gradient,) = torch.autograd.grad(got, rows, upstream)
+    (exact_gradient,) = torch.autograd.grad(expected, rows64, upstream.double())
+    assert_close(gradient.double(), exact_gradient, rtol=0, atol=1e-6 * max(offset, 2.0))
+    assert_close(ours.running_mean.double(), exact.running_mean, rtol=1e-6, atol=1e-7)
+    ratio = (96 / 95) / (24 / 23)  # unbiased over four times the rows
+    assert_close(ours.running_var.double() - 0.9, (exact.running_var - 0.9) * ratio, rtol=1e-4, atol=0)

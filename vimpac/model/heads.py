@@ -67,8 +67,11 @@ class BatchNorm(nn.BatchNorm1d):
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x32).to(x.dtype)
         ranks = dist.get_world_size()
-        mean = _AllReduce.apply(x32.mean(0)) / ranks
-        var = _AllReduce.apply((x32 - mean).square().mean(0)) / ranks
+        var, mean = (moment.double() for moment in torch.var_mean(x32, 0, correction=0))
+        # Sent together. In float64, since the mean's square, which may be much the larger, is taken off again.
+        mean, square = _AllReduce.apply(torch.stack([mean, var + mean.square()])) / ranks
+        var = (square - mean.square()).to(x32.dtype)
+        mean = mean.to(x32.dtype)
         with torch.no_grad():
             rows = ranks * len(x)
             self.running_mean.lerp_(mean, self.momentum)

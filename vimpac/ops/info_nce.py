@@ -93,6 +93,13 @@ def _all_gather(x, group):
     return out
 
 
+def _all_gather_rows(tensors, group):
+    """Tensors [m, …] of each rank → each [ranks·m, …], sent as one."""
+    parts = [x.reshape(len(x), -1).view(torch.uint8) for x in tensors]
+    whole = _all_gather(torch.cat(parts, 1), group).split([part.shape[1] for part in parts], 1)
+    return [part.contiguous().view(x.dtype).view(-1, *x.shape[1:]) for part, x in zip(whole, tensors, strict=True)]
+
+
 class _InfoNCE(torch.autograd.Function):
     """A backend's kernels, differentiable. Saves the features, one length and one logsumexp a row, never scores.
 
@@ -106,7 +113,7 @@ class _InfoNCE(torch.autograd.Function):
         rows, offset = features.shape[0], 0
         if group is not None:
             offset = group.rank() * rows
-            features, inverse = _all_gather(features, group), _all_gather(inverse, group)
+            features, inverse = _all_gather_rows((features, inverse), group)
         loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
         ctx.save_for_backward(features, inverse, lse)
         ctx.options = offset, rows, temperature, group, backend
@@ -120,7 +127,8 @@ class _InfoNCE(torch.autograd.Function):
         offset, rows, temperature, group, backend = ctx.options
         grad = grad.reshape(1)
         if group is not None:
-            grad, lse = _all_gather(grad, group), _all_gather(lse, group)
+            lse, grad = _all_gather(torch.cat([lse, grad]), group).view(group.size(), -1).split([rows, 1], 1)
+            lse, grad = lse.flatten(), grad.flatten()
         op = backends.overload("info_nce_backward", backend)
         dz = op(grad, features, inverse, lse, offset, rows, temperature).to(ctx.dtype)
         return dz[: rows // 2], dz[rows // 2 :], None, None, None
