@@ -94,7 +94,8 @@ def reference(qkv: Tensor, cls_qkv: Tensor, problem: Problem, dropout: float | N
 def on_lines(qkv: Tensor, cls_qkv: Tensor, problem: Problem, attend: Callable, dropout: float | None = None):
     """attend(q, k, v [lines, n, L + 1, D], dropout) on transposed copies, as many clips at a time as a launch takes."""
     dropout = problem.dropout if dropout is None else dropout
-    most = max(math.prod(problem.grid) // problem.grid[d - 1] for d in (1, 2, 3))
+    lengths = [math.prod(problem.grid[d - 1] for d in axis_dimensions(axis)) for axis in problem.axes]
+    most = math.prod(problem.grid) // min(lengths)  # lines of a clip
     chunks = zip(qkv.split(MOST_LINES // most), cls_qkv.split(MOST_LINES // most), strict=True)
     outs, cls_outs = zip(*(attend_lines(*chunk, problem.axes, attend, dropout) for chunk in chunks), strict=True)
     return (outs[0], cls_outs[0]) if len(outs) == 1 else (torch.cat(outs), torch.cat(cls_outs))
@@ -111,6 +112,8 @@ def attend_lines(qkv, cls_qkv, axes, attend, dropout) -> tuple[Tensor, Tensor]:
 
 
 def sdpa(q, k, v, dropout, backend):
+    if backend == SDPBackend.CUDNN_ATTENTION:
+        dropout = math.ceil(16 * dropout) / 16  # it takes no rates in between
     with sdpa_kernel(backend):
         return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout)
 
@@ -119,7 +122,9 @@ def flex() -> Callable:
     from torch.nn.attention.flex_attention import flex_attention
 
     compiled = torch.compile(flex_attention, dynamic=False)
-    return lambda q, k, v, dropout: compiled(q, k, v)
+    # Its kernel for few queries, which it would choose, puts lines × heads where a launch holds 65,535.
+    options = {"FORCE_USE_FLEX_ATTENTION": True}
+    return lambda q, k, v, dropout: compiled(q, k, v, kernel_options=options)
 
 
 def xformers() -> Callable:
@@ -137,7 +142,8 @@ def peers(problem: Problem, check: Callable) -> list[Impl]:
 
     named = {"flash": "FLASH_ATTENTION", "efficient": "EFFICIENT_ATTENTION", "cudnn": "CUDNN_ATTENTION", "math": "MATH"}
     backends = {name: getattr(SDPBackend, member) for name, member in named.items()}
-    rows = [peer(f"sdpa {name}", lambda b=backend: partial(sdpa, backend=b)) for name, backend in backends.items()]
+    notes = {"cudnn": "dropout rounded up to a multiple of 1/16, all it takes"} if problem.dropout else {}
+    rows = [peer(f"sdpa {n}", lambda b=b: partial(sdpa, backend=b), note=notes.get(n, "")) for n, b in backends.items()]
     rows.append(peer("xformers", xformers))
     return [*rows, peer("flex_attention", flex, compiled=True, note="timed without dropout, which it does not have")]
 

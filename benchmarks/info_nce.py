@@ -71,11 +71,13 @@ def case(bench: Benchmark, n: int) -> tuple[Case, list[Impl]]:
     def check_inf_cl(function):
         return check(function, exact(*inputs, itself=True))
 
+    own = {"check": check_inf_cl, "bound": harness.BOUNDS[torch.float16], "graph": False}  # its products are TF32 ones
+    note = "a row is also its own negative: its formula; TF32 products"
     moved, product = 2 * n * D * inputs[0].element_size(), 2.0 * (2 * n) ** 2 * D
     impls = [
         *harness.ours("info_nce", partial(info_nce, temperature=TEMPERATURE), inputs),
         *harness.reference(dense),
-        Impl("inf-cl", lambda: inf_cl, check=check_inf_cl, graph=False, note="a row is also its own negative: its formula"),
+        Impl("inf-cl", lambda: inf_cl, note=note, **own),
     ]
     return (
         Case(

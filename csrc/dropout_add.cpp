@@ -46,7 +46,10 @@ Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed) {
 
 Tensor forward(const Tensor& x, const Tensor& y, double p, const Tensor& seed) { return run(&x, y, p, seed); }
 
-Tensor backward(const Tensor& grad, double p, const Tensor& seed) { return run(nullptr, grad, p, seed); }
+Tensor backward(const Tensor& grad, double p, const Tensor& seed, ScalarType dtype) {
+  STD_TORCH_CHECK(dtype == grad.scalar_type(), "dropout_add_backward.cpu takes a gradient of y's dtype");
+  return run(nullptr, grad, p, seed);
+}
 
 }  // namespace
 

@@ -22,6 +22,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from vimpac.kernels.philox import philox
 
 BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes
 
@@ -46,18 +47,6 @@ def _dot(a, b, total=None):
 
 
 @triton.jit
-def _philox(row, call, is_cls, seed):
-    """Four uint32 words of philox4x32-7 for int64 rows; vimpac/ops/axial_attention.py has the layout of their bits."""
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c0 = (row & 0xFFFFFFFF).to(tl.uint32)
-    c1 = ((row >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c2 = (tl.zeros_like(row) + call).to(tl.uint32)
-    c3 = (tl.zeros_like(row) + is_cls).to(tl.uint32)
-    return tl.philox_impl(c0, c1, c2, c3, k0, k1, 7)
-
-
-@triton.jit
 def _pick(w0, w1, w2, w3, k):
     """16 bits of key k of a row whose words serve keys 0…7."""
     word = tl.where(k < 2, w0, tl.where(k < 4, w1, tl.where(k < 6, w2, w3)))
@@ -74,7 +63,7 @@ def _halves(w):
 def _words(row, group, is_cls, seed):
     """Words of keys 32·group … 32·group + 31 of each row, four times [R, 4]: call c's word w at [:, c] of the w-th."""
     rows = row[:, None] + tl.zeros((row.shape[0], 4), tl.int64)
-    return _philox(rows, (4 * group + tl.arange(0, 4))[None, :], is_cls, seed)
+    return philox(rows, (4 * group + tl.arange(0, 4))[None, :], is_cls, seed, 7)
 
 
 @triton.jit
@@ -99,7 +88,7 @@ def _column(x, j: tl.constexpr):
 def _keep(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, KEYS: tl.constexpr, THRESHOLD: tl.constexpr):
     """Which probabilities of each row dropout keeps: on the line's keys [R, LP], on [CLS] [R]."""
     if KEYS <= 8:
-        w0, w1, w2, w3 = _philox(row, 0, is_cls, seed)
+        w0, w1, w2, w3 = philox(row, 0, is_cls, seed, 7)
         key = tl.arange(0, LP)[None, :] % L
         keys = _pick(w0[:, None], w1[:, None], w2[:, None], w3[:, None], key)
         cls = _pick(w0, w1, w2, w3, tl.full(row.shape, L, tl.int32))
@@ -111,7 +100,7 @@ def _keep(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, KEYS: tl.constex
             keys = tl.join(keys, _unpack(w[0], w[1], w[2], w[3], 32))
             keys = tl.reshape(tl.permute(keys, (0, 2, 1)), (row.shape[0], 64))
         NEXT: tl.constexpr = L == LP and L >= 32  # [CLS] is the first key of the next group
-        word = _philox(row, L // 8, is_cls, seed)[0] if NEXT else _column(w[L % 32 // 8], L % 8 // 2)
+        word = philox(row, L // 8, is_cls, seed, 7)[0] if NEXT else _column(w[L % 32 // 8], L % 8 // 2)
         cls = (word >> (16 * (L % 2))) & 0xFFFF
     return keys >= THRESHOLD, cls >= THRESHOLD
 

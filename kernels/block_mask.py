@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import triton
 import triton.language as tl
+from vimpac.kernels.philox import philox
 
 PROGRAMS = 1024  # at most, a power of two: each reads the numbers of all before it, 4 MB from L2 altogether
 TILE = 1024  # tokens of a tile
@@ -25,16 +26,6 @@ OPTIONS = {"num_warps": 4, "maxnreg": 128}
 # Nothing spills and 4 programs fit on a multiprocessor: 512 clips run at once on 132 of them. With tiles of 2048 noise took 210
 # registers; left to itself the compiler spilled a little to reach 96. Not measured on a GPU yet.
 STATES: dict[tuple[torch.device, int], torch.Tensor] = {}  # a device's stream → the programs' numbers and two counters
-
-
-@triton.jit
-def _philox(sample, index, purpose, seed):
-    """Four uint32 words of philox4x32-10: sample and seed int64, index a tensor of integers."""
-    k0 = (seed & 0xFFFFFFFF).to(tl.uint32)
-    k1 = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    c0 = (sample & 0xFFFFFFFF).to(tl.uint32)
-    c1 = ((sample >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    return tl.philox_impl(c0, c1, index.to(tl.uint32), tl.full((), purpose, tl.uint32), k0, k1, 10)
 
 
 @triton.jit
@@ -52,8 +43,8 @@ def _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID: tl.constexpr, LONGEST: tl
     covered = tl.zeros((o_r.shape[0], o_w.shape[0]), tl.uint32)
     for first in range(0, n_blocks, NB):
         b = first + tl.arange(0, NB)
-        lengths = _philox(sample, 2 * b, 0, seed)
-        starts = _philox(sample, 2 * b + 1, 0, seed)
+        lengths = philox(sample, 2 * b, 0, seed, 10)
+        starts = philox(sample, 2 * b + 1, 0, seed, 10)
         bit = tl.where(b < n_blocks, 1 << tl.arange(0, NB).to(tl.uint32), 0)
         on_t = _inside(o_r // GRID[1], lengths[0], starts[0], GRID[0], LONGEST[0])
         on_h = _inside(o_r % GRID[1], lengths[1], starts[1], GRID[1], LONGEST[1])
@@ -67,7 +58,7 @@ def _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID: tl.constexpr, LONGEST: tl
 @triton.jit
 def _independent(i, sample, seed, threshold):
     """Whether token i is masked on its own (Eq. 2): four tokens share a call."""
-    w0, w1, w2, w3 = _philox(sample, i // 4, 1, seed)
+    w0, w1, w2, w3 = philox(sample, i // 4, 1, seed, 10)
     word = tl.where(i % 4 < 2, tl.where(i % 4 == 0, w0, w1), tl.where(i % 4 == 2, w2, w3))
     return word.to(tl.int64) < threshold.to(tl.int64)  # up to 2^32
 
@@ -77,7 +68,7 @@ def _replacement(ids, i, sample, seed, MASK_ID: tl.constexpr, VOCAB: tl.constexp
     """What masked tokens become."""
     new = tl.full(ids.shape, MASK_ID, ids.dtype)
     if NOISY:
-        which, word, _w2, _w3 = _philox(sample, i, 2, seed)
+        which, word, _w2, _w3 = philox(sample, i, 2, seed, 10)
         code = tl.umulhi(word, tl.full(word.shape, VOCAB, tl.uint32)).to(ids.dtype)
         # shares of 2^32: 0.8 → MASK, 0.1 → a random code, the rest is kept
         new = tl.where(which < 3435973837, new, tl.where(which < 3865470566, code, ids))

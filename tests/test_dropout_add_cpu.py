@@ -151,12 +151,14 @@ def test_wrong_types_reach_no_memory():
         with pytest.raises(RuntimeError, match="takes contiguous tensors"):
             forward(*call, 0.1, seed)
     with pytest.raises(RuntimeError, match="takes contiguous tensors"):
-        backward(x[:, ::2], 0.1, seed)
+        backward(x[:, ::2], 0.1, seed, x.dtype)
     for p in (-0.1, 1.0, math.nan):
         with pytest.raises(RuntimeError, match=r"p in \[0, 1\)"):
             forward(x, x, p, seed)
     for bad in (torch.tensor(1.0), torch.tensor(1, dtype=torch.int32), torch.tensor([1, 2])):
         with pytest.raises(RuntimeError, match="one int64 as seed"):
-            backward(x, 0.1, bad)
+            backward(x, 0.1, bad, x.dtype)
+    with pytest.raises(RuntimeError, match="of y's dtype"):
+        backward(x, 0.1, seed, torch.bfloat16)
     with pytest.raises(RuntimeError, match="dense and on a cpu device"):
         forward(x.to_sparse(), x.to_sparse(), 0.1, seed)

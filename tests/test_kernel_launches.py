@@ -74,3 +74,15 @@ def test_masked_cross_entropy(M, C, V, dtype, gradients):
     with launches_compile_only() as launched:
         kernels.sums(hidden, weight, torch.zeros(V), torch.zeros(M, dtype=torch.int64), gradients)
     assert launched == ["_cross_entropy"]
+
+
+@pytest.mark.parametrize("elements", [1, 16, 4100])
+@pytest.mark.parametrize("x, y", [(SINGLE, HALF), (HALF, HALF), (SINGLE, SINGLE)])
+def test_dropout_add(x, y, elements):
+    from vimpac.kernels import dropout_add as kernels
+
+    x, y = (torch.zeros(elements, dtype=dtype) for dtype in (x, y))
+    with launches_compile_only() as launched:
+        out = kernels.forward(x, y, 0.1, torch.tensor(1))
+        kernels.backward(out, 0.1, torch.tensor(1), y.dtype)
+    assert launched == ["_dropout_add"] * 2

@@ -75,13 +75,13 @@ def why_not_triton(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
         reasons.append("triton is not installed")
     if unfit := _unfit_for_triton(x.device):
         reasons.append(unfit)
-    if x.dtype not in dtypes:
-        reasons.append(f"{x.dtype}, it takes {_names(dtypes)}")
-    return reasons
+    return reasons + unfit_dtype(x, dtypes)
 
 
-def _names(dtypes: Sequence[torch.dtype]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+def unfit_dtype(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
+    """The reason why a tensor is not of these dtypes, none if it is."""
+    names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+    return [] if x.dtype in dtypes else [f"{x.dtype}, it takes {names}"]
 
 
 @torch.compiler.assume_constant_result
@@ -166,9 +166,7 @@ def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]
     reasons = []
     if unfit := _unfit_for_library(x.device, backend):
         reasons.append(unfit)
-    if x.dtype not in dtypes:
-        reasons.append(f"{x.dtype}, it takes {_names(dtypes)}")
-    return reasons
+    return reasons + unfit_dtype(x, dtypes)
 
 
 @torch.compiler.assume_constant_result

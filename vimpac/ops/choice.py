@@ -11,7 +11,7 @@ FASTEST = {  # op → device → backends
     "axial_attention": {"cuda": ("triton", "cuda", "reference"), "cpu": ("triton", "cpu", "reference")},
     "axial_attention on long lines": {"cuda": ("sdpa",), "cpu": ("sdpa",)},
     "block_mask": {"cuda": ("triton", "cuda", "reference"), "cpu": ("triton", "cpu", "reference")},
-    "dropout_add": {"cuda": ("torch", "reference"), "cpu": ("cpu", "torch", "reference")},
+    "dropout_add": {"cuda": ("triton", "torch", "reference"), "cpu": ("triton", "cpu", "torch", "reference")},
     "info_nce": {"cuda": ("triton", "reference"), "cpu": ("triton", "cpu", "reference")},
     "masked_cross_entropy": {"cuda": ("triton", "chunked"), "cpu": ("triton", "chunked")},
 }  # triton on a CPU runs in its interpreter, and only where TRITON_INTERPRET asks for that

@@ -36,8 +36,8 @@ def dropout_add(x: Tensor, y: Tensor, p: float, seed: int | Tensor | None = None
 
     x, y: floating, one shape, any strides; of two dtypes the result has the wider. p in [0, 1): probability of an element to
     be dropped, rounded to a multiple of 2^-32; 0 is x + y. Above 0 it needs `seed`, an int or a 0-dimensional int64 tensor.
-    backend: "reference", "torch", "cpu" or None (chooses). "torch" draws from torch's own generator instead of `seed`: its
-    dropout and sum are ops that torch.compile fuses with their neighbours, as one kernel on a GPU.
+    backend: "reference", "triton" (CUDA), "cpu", "torch" or None (chooses). "torch" draws from torch's own generator instead of
+    `seed`: its dropout and sum are ops that torch.compile fuses with their neighbours.
 
     Raises ValueError for anything else.
     """
@@ -95,16 +95,16 @@ def _check(x, y, p, seed) -> None:
 
 
 def _fake_forward(x, y, p, seed):
-    return y.new_empty(y.shape)  # contiguous, as its inputs
+    return y.new_empty(y.shape, dtype=torch.promote_types(x.dtype, y.dtype))  # contiguous, as its inputs
 
 
-def _fake_backward(grad, p, seed):
-    return grad.new_empty(grad.shape)
+def _fake_backward(grad, p, seed, dtype):
+    return grad.new_empty(grad.shape, dtype=dtype)
 
 
 SCHEMAS = {
     "dropout_add": ("(Tensor x, Tensor y, float p, Tensor seed) -> Tensor", _fake_forward),
-    "dropout_add_backward": ("(Tensor grad, float p, Tensor seed) -> Tensor", _fake_backward),
+    "dropout_add_backward": ("(Tensor grad, float p, Tensor seed, ScalarType dtype) -> Tensor", _fake_backward),
 }
 for _name, (_schema, _fake) in SCHEMAS.items():
     backends.define(_name, _schema, _fake)
@@ -125,18 +125,30 @@ def _why_not_cpu(x, y, p, seed) -> list[str]:
 backends.register("dropout_add", "cpu", _why_not_cpu)
 
 
+def _why_not_triton(x, y, p, seed) -> list[str]:
+    reasons = backends.why_not_triton(y, backends.HALF_AND_SINGLE)
+    if x.dtype != y.dtype:
+        reasons += backends.unfit_dtype(x, backends.HALF_AND_SINGLE)
+    return reasons
+
+
+backends.implement_triton("dropout_add", "dropout_add.forward")
+backends.implement_triton("dropout_add_backward", "dropout_add.backward")
+backends.register("dropout_add", "triton", _why_not_triton)
+
+
 class _DropoutAdd(torch.autograd.Function):
     """A backend's kernels, differentiable. Saves nothing but the seed: the mask is drawn again in backward."""
 
     @staticmethod
     def forward(ctx, x, y, p, seed, backend):
         ctx.save_for_backward(seed)
-        ctx.options = p, backend
+        ctx.options = p, backend, y.dtype
         return backends.overload("dropout_add", backend)(x.contiguous(), y.contiguous(), p, seed)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
         (seed,) = ctx.saved_tensors
-        p, backend = ctx.options
-        return grad, backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed), None, None, None
+        p, backend, dtype = ctx.options
+        return grad, backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed, dtype), None, None, None
