@@ -184,9 +184,9 @@ class StepBenchmark(Benchmark):
                 if entry.trained is None:
                     continue
                 try:
-                    before = entry.trained.waited
-                    entry.ms += device_ms(entry.trained) if self.on_gpu else [host_ms(entry.trained)]
-                    entry.waited += entry.trained.waited - before
+                    ms, waited = device_ms(entry.trained) if self.on_gpu else host_ms(entry.trained)
+                    entry.ms += ms
+                    entry.waited += waited
                 except harness.UNAVAILABLE as problem:
                     entry.row, entry.trained = self.refused(case, entry.impl, problem), None
         for entry in entries:
@@ -216,26 +216,31 @@ class StepBenchmark(Benchmark):
         return tuple(size for size in sizes if size <= fits)
 
 
-def host_ms(trained: Trained) -> float:
-    started = time.perf_counter()
+def host_ms(trained: Trained) -> tuple[list[float], float]:
+    """Of one step; seconds of it that getting its batch took."""
+    started, before = time.perf_counter(), trained.waited
     trained.step()
-    return 1e3 * (time.perf_counter() - started)
+    return [1e3 * (time.perf_counter() - started)], trained.waited - before
 
 
-def device_ms(trained: Trained) -> list[float]:
-    """Of several steps in a row, from the end of one to the end of the next."""
+def device_ms(trained: Trained) -> tuple[list[float], float]:
+    """Of several steps in a row, from the end of one to the end of the next; seconds in them that the host waited for batches.
 
-    def run(steps: int) -> list[float]:
+    (At most that long the device had nothing to do: the host launches ahead of it.)
+    """
+
+    def run(steps: int) -> tuple[list[float], float]:
         torch.cuda.synchronize()
+        before = trained.waited
         marks = [torch.cuda.Event(enable_timing=True) for _ in range(steps + 1)]
         marks[0].record()
         for mark in marks[1:]:
             trained.step()
             mark.record()
         torch.cuda.synchronize()
-        return [a.elapsed_time(b) for a, b in pairwise(marks)]
+        return [a.elapsed_time(b) for a, b in pairwise(marks)], trained.waited - before
 
-    estimate = sum(run(2)) / 2e3
+    estimate = sum(run(2)[0]) / 2e3
     return run(int(min(max(GPU_SECONDS / estimate, GPU_STEPS[0]), GPU_STEPS[1])))
 
 

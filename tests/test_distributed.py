@@ -6,6 +6,7 @@ import time
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from runs import (
     Run,
@@ -23,7 +24,8 @@ from runs import (
 )
 from vimpac.errors import InputError
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
-from vimpac.training.distributed import BatchPlan, plan_batches
+from vimpac.training.distributed import BatchPlan, World, averaging, plan_batches
+from vimpac.training.optim import adamw, load_whole_state, whole_state
 from vimpac.training.seeds import generator_of, seed_dropout
 
 # Float32 sums in another order, through 20 updates: 1e-5 of each value (measured: 4e-6 of losses, 8e-6 of gradient norms).
@@ -185,6 +187,34 @@ def test_a_sharded_optimizer_goes_on(store_folder, whole, tmp_path, before, afte
     run(arguments(store_folder, tmp_path / "run", shard_optimizer=before), tmp_path / "log", 2, stop, code=143)
     run(arguments(store_folder, tmp_path / "run", shard_optimizer=after, resume=True), tmp_path / "log", 2, undrawn)
     assert metrics(tmp_path / "run") == metrics(whole) and model_bytes(tmp_path / "run") == model_bytes(whole)
+
+
+@pytest.fixture
+def two_ranks():
+    """This process is the first of two, and nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    yield World(0, 2, torch.device("cpu"))
+    dist.destroy_process_group()
+
+
+def test_loaded_moments_are_there_once(two_ranks):
+    """ZeRO's own loading leaves a copy of them behind, and step counts on the CPU, where the fused AdamW cannot read them."""
+    layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    optimizers = [adamw(layer, 0.1, (0.9, 0.98), 1e-8, shard=shard) for shard in (False, True)]
+    layer(torch.ones(1, 3)).sum().backward()
+    optimizers[0].step()
+    load_whole_state(optimizers[1], whole_state(optimizers[0], layer, True))
+    assert not optimizers[1].state and len(optimizers[1].optim.state) == 1  # of two parameters
+    for p, moments in optimizers[1].optim.state.items():
+        assert all(x.device == p.device for x in moments.values()) and moments["step"] == 1
+
+
+def test_graphs_are_not_split_where_buckets_end(two_ranks, monkeypatch):
+    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
+    averaging(torch.nn.Linear(3, 2), two_ranks)
+    assert torch._dynamo.config.optimize_ddp is False
 
 
 def test_a_second_stage_shards(store_folder, whole, tmp_path):

@@ -334,8 +334,16 @@ def test_time_between_steps_on_a_device(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: move(1000.0))
-    ms = train_step.device_ms(type("Trained", (), {"step": staticmethod(lambda: move(100.0))}))
-    assert ms == [100.0] * int(train_step.GPU_SECONDS * 10)
+
+    class Trained:
+        waited = 0.0
+
+        def step(self):
+            move(100.0)
+            self.waited += 0.25
+
+    ms, waited = train_step.device_ms(Trained())
+    assert ms == [100.0] * int(train_step.GPU_SECONDS * 10) and waited == 0.25 * len(ms)  # not that of the steps before
 
 
 def test_order():

@@ -4,9 +4,11 @@ import collections
 import subprocess
 import sys
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from extension import needs_compiler
@@ -15,9 +17,9 @@ from vimpac.errors import InputError
 from vimpac.training import machine
 from vimpac.training.batch import ROWS, Batch
 from vimpac.training.distributed import BatchPlan, World, plan_batches
-from vimpac.training.graphs import GraphedStep, row_multiple
+from vimpac.training.graphs import GraphedStep, _Capture, row_multiple
 from vimpac.training.loader import BatchLoader
-from vimpac.training.profile import start, waits
+from vimpac.training.profile import start, table, waits
 from vimpac.training.seeds import seed_dropout
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -265,6 +267,25 @@ def test_loader_works_ahead_but_not_further():
     loader.close()
 
 
+def test_the_loaders_thread_makes_no_context_on_another_gpu(monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: seen.append((device, threading.current_thread())))
+    loader = BatchLoader(lambda first: Batch(*[None] * 5, first), iter(range(3)), torch.device("cuda", 3))
+    next(loader)
+    loader.close()
+    ((device, thread),) = seen
+    assert device == torch.device("cuda", 3) and thread is not threading.main_thread()
+
+
+def test_fillers_are_rows_of_their_own(store_folder):
+    """Rows whose gradients meet are added one after another on a GPU."""
+    batch = trainer_of(store_folder).make_batch(0)
+    filler = batch.rows[batch.count :]
+    assert len(filler) > 100 and len(filler.unique()) == len(filler) and bool((batch.targets[batch.count :] == -1).all())
+    assert int(filler.max()) < batch.tokens.numel() and len(batch.rows) % ROWS == 0
+
+
 def test_loader_raises_what_making_a_batch_raises():
     def make(first):
         raise InputError("shard is cut short")
@@ -327,6 +348,40 @@ def test_what_a_profile_waits_for_itself_is_not_counted():
     assert waits(profiler, CPU) == ["aten::_local_scalar_dense"] * 2
 
 
+def test_a_gpus_profile_counts_kernels_once(monkeypatch):
+    """A span has an event on the host and one on the device, an op's time is that of its kernels, and only the host waits."""
+    host, gpu = DeviceType.CPU, DeviceType.CUDA
+
+    def averaged(key, device, total=0.0, own=0.0):
+        times = {"cpu_time_total": total if device == host else 0.0, "device_time_total": total}
+        return SimpleNamespace(key=key, device_type=device, count=2, self_device_time_total=own, **times)
+
+    def event(name, device, start, end):
+        return SimpleNamespace(name=name, device_type=device, time_range=SimpleNamespace(start=start, end=end), cpu_parent=None)
+
+    class Profiler:
+        def key_averages(self):
+            return [
+                averaged("forward", host, 6000.0),
+                averaged("aten::mm", host, 5000.0, own=4000.0),
+                averaged("gemm", gpu, 4000.0, own=4000.0),
+                averaged("copy", gpu, 1000.0, own=1000.0),
+                averaged("forward", gpu, 7000.0, own=7000.0),
+            ]
+
+        def events(self):
+            spans = [event("update", host, 0, 10), event("update", gpu, 2, 30)]
+            return [*spans, event("cudaStreamSynchronize", host, 5, 6), event("cudaDeviceSynchronize", host, 12, 30)]
+
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(total_memory=2**32))
+    lines = [line.split() for line in table(Profiler(), 2, torch.device("cuda"))]
+    assert ["forward", "3.00", "3.00"] in lines
+    assert ["gemm", "2.00", "80.0%", "1"] in lines and ["copy", "0.50", "20.0%", "1"] in lines
+    assert not any(line[0] == "aten::mm" for line in lines)
+    assert lines[-1][-5:] == ["0.5", "times", "an", "update:", "['cudaStreamSynchronize']"]
+
+
 @pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}], ids=str)
 def test_a_step_asks_for_no_value(store_folder, options):
     """On tensors without values: whatever had to know one would raise."""
@@ -378,6 +433,42 @@ def test_a_graph_for_each_number_of_rows(store_folder):
     for rows in (batch, batch, batch._replace(rows=batch.rows.repeat(2), targets=batch.targets.repeat(2)), batch):
         trainer.graphed(rows)
     assert len(trainer.graphed.graphs) == 2
+
+
+def test_graphs_share_a_stream(monkeypatch):
+    """And so the memory of their pool."""
+    used = []
+
+    class Stream:
+        def wait_stream(self, _other):
+            pass
+
+    class Context:
+        def __init__(self, *_, stream=None, **__):
+            used.append(stream)
+
+        def __enter__(self):
+            pass
+
+        def __exit__(self, *_):
+            pass
+
+    for name, value in (("Stream", Stream), ("current_stream", Stream), ("graph_pool_handle", object), ("CUDAGraph", object)):
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Context(stream=stream))
+    monkeypatch.setattr(torch.cuda, "graph", Context)
+    capture = _Capture()
+    for _ in range(2):
+        capture(dict)
+    assert len(used) == 4 and set(used) == {capture.stream}
+
+
+def test_full_checkpointing_without_dropout_asks_no_generator(store_folder, monkeypatch):
+    """Its state cannot be read while a graph is captured."""
+    trainer = trainer_of(store_folder, activation_checkpointing="full")
+    batch = trainer.make_batch(0)
+    monkeypatch.setattr(torch, "get_rng_state", None)
+    trainer.forward_backward(batch)
 
 
 def test_rows_of_a_graph():

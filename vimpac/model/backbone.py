@@ -83,7 +83,10 @@ class Backbone(nn.Module):
         with recomputing(self.activation_checkpointing == "selective"):
             for i, layer in enumerate(self.layers):
                 arguments = (x, pad, None if seeds is None else seeds[i])
-                x = checkpoint(layer, *arguments, use_reentrant=False) if full else layer(*arguments)
+                if full:  # the generator's state is kept where it is drawn from, which a CUDA graph does not allow
+                    x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=seeds is not None)
+                else:
+                    x = layer(*arguments)
         return self.final_norm(x)
 
     def compile_parts(self) -> None:

@@ -8,6 +8,9 @@ here autograd keeps how to make it again instead: one pointwise or attention ker
         x = remade(norm, s)         # norm(s); whoever wants to keep x for its backward pass keeps `s` and `norm` instead
         y = linear(x)
 
+Under autocast a linear layer keeps its input's copy in half precision instead, which is not made again: that takes the place
+of half the memory saved.
+
 Unlike torch.utils.checkpoint there is no region to run again: each tensor is made again on its own, when it is asked for.
 Not in compiled code, where the compiler's partitioner decides what to keep (`remade` is a plain call there).
 """

@@ -25,7 +25,7 @@ class Batch(NamedTuple):
 
     tokens: Tensor  # [2n, T, H, W] integer: the ids
     masked: Tensor | None  # [2n, T, H, W]: with MASK (or noise) at masked positions
-    rows: Tensor | None  # [M] int64: raster indices of the masked positions, then 0 as filler
+    rows: Tensor | None  # [M] int64: raster indices of the masked positions, then filler
     targets: Tensor | None  # [M] int64: the ids there, then -1
     share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 where it is a whole batch of its own
     count: int  # masked positions
@@ -46,6 +46,7 @@ def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:
     indices = masked.indices[:length]
     indices = F.pad(indices, (0, length - len(indices)), value=-1)  # where the multiple is beyond the last token
     filler = indices < 0
-    rows = indices.masked_fill(filler, 0)
+    # Each filler is a row of its own: on a GPU the gradients of equal rows are added one after another.
+    rows = torch.where(filler, torch.arange(length, device=indices.device) % tokens.numel(), indices)
     targets = tokens.flatten()[rows].long().masked_fill(filler, -1)
     return Batch(tokens, masked.tokens, rows, targets, torch.ones((), device=tokens.device), count)

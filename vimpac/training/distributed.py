@@ -85,8 +85,11 @@ def leave_world() -> None:
 def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
     """The module with its gradients averaged over ranks, bucket by bucket while backward still runs.
 
-    Buffers are not sent around: every rank computes the same batch norm statistics.
+    Buffers are not sent around: every rank computes the same batch norm statistics. Inside, torch.compile would split graphs
+    where buckets end, for gradients to leave earlier; each layer is a graph of its own here, and one that is whole in one
+    place and split in another may draw its dropout in another order: it does not.
     """
+    torch._dynamo.config.optimize_ddp = False
     devices = [world.device] if world.device.type == "cuda" else None
     named = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.13

@@ -63,20 +63,19 @@ class GraphedStep:
 
 
 class _Capture:
-    """Captures a function's kernels on a side stream, into one pool."""
+    """Captures functions' kernels into one pool, on one side stream: memory of a pool is used again on its stream only."""
 
     def __init__(self):
-        self.pool = torch.cuda.graph_pool_handle()
+        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
 
     def __call__(self, function: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
             for _ in range(WARM_UP):
                 function()
-        torch.cuda.current_stream().wait_stream(stream)
+        torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self.pool, stream=stream, capture_error_mode="thread_local"):
+        with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             out = function()
 
         def replay() -> dict[str, Tensor]:

@@ -27,7 +27,9 @@ class BatchLoader:
         self.ahead = (2 if device.type == "cuda" else 0) if ahead is None else ahead
         self.waited = 0.0
         self._waiting: deque[Future] = deque()
-        self._thread = ThreadPoolExecutor(1, "batches") if self.ahead else None
+        # A thread begins on device 0, and would make a context there.
+        here = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
+        self._thread = ThreadPoolExecutor(1, "batches", **here) if self.ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __iter__(self) -> Iterator[Batch]:

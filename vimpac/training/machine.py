@@ -20,7 +20,7 @@ NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")  # torch raises a
 def resolve_precision(precision: str, device: torch.device) -> str:
     if precision != "auto":
         return precision
-    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
 
 
 def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:

@@ -50,6 +50,10 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
         groups = [{name: x for name, x in group.items() if name != "param_names"} for group in state["param_groups"]]
         state = {**state, "state": dict(state["state"]), "param_groups": groups}  # it removes what other ranks keep
     optimizer.load_state_dict(state)
+    if is_sharded(optimizer):
+        optimizer.state.clear()  # a second copy, which nothing reads; the moments are in the inner one, optimizer.optim
+        for p, moments in optimizer.optim.state.items():
+            moments["step"] = moments["step"].to(p.device)  # it loads them to the CPU, where the fused op cannot read them
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> bool:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vimpac.training.distributed import World
@@ -71,20 +72,22 @@ def synchronize(device: torch.device) -> None:
 
 def table(profiler: profile, updates: int, device: torch.device, operations: int = 12) -> list[str]:
     """Lines: parts of the update, the ops that take longest, how often the host waited; milliseconds an update."""
-    averages = {event.key: event for event in profiler.key_averages()}
-    on_gpu = device.type == "cuda"
+    averages, on_gpu = profiler.key_averages(), device.type == "cuda"
+    host = {event.key: event for event in averages if event.device_type == DeviceType.CPU}  # spans also have a device's event
     lines = [f"{'part':28} {'host ms':>9}" + (f" {'device ms':>9}" if on_gpu else "")]
     for name in PARTS:
-        if name in averages:
-            event = averages[name]
+        if name in host:
+            event = host[name]
             cells = [event.cpu_time_total, *([event.device_time_total] if on_gpu else [])]
             lines.append(f"{name:28} " + " ".join(f"{x / 1e3 / updates:9.2f}" for x in cells))
 
     def own(event) -> float:
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
-    ranked = sorted((event for event in averages.values() if event.key not in (UPDATE, *PARTS)), key=own, reverse=True)
-    total = sum(own(event) for event in averages.values()) or 1.0
+    spans = (UPDATE, *PARTS)
+    where = DeviceType.CUDA if on_gpu else DeviceType.CPU  # an op on the host and its kernels would count twice
+    ranked = sorted((x for x in averages if x.device_type == where and x.key not in spans), key=own, reverse=True)
+    total = sum(own(event) for event in ranked) or 1.0
     lines.append(f"{'operation':60} {'ms':>9} {'share':>6} {'calls':>6}")
     for event in ranked[:operations]:
         cells = f"{own(event) / 1e3 / updates:9.2f} {own(event) / total:6.1%} {event.count / updates:6.0f}"
@@ -106,7 +109,8 @@ def waits(profiler: profile, device: torch.device) -> list[str]:
     On a CPU: the ops that would wait if their tensors were on a device. (AdamW's fused op reads its step count there, which
     its kernel does on a device.)
     """
-    asked, events = WAITS_CUDA if device.type == "cuda" else WAITS_CPU, profiler.events()
+    asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
+    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
     updates = [event.time_range for event in events if event.name == UPDATE]  # not what the profile itself waits for, behind
     return [
         event.name

@@ -131,6 +131,7 @@ class Trainer:
             self.loader = BatchLoader(self.make_batch, self.first_samples(), self.world.device)
         sums: dict[str, Tensor] = {}
         # The outermost context owns the weights' copies in low precision: one cast serves all micro-steps. A graph has its own.
+        # (Whole layers computed again by eager full checkpointing drop them: backward has a thread with contexts of its own.)
         with torch.autocast(self.world.device.type, enabled=False) if self.graphed is None else nullcontext():
             for first in range(0, plan.micro_steps, plan.parts):
                 with record_function("data"):
