@@ -1,9 +1,9 @@
 """The residual connection with its dropout, x + dropout(y), forward, backward and both: ours beside torch's eager and compiled.
 
 The rows of 8 clips of 5×16×16 in Small (width 512) on a CPU in float32, of 256 on a GPU in bfloat16, where x is in float32 once
-more, as it is under autocast; p = 0.1. Ours is checked against the reference in float64 with the same mask; what draws from torch's generator must have kept 90 % of the elements (to
-0.2 %, where there are enough of them), with values and gradients that say the same. How it is timed: harness.py. GB/s counts x, y and the sum forward, a
-gradient in and one out backward.
+more, as it is under autocast; p = 0.1. Ours is checked against the reference in float64 with the same mask; what draws from
+torch's generator must have kept 90 % of the elements (to 0.2 %, where there are enough of them), with values and gradients that
+say the same. How it is timed: harness.py. GB/s counts x, y and the sum forward, a gradient in and one out backward.
 
     python benchmarks/dropout_add.py [--quick] [--dtype float32] [--device cpu]
 """
