@@ -30,6 +30,7 @@ TESTS = [  # the slowest first: they run side by side
     "test_block_mask_triton.py",
     "test_block_mask_cuda.py",
     "test_masked_cross_entropy_triton.py",
+    "test_dropout_add_triton.py",
     "test_update.py",
     "test_axial_attention.py",
     "test_info_nce.py",

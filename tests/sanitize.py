@@ -2,7 +2,7 @@
 
 import torch
 
-from vimpac.ops import axial_attention, block_mask, info_nce, masked_cross_entropy
+from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, masked_cross_entropy
 from vimpac.ops import backend as backends
 
 
@@ -22,6 +22,10 @@ def main():
         bias = torch.zeros(101, device=device, requires_grad=True)
         target = torch.randint(-3, 101, (37,), device=device)
         masked_cross_entropy(hidden, weight, bias, target, backend="triton")[0].backward()
+        for elements in (4096 + 64, 4097):
+            x = torch.randn(elements, device=device, requires_grad=True)
+            y = torch.randn(elements, device=device, dtype=dtype, requires_grad=True)
+            dropout_add(x, y, 0.1, 3, "triton").sum().backward()
     for ratio in (None, 0.3):
         tokens = torch.randint(100, (9, 3, 5, 7), device=device)
         block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")

@@ -60,6 +60,9 @@ def test_everything_for_a_gpu_fits_into_eight_minutes():
     assert sum(limits) <= 480
     assert gpu.BENCHMARKS.keys() == SCRIPTS.keys()
     assert all((ROOT / "tests" / file).exists() for file in gpu.TESTS)
+    assert {path.name for pattern in ("*_triton.py", "*_cuda.py") for path in ROOT.glob(f"tests/test_{pattern}")} <= set(
+        gpu.TESTS
+    )
 
 
 def test_every_op_has_a_benchmark():
