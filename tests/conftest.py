@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from runs import arguments, run, write_store
 
@@ -35,3 +36,12 @@ def finished_run(store_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run") / "whole"
     run(arguments(store_folder, folder), folder.with_name("log"))
     return folder
+
+
+@pytest.fixture
+def first_of():
+    """first_of(n): this process is the first of a process group of n, in which nothing is sent."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    yield lambda size: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
+    dist.destroy_process_group()

@@ -6,7 +6,6 @@ import time
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from runs import (
     Run,
@@ -189,18 +188,9 @@ def test_a_sharded_optimizer_goes_on(store_folder, whole, tmp_path, before, afte
     assert metrics(tmp_path / "run") == metrics(whole) and model_bytes(tmp_path / "run") == model_bytes(whole)
 
 
-@pytest.fixture
-def two_ranks():
-    """This process is the first of two, and nothing is sent."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield World(0, 2, torch.device("cpu"))
-    dist.destroy_process_group()
-
-
-def test_loaded_moments_are_there_once(two_ranks):
+def test_loaded_moments_are_there_once(first_of):
     """ZeRO's own loading leaves a copy of them behind, and step counts on the CPU, where the fused AdamW cannot read them."""
+    first_of(2)
     layer = torch.nn.Sequential(torch.nn.Linear(3, 2))
     optimizers = [adamw(layer, 0.1, (0.9, 0.98), 1e-8, shard=shard) for shard in (False, True)]
     layer(torch.ones(1, 3)).sum().backward()
@@ -211,9 +201,10 @@ def test_loaded_moments_are_there_once(two_ranks):
         assert all(x.device == p.device for x in moments.values()) and moments["step"] == 1
 
 
-def test_graphs_are_not_split_where_buckets_end(two_ranks, monkeypatch):
+def test_graphs_are_not_split_where_buckets_end(first_of, monkeypatch):
+    first_of(2)
     monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    averaging(torch.nn.Linear(3, 2), two_ranks)
+    averaging(torch.nn.Linear(3, 2), World(0, 2, torch.device("cpu")))
     assert torch._dynamo.config.optimize_ddp is False
 
 

@@ -208,14 +208,10 @@ def test_interpolation():
 
 
 @pytest.fixture
-def four_equal_ranks(monkeypatch):
+def four_equal_ranks(first_of, monkeypatch):
     """A process group of four, each of which holds the same rows."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    first_of(4)
     monkeypatch.setattr(dist, "all_reduce", lambda x: x.mul_(4))
-    yield
-    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("offset", (0.0, 300.0, 1e4))

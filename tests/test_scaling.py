@@ -155,11 +155,9 @@ def test_buckets_by_hand():
 
 
 @pytest.fixture
-def four_ranks(monkeypatch):
+def four_ranks(first_of, monkeypatch):
     """A process group of four of which this is the first, and what it is asked to send: kind, bytes of the result."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=4)
+    first_of(4)
     sent = []
 
     def all_reduce(x, *_, **__):
@@ -171,8 +169,7 @@ def four_ranks(monkeypatch):
 
     monkeypatch.setattr(dist, "all_reduce", all_reduce)
     monkeypatch.setattr(dist, "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor", gather)
-    yield sent
-    dist.destroy_process_group()
+    return sent
 
 
 def test_small_collectives_are_those_of_the_code(four_ranks):
