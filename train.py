@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import replace
 from functools import partial
 from io import StringIO
 
@@ -52,10 +53,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
     """The preset's configuration with the overrides of the command line. Raises InputError for bad values."""
-    read = partial(tyro.extras.overridable_config_cli, PRESETS, prog="train.py", description=__doc__, args=arguments)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    read = partial(tyro.extras.overridable_config_cli, PRESETS, prog="train.py", description=__doc__, args=words)
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            return read()
+            config = read()
+        return holding_to(config, words)
     except SystemExit as end:
         cause = end.__context__
         while cause is not None and not isinstance(cause, InputError):
@@ -63,6 +66,19 @@ def parse(arguments: Sequence[str] | None = None) -> TrainConfig:
         if cause is not None:  # the configuration's own message, without tyro's frame around it
             raise cause from None
     return read()  # --help or a misspelt option: tyro explains and exits
+
+
+def holding_to(config: TrainConfig, words: Sequence[str]) -> TrainConfig:
+    """The configuration with nothing that would replace what the command line gave. Raises InputError where the store must."""
+    given = {word.partition("=")[0].replace("_", "-") for word in words}
+    if "--model.vocab-size" in given:
+        raise InputError(
+            f"--model.vocab-size {config.model.vocab_size} cannot be chosen here, the vocabulary is the store's: leave it out, "
+            f"or make a store with `vimpac tokenize VIDEOS STORE --codes {config.model.vocab_size}` and give --data STORE"
+        )
+    if config.fit_frame_size and "--model.grid" in given and "--fit-frame-size" not in given:
+        return replace(config, fit_frame_size=False)  # the preset's: a store of another frame size is refused instead
+    return config
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """The command: exit status, one-line errors, true help."""
 
+import importlib.metadata
+import shutil
 import subprocess
 import sys
 
@@ -7,7 +9,8 @@ import numpy as np
 import pytest
 
 from test_video import noise, write_video
-from vimpac import cli
+from vimpac import __version__, cli
+from vimpac.data import store as store_module
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 
@@ -32,6 +35,55 @@ def test_tokenize_reports(folders, capsys):
     output = capsys.readouterr().out
     assert "1 videos were in the store already, it is complete" in output
     assert "1 videos failed:\n  empty.mp4: is an empty file" in output
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """(videos, a copy of the store that may be damaged, the command line that adds to it)"""
+    videos, store = folders
+    copied = shutil.copytree(store, tmp_path / "copy")
+    return videos, copied, ["tokenize", str(videos), str(copied), "--frame-size", "32", "--codes", "16"]
+
+
+def test_tokenize_points_to_verify(copy, capsys):
+    _, store, arguments = copy
+    assert cli.main(arguments) == 0
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"`vimpac verify {store}` checks every checksum")
+
+
+@pytest.mark.parametrize(
+    "damage, said", [("flip", "is damaged"), ("cut", "is truncated"), ("remove", "is missing"), ("list", "does not fit")]
+)
+def test_tokenize_finds_damage(copy, capsys, damage, said):
+    """Before anything is written."""
+    _, store, arguments = copy
+    (shard,) = store.glob("*.bin")
+    data = bytearray(shard.read_bytes())
+    match damage:
+        case "flip":
+            data[3] ^= 1
+            shard.write_bytes(data)
+        case "cut":
+            shard.write_bytes(data[:-2])
+        case "remove":
+            shard.unlink()
+        case "list":
+            sidecar = shard.with_suffix(".json")
+            sidecar.write_text(sidecar.read_text().replace('"frames": 4', '"frames": 3'))
+    before = {path.name: path.read_bytes() for path in store.iterdir()}
+    assert cli.main(arguments) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"vimpac tokenize: error: {shard}") and said in captured.err and not captured.out
+    assert {path.name: path.read_bytes() for path in store.iterdir()} == before
+
+
+def test_tokenize_leaves_large_stores_to_verify(copy, monkeypatch):
+    """Nobody waits while terabytes are read again."""
+    _, store, arguments = copy
+    monkeypatch.setattr(store_module, "VERIFY_ON_OPEN_BYTES", 10)
+    (shard,) = store.glob("*.bin")
+    shard.write_bytes(bytes(shard.stat().st_size))
+    assert cli.main(arguments) == 0 and cli.main(["verify", str(store)]) == 1
 
 
 def test_verify(folders, capsys):
@@ -112,6 +164,17 @@ def test_help_has_an_example(name, capsys):
         cli.main([name, "--help"])
     assert stopped.value.code == 0
     assert f"Example: vimpac {name}" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    assert cli.main(["--version"]) == 0
+    assert capsys.readouterr().out == f"vimpac {__version__}, torch {importlib.metadata.version('torch')}\n"
+
+
+def test_help_names_version(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    assert "vimpac --version" in " ".join(capsys.readouterr().out.replace("│", " ").split())
 
 
 def test_import_is_light():

@@ -1,6 +1,7 @@
 """Several processes (gloo, CPU) do what one does; no process is left waiting for another."""
 
 import itertools
+import re
 import signal
 import time
 
@@ -308,15 +309,23 @@ def test_plans(batch_size, contrastive_videos, micro_batch, ranks, plan):
         (1024, 128, None, 3, "contrastive_videos=128 cannot be split evenly over 3 processes: use a multiple of 3, or"),
         (1024, 128, 48, 1, "contrastive_videos=128 cannot be made up of micro_batch=48 videos in each of 1 processes"),
         (1024, 256, 32, 3, "must be micro_batch × a divisor of 3, or a multiple of micro_batch × 3 (which takes two passes)"),
-        (960, 128, 32, 1, "batch_size=960 must be a multiple of contrastive_videos = 128"),
+        (960, 128, 32, 1, "batch_size=960 must be a multiple of contrastive_videos=128: use --batch-size 896 or 1024"),
+        (16, 5, None, 1, "of contrastive_videos=5: use --batch-size 15 or 20, or --contrastive-videos 4 or 8"),
+        (3, 5, None, 1, "of contrastive_videos=5: use --batch-size 5, or --contrastive-videos 3"),
+        (1, 5, None, 1, "of contrastive_videos=5: use --batch-size 5"),
+        (25, 8, 8, 3, "batch_size=25 must be a multiple of micro_batch × processes = 8 × 3 = 24: use --batch-size 24 or 48"),
         (1024, 128, 64, 3, "for example --micro-batch 128"),
         (1024, 128, 24, 8, "for example --micro-batch 128 or 64 or 32 or 16"),
         (1024, 128, 256, 8, "contrastive_videos=128 cannot be made up of micro_batch=256"),
-        (1000, 128, None, 8, "batch_size=1000 must be a multiple of micro_batch × processes = 16 × 8 = 128"),
-        (64, 128, None, 1, "batch_size=64 must be a multiple of micro_batch × processes = 128 × 1 = 128"),
+        (1000, 128, None, 8, "batch_size=1000 must be a multiple of contrastive_videos=128: use --batch-size 896 or 1024, or"),
+        (64, 128, None, 1, "batch_size=64 must be a multiple of contrastive_videos=128: use --batch-size 128, or"),
     ],
 )
 def test_a_contrastive_batch_never_shrinks(batch_size, contrastive_videos, micro_batch, ranks, message):
     with pytest.raises(InputError) as error:
         plan_batches(batch_size, contrastive_videos, micro_batch, ranks)
     assert message in str(error.value)
+    given = {"batch-size": batch_size, "contrastive-videos": contrastive_videos, "micro-batch": micro_batch}
+    for option, values in re.findall(r"--([a-z-]+) (\d+(?: or \d+)*)", str(error.value) if "batch_size=" in message else ""):
+        for value in values.split(" or "):  # what it suggests works
+            plan_batches(*(given | {option: int(value)}).values(), ranks)

@@ -273,3 +273,18 @@ def test_doctor_names_every_backend(capsys):
     for words in ("versions", f"torch         {torch.__version__}", "_ops_cpu.so", "_ops_cuda.so", "ops on cpu with bfloat16"):
         assert words in shown
     assert CPU_ERROR in shown
+    assert "can run here, but" in shown and "it can run" not in shown
+
+
+def test_doctor_says_why_a_backend_is_passed_over(monkeypatch):
+    from vimpac import doctor
+
+    monkeypatch.setitem(backends._REGISTRY, "made up", dict.fromkeys(("first", "second", "unlisted"), backends.always))
+    monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
+    call = (("first", "second"), ())
+    _, second, unlisted = doctor.choice("made up", call)
+    assert second.startswith("    not second ") and second.endswith(" can run here, but comes after first")
+    assert unlisted.endswith(" can run here, but is not in the order of backends for this call")
+    for named in ("second", "unheard-of"):
+        monkeypatch.setenv("VIMPAC_BACKEND", named)
+        assert doctor.choice("made up", call)[1].endswith(" can run here, but VIMPAC_BACKEND decides")

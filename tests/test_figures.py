@@ -17,6 +17,7 @@ FINAL = {
     "most_frequent_accuracy": 0.01,
     "nearest_copy_accuracy": 0.15,
     "retrieval_accuracy": 0.9,
+    "histogram_retrieval_accuracy": 0.4,
     "retrieval_chance": 0.03,
 }
 
@@ -67,7 +68,7 @@ def test_panels_and_their_labels(run):
     ]
     assert sorted(texts(drawn["Loss"])) == ["contrastive", "mask", "total"]
     assert texts(drawn["Mask accuracy"]) == ["most frequent 0.010", "nearest copy 0.150", "held out 0.450", "training"]
-    assert texts(drawn["Partner retrieval, held out"]) == ["0.900", "model", "0.030", "chance"]
+    assert texts(drawn["Partner retrieval, held out"]) == ["0.900", "model", "0.400", "histogram", "0.030", "chance"]
 
 
 def test_lines_hold_the_values(run):

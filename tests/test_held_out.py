@@ -9,7 +9,7 @@ import torch
 from runs import VOCABULARY, tiny_config
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
-from vimpac.evaluation.held_out import HELD_OUT_IDS, evaluate, most_frequent_token, nearest_visible, partners_found
+from vimpac.evaluation.held_out import HELD_OUT_IDS, evaluate, histograms, most_frequent_token, nearest_visible, partners_found
 from vimpac.model import PretrainModel
 from vimpac.training.step import PretrainStep
 
@@ -75,6 +75,24 @@ def test_partners_found_by_hand():
     assert 0 < found < 20 and partners_found(z) == found
     assert partners_found(torch.eye(4).repeat(2, 1)) == 8
     assert partners_found(torch.eye(4).repeat_interleave(2, 0)) == 0
+
+
+def test_histograms_by_hand():
+    clips = torch.tensor([[0, 0, 2, 5], [4, 3, 3, 9]], dtype=torch.uint8).view(2, 1, 2, 2)
+    assert histograms(clips, 4).tolist() == [[2, 0, 1, 0], [0, 0, 0, 2]]
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_histograms_are_of_what_the_model_sees(pairs, masked, monkeypatch):
+    given = []
+    monkeypatch.setattr("vimpac.evaluation.held_out.histograms", lambda *call: given.append(call) or histograms(*call))
+    step = make_step(contrastive_masked=masked)
+    batch = pairs.batch(0, 4)
+    tokens = torch.from_numpy(batch.tokens)
+    seen = step.mask(tokens, torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS).tokens if masked else tokens
+    found = evaluate(step, pairs, 1, 4, 2, 0)["histogram_retrieval_accuracy"]
+    assert torch.equal(torch.cat([tokens for tokens, _ in given]), seen) and {size for _, size in given} == {VOCABULARY}
+    assert found == partners_found(histograms(seen, VOCABULARY)) / 8
 
 
 def test_most_frequent_token(pairs):

@@ -204,6 +204,17 @@ def test_interpolation():
     assert interpolate(table.bfloat16(), 2).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int32])
+def test_ids_of_any_integer_dtype(dtype):
+    """A store keeps uint16, which torch's embedding does not take."""
+    backbone, ids = Backbone(TINY).eval(), tokens()
+    for got, expected in zip(backbone(ids.to(dtype)), backbone(ids), strict=True):
+        assert torch.equal(got, expected)
+    for wrong in (ids.float(), ids > 3):
+        with pytest.raises(ValueError, match=r"tokens must be integer ids, got torch\.(float32|bool)"):
+            backbone(wrong)
+
+
 # --- batch norm over ranks ---------------------------------------------------------------------------------------------
 
 

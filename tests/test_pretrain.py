@@ -39,6 +39,7 @@ LINE = {
     "data_wait_share",
 }
 FINAL = {"mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy", "retrieval_accuracy", "retrieval_chance"}
+FINAL |= {"histogram_retrieval_accuracy"}
 
 
 # --- the run folder -------------------------------------------------------------------------------------------------------
@@ -221,13 +222,14 @@ def test_sigterm_after_training(finished_run, store_folder, tmp_path, hook):
     assert metrics(folder) == metrics(finished_run)
 
 
-def test_ctrl_c_twice(store_folder, tmp_path):
+def test_ctrl_c_twice(store_folder, tmp_path, capfd):
     """torchrun passes Ctrl-C on, so each process gets it twice; only one that comes later is impatience."""
     trainer = make_trainer(store_folder, tmp_path / "run")
     trainer.note_signal(signal.SIGINT, None)
     trainer.note_signal(signal.SIGINT, None)
     trainer.note_signal(signal.SIGTERM, None)
     assert trainer.signal[0] == signal.SIGINT
+    assert capfd.readouterr().err == "SIGINT: a checkpoint is written after this update, Ctrl-C again ends at once\n"
     trainer.signal = signal.SIGINT, time.monotonic() - 10
     with pytest.raises(KeyboardInterrupt):
         trainer.note_signal(signal.SIGINT, None)

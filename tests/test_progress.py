@@ -46,6 +46,15 @@ def test_line_shows_every_value():
     )
 
 
+def test_long_updates_say_how_far_they_are():
+    stream, clock = io.StringIO(), Clock()
+    with Progress(10, stream=stream, clock=clock) as progress:
+        for done in range(1, 9):
+            clock.now += LINE_SECONDS / 3
+            progress.within(1, done, 8)
+    assert stream.getvalue() == "step 1/10: 3 of 8 micro-steps\nstep 1/10: 6 of 8 micro-steps\n"
+
+
 def test_missing_values_are_left_out():
     stream = io.StringIO()
     with Progress(10, stream=stream, clock=Clock()) as progress:

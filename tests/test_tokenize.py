@@ -1,6 +1,7 @@
 """Folder → store: the same store whatever interrupts it or shares it out, and bad files named."""
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -305,4 +306,35 @@ def test_full_disk_leaves_no_store(videos, tmp_path, monkeypatch):
 def test_plain_progress_lines(videos, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tokenize_module, "REPORT_SECONDS", 0.0)
     tokenize_videos(videos, tmp_path / "store", CONFIG, workers=1)
-    assert "tokenizing: 5 of 5 videos" in capsys.readouterr().err
+    lines = capsys.readouterr().err.splitlines()
+    for title, unit in (("fitting the tokenizer", "videos"), ("tokenizing", "frames")):
+        (line,) = (line for line in lines if line.startswith(f"{title}: 5 of 5 videos"))
+        rate = re.fullmatch(rf".* videos, (\d+\.\d) {unit}/s", line)
+        assert rate and float(rate[1]) > 0, line
+
+
+def test_rate_is_of_what_is_counted(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr(tokenize_module.time, "monotonic", lambda: now[0])
+    report = tokenize_module._reporter(2, True, "fitting the tokenizer", "videos")
+    now[0] += 20.0
+    report(1)
+    assert capsys.readouterr().err == "fitting the tokenizer: 1 of 2 videos, 0.1 videos/s\n"
+
+
+def test_fewer_codes_are_explained(tmp_path, capsys):
+    """Once, when the tokenizer is fitted, and with the true number."""
+    (tmp_path / "videos").mkdir()
+    write_video(tmp_path / "videos" / "a.mp4", greys(30), codec="mpeg4")
+    for _ in range(2):
+        tokenize_videos(tmp_path / "videos", tmp_path / "store", CONFIG, workers=1)
+    codes = load_tokenizer(tmp_path / "store").vocab_size
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if "codes" in line)
+    assert codes < 32 and line.startswith(f"the tokenizer has {codes} codes, not codes=32: only {codes} of the ")
+
+
+def test_codes_that_coincide_are_explained():
+    patches = np.arange(192 * 4, dtype=np.uint8).reshape(4, 192)
+    for requested, reason in ((4, "only 4 of the 4 patches"), (3, "patches are so alike that codes coincide")):
+        said = tokenize_module._why_fewer_codes(2, requested, patches)
+        assert said.startswith(f"the tokenizer has 2 codes, not codes={requested}: {reason}")

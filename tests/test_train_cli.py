@@ -105,6 +105,29 @@ def test_frame_size(main, output, store_folder):
     refused(main, words, output, "frames of 32 px, which is 4×4 tokens", "(3, 8, 8)", "--frame-size 64", "--model.grid 3 4 4")
 
 
+def test_grid_that_was_given_is_not_fitted(main, output, store_folder, monkeypatch):
+    """The demo fits the grid to the store; a grid on the command line is kept, or refused like any preset's."""
+    words = ["demo", "--data", str(store_folder), "--output", str(output)]
+    refused(main, [*words, "--model.grid", "3", "8", "8"], output, "frames of 32 px", "(3, 8, 8)", "--model.grid 3 4 4")
+    seen = []
+    monkeypatch.setattr("vimpac.training.pretrain.pretrain", seen.append)
+    fitted = ["--model.grid", "3", "8", "8", "--fit-frame-size"]
+    for options in ([], ["--model.grid=3", "4", "4"], fitted):
+        assert main([*words, *options])[0] == 0
+    assert [config.fit_frame_size for config in seen] == [True, False, True]
+
+
+@pytest.mark.parametrize("option", ["--model.vocab-size", "--model.vocab_size"])
+def test_vocabulary_is_the_stores(main, output, store_folder, option):
+    words = [*arguments(store_folder, output), option, "100"]
+    refused(main, words, output, "--model.vocab-size 100 cannot be chosen here", "vimpac tokenize VIDEOS STORE --codes 100")
+
+
+def test_generated_videos_are_square(main, output):
+    words = ["demo", "--output", str(output), "--model.grid", "5", "16", "8"]
+    refused(main, words, output, "model.grid must be square to generate videos", "such as 5 16 16", "got (5, 16, 8)")
+
+
 def test_clip_longer_than_every_video(main, output, store_folder):
     words = arguments(store_folder, output, {"grid": (10, 4, 4)})
     refused(main, words, output, "a clip of 10 frames is longer than every video", "the longest has 9 frames", "shorter clip")
@@ -138,7 +161,7 @@ def test_heads_that_a_layout_cannot_split(main, output, store_folder):
     "options, parts",
     [
         ({"micro_batch": 3}, ("contrastive_videos=4 cannot be made up of micro_batch=3", "for example --micro-batch 4")),
-        ({"batch_size": 6}, ("batch_size=6 must be a multiple of micro_batch × processes = 4 × 1 = 4",)),
+        ({"batch_size": 6}, ("batch_size=6 must be a multiple of contrastive_videos=4: use --batch-size 4 or 8",)),
         ({"batch_size": 0}, ("batch_size must be at least 1, got 0",)),
         ({"alpha": -1.0}, ("alpha must be 0 or a positive number, got -1.0",)),
         ({"alpha": 0.0, "mask_task": False}, ("alpha must be above 0 without the mask task, or nothing is learned, got 0.0",)),
@@ -204,6 +227,8 @@ def test_file_in_the_way(main, tmp_path, store_folder):
     (tmp_path / "file").write_text("text")
     status, error = main(arguments(store_folder, tmp_path / "file"))
     assert status == 1 and "is not a run folder" in error and (tmp_path / "file").read_text() == "text"
+    status, error = main(arguments(store_folder, tmp_path / "file" / "run"))
+    assert status == 1 and "Not a directory" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -218,7 +243,7 @@ def test_file_in_the_way(main, tmp_path, store_folder):
 )
 def test_resume_with_other_settings(main, finished_run, store_folder, options, said):
     words = arguments(store_folder, finished_run, resume=True, **options)
-    refused(main, words, finished_run, "cannot resume", "with other settings", said, "Resume with those of")
+    refused(main, words, finished_run, "cannot resume", "with other settings", said, "Resume with those of", "--continue-from")
 
 
 def test_resume_on_other_videos(main, finished_run, tmp_path):
@@ -331,6 +356,12 @@ def test_help_lists_every_field():
         assert f"--{field.name.replace('_', '-')}" in result.stdout or field.name == "model"
     for field in dataclasses.fields(ModelConfig):
         assert f"--model.{field.name.replace('_', '-')}" in result.stdout
+
+
+def test_help_says_how_alpha_is_multiplied():
+    """Eq. 6: the temperature is a factor, too."""
+    shown = " ".join(python(str(ROOT / "train.py"), "small", "--help").stdout.replace("│", " ").split())
+    assert "the loss is mask + alpha · temperature · contrastive" in shown
 
 
 def test_help_needs_no_torch():

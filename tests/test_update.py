@@ -1,6 +1,7 @@
 """Every way to make an update is the same update: in parts, compiled, replayed, weights cast once, batches made ahead."""
 
 import collections
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from extension import needs_compiler
 from runs import arguments, make_trainer, metrics, run, tiny_config, undrawn, wide_start
+from vimpac.config import ModelConfig, TrainConfig
 from vimpac.errors import InputError
 from vimpac.training import machine
 from vimpac.training.batch import ROWS, Batch
@@ -545,6 +547,55 @@ def test_refused_before_anything_is_written(store_folder, tmp_path):
     assert "train.py: error: --graphs needs a CUDA device" in output and not (tmp_path / "run").exists()
 
 
+def test_backends_that_are_none_are_refused_at_start(main_backend, store_folder, tmp_path):
+    words = arguments(store_folder, tmp_path / "run")
+    output = run(words, tmp_path / "log", code=1)
+    assert "train.py: error: VIMPAC_BACKEND=turbo: axial_attention: no backend 'turbo'; it has" in output
+    assert "Traceback" not in output and not (tmp_path / "run").exists()
+
+
+@pytest.fixture
+def main_backend(monkeypatch):
+    monkeypatch.setenv("VIMPAC_BACKEND", "turbo")
+
+
+SMALL = TrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)
+
+
+@pytest.mark.parametrize("precision, kept", [("auto", 1), ("bf16", 1 / 2)])
+@pytest.mark.parametrize("saving, units", [("none", 22), ("selective", 13), ("full", 1)])
+def test_activations_are_those_of_the_table(saving, units, precision, kept):
+    """docs/performance.md, whose numbers tests/test_recompute.py counts."""
+    config = dataclasses.replace(SMALL, activation_checkpointing=saving, precision=precision)
+    assert machine.activation_bytes(config) == 6 * units * 2562 * 512 * 4 * kept
+
+
+def test_what_does_not_fit_is_refused_on_a_cpu(monkeypatch):
+    """The system would end the process without a word."""
+    plan, world = plan_batches(1024, 128, None, 1), World(0, 1, CPU)
+    monkeypatch.setattr(machine, "available_memory", lambda: 20 << 30)
+    with pytest.raises(InputError) as raised:
+        machine.check_options(SMALL, plan, world)
+    said = str(raised.value)
+    assert said.startswith("128 videos a forward pass keep some 49 GiB of activations for backward, 20 GiB are available here")
+    assert "--micro-batch 32 takes about 25%" in said and "--activation-checkpointing full" in said  # 64 would take 24 GiB
+    machine.check_options(SMALL, plan_batches(1024, 128, 32, 1), world)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
+    with pytest.raises(InputError, match="--micro-batch 16 takes about 50%"):
+        machine.check_options(SMALL, plan_batches(1024, 128, 32, 1), world)
+    monkeypatch.setattr(machine, "available_memory", lambda: None)  # unknown
+    machine.check_options(SMALL, plan, world)
+    monkeypatch.setattr(machine, "available_memory", lambda: 1)  # a GPU's own is another one
+    machine.check_options(SMALL, plan, World(0, 1, CUDA))
+
+
+def test_available_memory():
+    if sys.platform != "linux":
+        assert machine.available_memory() is None
+    else:
+        assert 0 < machine.available_memory() < 1 << 50
+
+
 @pytest.mark.parametrize(
     "error",
     [
@@ -592,7 +643,11 @@ def test_freed_memory_is_kept():
         return [int(x) for x in subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()]
 
     pytest.importorskip("resource")
-    kept, few = faults(True)
-    if not kept:
-        pytest.skip("this C library has no mallopt")
-    assert few * 10 < faults(False)[1]  # 10 × 64 MB are 160,000 pages of 4 KB, or 320 of 2 MB
+    many = faults(False)[1]
+    for _ in range(3):  # on a busy machine the system takes pages back now and then; without mallopt all are, every time
+        kept, few = faults(True)
+        if not kept:
+            pytest.skip("this C library has no mallopt")
+        if few * 10 < many:
+            return
+    assert few * 10 < many  # 10 × 64 MB are 160,000 pages of 4 KB, or 320 of 2 MB

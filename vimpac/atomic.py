@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +13,17 @@ TEMPORARY = ".tmp"
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; what was written there becomes `path` unless the body raises."""
+    """Yields a temporary file beside `path`; what was written there becomes `path` unless the body raises.
+
+    It has the permissions that the umask gives, whoever wrote it: safetensors leaves a file that its owner alone may read.
+    """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch()
+        mode = stat.S_IMODE(temporary.stat().st_mode)
         yield temporary
+        temporary.chmod(mode)
         publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

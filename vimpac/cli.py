@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
@@ -24,7 +25,8 @@ def tokenize(
     """Turn a folder of videos into a store of discrete tokens.
 
     Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded are
-    named at the end with the reason. Under torchrun the ranks share the videos.
+    named at the end with the reason. Under torchrun the ranks share the videos. What is in the store already is checked
+    first: sizes, and checksums up to 1 GiB; `vimpac verify OUT` reads every checksum.
 
     Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
 
@@ -49,6 +51,8 @@ def tokenize(
         print(f"{len(summary.failed)} videos failed:")
     for name, reason in sorted(summary.failed.items()):
         print(f"  {name}: {reason}")
+    if summary.present:
+        print(f"`vimpac verify {out}` checks every checksum, those of a store above 1 GiB too")
 
 
 def synthesize(
@@ -140,8 +144,14 @@ COMMANDS = {
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    if arguments == ["--version"]:
+        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vimpac", "torch")))
+        return 0
     command = f"vimpac {arguments[0]}" if arguments and arguments[0] in COMMANDS else "vimpac"
-    description = "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options."
+    description = (
+        "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options, "
+        "`vimpac --version` the versions of vimpac and torch."
+    )
     try:
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
     except InputError as error:

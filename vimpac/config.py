@@ -19,7 +19,7 @@ class TokenizeConfig:
     tokenizer_path: str | None = None
     """An already fitted tokenizer: a .safetensors file, or a store whose tokenizer to reuse. Required for dalle."""
     codes: int = 512
-    """Vocabulary size of a newly fitted patch-vq, at most 8192."""
+    """Vocabulary size of a newly fitted patch-vq, at most 8192; fewer come out where the patches are too alike."""
     frame_size: int = 128
     """Side of the square frames in pixels, a multiple of 8."""
     fps: float = 2.0
@@ -79,7 +79,7 @@ class ModelConfig:
     head_out: int = 256
     """Size of the features that are contrasted."""
     vocab_size: int = 8192
-    """V, token types. Five special ids follow, among them PAD = V + 1 and MASK = V + 4."""
+    """V, token types; in training always the store's. Five special ids follow, among them PAD = V + 1 and MASK = V + 4."""
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
@@ -156,7 +156,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model (Tables 3, 13, 14). The vocabulary size is taken from the store."""
     fit_frame_size: bool = False
-    """Take the grid's height and width from the store, instead of refusing a store of another frame size."""
+    """Take the grid's height and width from the store, not refuse another frame size. demo: off where --model.grid is given."""
 
     steps: int | None = None
     """Updates until the run ends; None = epochs."""
@@ -187,9 +187,9 @@ class TrainConfig:
     mask_task: bool = True
     """Whether to predict masked tokens; --no-mask-task leaves contrastive learning only (Tables 7, 12, 16)."""
     alpha: float = 1.0
-    """Weight α of the contrastive loss (Eq. 6, Table 16); 0 = mask-then-predict only."""
+    """α of Eq. 6 (Table 16): the loss is mask + alpha · temperature · contrastive; 0 = mask-then-predict only."""
     temperature: float = 0.2
-    """γ of Eq. 4 and 6."""
+    """γ: what Eq. 4 divides similarities by, and Eq. 6 multiplies the contrastive loss by."""
     mask: Literal["block", "iid"] = "block"
     """Blocks (Eq. 3) or independent tokens (Eq. 2)."""
     n_blocks: int | None = None
@@ -243,6 +243,13 @@ class TrainConfig:
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         _require(self.d_max is None or self.d_max >= 0, "d_max", self.d_max, "0 or more seconds")
+        _, height, width = self.model.grid
+        _require(
+            bool(self.data or not self.synthetic_videos) or height == width,
+            "model.grid",
+            self.model.grid,
+            f"square to generate videos for it, such as {self.model.grid[0]} {height} {height}",
+        )
         schedule = self.schedule_epochs
         _require(schedule is None or schedule >= self.epochs, "schedule_epochs", schedule, f"at least epochs={self.epochs}")
         _require(

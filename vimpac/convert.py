@@ -39,7 +39,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
 def load(
     path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
 ) -> PretrainModel | ClassificationModel:
-    """Read what `save` wrote (float32, on the CPU).
+    """Read what `save` wrote: a model in float32, on the CPU, in evaluation mode (no dropout).
 
     grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
     Raises InputError for a missing or broken file, another format or version, or another tokenizer.
@@ -58,7 +58,7 @@ def load(
     classes = header.get("classes")
     model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
     model.load_state_dict(state)
-    return model
+    return model.eval()
 
 
 def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
@@ -78,7 +78,7 @@ def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
 
 
 def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> PretrainModel | ClassificationModel:
-    """The released program's weights as a model.
+    """The released program's weights as a model in evaluation mode.
 
     state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
@@ -108,7 +108,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     if wrong:
         raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])}")
     model.load_state_dict({**own, **state})  # batch-norm statistics that a checkpoint lacks keep their start values
-    return model
+    return model.eval()
 
 
 IGNORED = {"mlm_head.decoder.weight", "mlm_head.decoder.bias"}  # tied to the embedding and to mlm_head.bias

@@ -82,15 +82,22 @@ def calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[str
 
 
 def choice(op: str, call: tuple[tuple[str, ...], tuple]) -> list[str]:
-    """The backend that runs, or the error of VIMPAC_BACKEND, and what keeps each other one from running."""
+    """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot, or is not chosen."""
     preference, arguments = call
     try:
         chosen = backends.choose(op, None, preference, *arguments)
+        named = backends.named_by_environment(op) == chosen
     except ValueError as error:
-        chosen = str(error)
+        chosen, named = str(error), True
     lines = [f"  {op:<22}{chosen}"]
     for name in backends.names(op):
         if name != chosen:
             reasons = backends.why_not(op, name, *arguments)
-            lines.append(f"    not {name:<16}{'; '.join(reasons) or 'it can run'}")
+            passed_over = "VIMPAC_BACKEND decides" if named else why_passed_over(name, chosen, preference)
+            lines.append(f"    not {name:<16}{'; '.join(reasons) or f'can run here, but {passed_over}'}")
     return lines
+
+
+def why_passed_over(name: str, chosen: str, preference: tuple[str, ...]) -> str:
+    """Why a backend that could run is not the one that does, where nobody named one."""
+    return f"comes after {chosen}" if name in preference else "is not in the order of backends for this call"

@@ -21,7 +21,11 @@ BASELINES = {
     "nearest_copy_accuracy": ("nearest copy", ORANGE),
     "most_frequent_accuracy": ("most frequent", GREY),
 }
-RETRIEVAL = {"retrieval_accuracy": ("model", BLUE), "retrieval_chance": ("chance", GREY)}
+RETRIEVAL = {
+    "retrieval_accuracy": ("model", BLUE),
+    "histogram_retrieval_accuracy": ("histogram", ORANGE),
+    "retrieval_chance": ("chance", GREY),
+}
 SINGLES = {
     "learning_rate": "Learning rate",
     "grad_norm": "Gradient norm, before clipping",
@@ -165,7 +169,7 @@ def _retrieval(axes, final: dict[str, float]) -> None:
         axes.barh(place, final[name], height=0.5, color=colour)
         axes.text(final[name] + 0.02, place, f"{final[name]:.3f}", color=colour, va="center")
         axes.text(-0.03, place, label, color=colour, va="center", ha="right")
-    axes.set(xlim=(0, 1.12), ylim=(1.8, -0.8), yticks=[], xticks=[0, 0.5, 1], xlabel="share of clips")
+    axes.set(xlim=(0, 1.12), ylim=(2.8, -0.8), yticks=[], xticks=[0, 0.5, 1], xlabel="share of clips")
     axes.grid(False)
 
 

@@ -225,15 +225,7 @@ class TokenStore:
     def verify(self) -> None:
         """Reads every shard and compares its checksum; raises InputError that names the first damaged one."""
         for path, expected in zip(self._paths, self._crcs, strict=True):
-            crc = 0
-            with open(path, "rb") as file:
-                while chunk := file.read(1 << 20):
-                    crc = zlib.crc32(chunk, crc)
-            if crc != expected:
-                raise InputError(
-                    f"{path} is damaged: its crc32 is {crc:08x}, {expected:08x} was recorded when it was "
-                    "written; tokenize again into a new folder"
-                )
+            _check_crc(path, expected)
 
     def read(self, video: int, start: int = 0, length: int | None = None, view: int = 0) -> np.ndarray:
         """uint16 [length, h, w] of one video, to its end if length is None. IndexError outside the video."""
@@ -334,6 +326,19 @@ def finished_settings(folder: str | Path) -> StoreSettings | None:
     return None
 
 
+def check_shards(folder: str | Path) -> None:
+    """Checks the finished shards of a store that need not be finished: sizes, and checksums where they hold at most 1 GiB.
+
+    Raises InputError that names the first shard that is truncated, damaged or without its .bin.
+    """
+    shards = _finished_shards(Path(folder))
+    for path, shard in shards.items():
+        _check_layout(path, shard, StoreSettings.from_json(shard["settings"]))
+    if sum(shard["bytes"] for shard in shards.values()) <= VERIFY_ON_OPEN_BYTES:
+        for path, shard in shards.items():
+            _check_crc(path, shard["crc32"])
+
+
 def _read_index(folder: Path) -> dict:
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`")
@@ -386,7 +391,19 @@ def _finished_shards(folder: Path) -> dict[Path, dict]:
     return {path: _read_shard(path) for path in paths}
 
 
-def _check_layout(path: str, shard: dict, settings: StoreSettings) -> None:
+def _check_crc(path: str | Path, expected: int) -> None:
+    crc = 0
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            crc = zlib.crc32(chunk, crc)
+    if crc != expected:
+        raise InputError(
+            f"{path} is damaged: its crc32 is {crc:08x}, {expected:08x} was recorded when it was "
+            "written; tokenize again into a new folder"
+        )
+
+
+def _check_layout(path: str | Path, shard: dict, settings: StoreSettings) -> None:
     """Videos must lie one behind the other and fill the shard, or the list does not belong to these bytes."""
     height, width = settings.grid
     sizes = np.array([v["frames"] for v in shard["videos"]], np.int64) * len(settings.views) * height * width

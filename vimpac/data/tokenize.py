@@ -28,6 +28,7 @@ from vimpac.data.store import (
     TOKENIZER,
     StoreSettings,
     StoreWriter,
+    check_shards,
     finish_store,
     finished_settings,
     read_settings,
@@ -132,7 +133,8 @@ def _prepare_tokenizer(names: list[str], videos: Path, out: Path, config: Tokeni
     """Leaves the tokenizer in `out`: the one its shards were written with, the one asked for, or a new one."""
     settings = finished_settings(out) if out.is_dir() else None
     if settings is not None:
-        return _check_same_request(load_tokenizer(out), settings, out, config)
+        _check_same_request(load_tokenizer(out), settings, out, config)
+        return check_shards(out)
     given = config.tokenizer_path is not None
     tokenizer = _asked_for(config) if given else _fit(names, videos, config, workers, progress)
     out.mkdir(parents=True, exist_ok=True)
@@ -164,18 +166,28 @@ def _asked_for(config: TokenizeConfig) -> Tokenizer:
 def _fit(names: list[str], videos: Path, config: TokenizeConfig, workers: int, progress: bool) -> PatchVQ:
     """A PatchVQ on patches drawn evenly from a sample of the videos; corrupt ones are passed over here."""
     chosen = random.Random(config.seed).sample(names, min(FIT_VIDEOS, len(names)))
-    report = _reporter(len(chosen), progress, "fitting the tokenizer")
+    report = _reporter(len(chosen), progress, "fitting the tokenizer", "videos")
     job = partial(_sample_patches, videos, config.fps, config.frame_size, math.ceil(FIT_PATCHES / len(chosen)))
     samples, failed = {}, {}
     for name, result in _run(job, chosen, workers):
         (failed if isinstance(result, str) else samples)[name] = result
-        report(0)
+        report(1)
     report.close()
     if not samples:
         raise InputError(f"none of the {len(chosen)} videos tried in {videos} can be decoded: {_shorten(failed)}")
     # In the order of names, not of completion: the fit must not depend on timing.
     patches = np.concatenate([samples[name] for name in sorted(samples)])
-    return PatchVQ.fit(patches, config.codes, config.seed)
+    tokenizer = PatchVQ.fit(patches, config.codes, config.seed)
+    if progress and tokenizer.vocab_size < config.codes:
+        print(_why_fewer_codes(tokenizer.vocab_size, config.codes, patches), file=sys.stderr, flush=True)
+    return tokenizer
+
+
+def _why_fewer_codes(codes: int, requested: int, patches: np.ndarray) -> str:
+    distinct = len(np.unique(patches, axis=0))
+    some = f"only {distinct} of the {len(patches)} patches drawn from the videos are distinct"
+    alike = "patches are so alike that codes coincide when rounded to whole pixel values"
+    return f"the tokenizer has {codes} codes, not codes={requested}: {some if distinct <= requested else alike}"
 
 
 def _write_videos(
@@ -396,33 +408,37 @@ def _agree(gather: Callable[[object], list], step: Callable):
 
 
 class _Report:
-    """Counts videos: a bar in a terminal, a line every REPORT_SECONDS elsewhere. Call it once a video."""
+    """Counts videos: a bar in a terminal, a line every REPORT_SECONDS elsewhere. Call it once a video.
 
-    def __init__(self, total: int, title: str):
+    unit: what the calls count, and the rate is of.
+    """
+
+    def __init__(self, total: int, title: str, unit: str):
         from rich.console import Console
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
         console = Console(stderr=True)
-        self._title, self._total, self._done, self._frames = title, total, 0, 0
+        self._title, self._total, self._unit, self._done, self._count = title, total, unit, 0, 0
         self._started = self._reported = time.monotonic()
         self._bar = None
         if console.is_terminal and total:
-            rate = TextColumn("{task.fields[rate]:.0f} frames/s")
+            rate = TextColumn("{task.fields[rate]:.1f} " + f"{unit}/s")
             columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), rate, TimeRemainingColumn())
             self._bar = Progress(*columns, console=console)
             self._task = self._bar.add_task(title, total=total, rate=0.0)
             self._bar.start()
 
-    def __call__(self, frames: int) -> None:
+    def __call__(self, count: int) -> None:
         self._done += 1
-        self._frames += frames
+        self._count += count
         now = time.monotonic()
-        rate = self._frames / max(now - self._started, 1e-9)
+        rate = self._count / max(now - self._started, 1e-9)
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, rate=rate)
         elif now - self._reported >= REPORT_SECONDS:
             self._reported = now
-            print(f"{self._title}: {self._done} of {self._total} videos, {rate:.0f} frames/s", file=sys.stderr, flush=True)
+            line = f"{self._title}: {self._done} of {self._total} videos, {rate:.1f} {self._unit}/s"
+            print(line, file=sys.stderr, flush=True)
 
     def close(self) -> None:
         if self._bar is not None:
@@ -430,12 +446,12 @@ class _Report:
 
 
 class _Silent:
-    def __call__(self, frames: int) -> None:
+    def __call__(self, count: int) -> None:
         pass
 
     def close(self) -> None:
         pass
 
 
-def _reporter(total: int, progress: bool, title: str = "tokenizing") -> _Report | _Silent:
-    return _Report(total, title) if progress else _Silent()
+def _reporter(total: int, progress: bool, title: str = "tokenizing", unit: str = "frames") -> _Report | _Silent:
+    return _Report(total, title, unit) if progress else _Silent()

@@ -23,38 +23,42 @@ def evaluate(step: PretrainStep, pairs: ClipPairs, batches: int, videos: int, mi
     Returns mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy (a copy of the nearest visible token): shares of
     masked tokens, None without the mask task; retrieval_accuracy: share of clips whose nearest neighbour among the batch's
     other clips (by cosine of the contrastive features, or of [CLS] without the contrastive task) is the other clip of the
-    same video, and retrieval_chance; masked_tokens and retrieval_clips that these are shares of.
+    same video, histogram_retrieval_accuracy (by cosine of how often each token occurs in what the model sees) and
+    retrieval_chance; masked_tokens and retrieval_clips that these are shares of.
     """
     device = next(step.parameters()).device
     training = step.training
     step.eval()
     hits = {"mask_accuracy": 0, "most_frequent_accuracy": 0, "nearest_copy_accuracy": 0}
-    tokens_seen = retrieved = clips_seen = 0
+    tokens_seen = retrieved = by_histogram = clips_seen = 0
     for i in range(batches):
         batch = pairs.batch(i * videos, videos)
-        features = []
+        features, counts = [], []
         for tokens, ids in zip(
             *(torch.from_numpy(x).split(2 * micro_batch) for x in (batch.tokens, batch.sample_ids)), strict=True
         ):
-            right, seen, z = _clips(step, tokens.to(device), (ids + HELD_OUT_IDS).to(device), most_frequent)
+            right, seen, z, histogram = _clips(step, tokens.to(device), (ids + HELD_OUT_IDS).to(device), most_frequent)
             hits = {name: hits[name] + count for name, count in zip(hits, right, strict=True)}
             tokens_seen += seen
             features.append(z)
+            counts.append(histogram)
         retrieved += partners_found(torch.cat(features))
+        by_histogram += partners_found(torch.cat(counts))
         clips_seen += 2 * videos
     step.train(training)
     shares = {name: count / max(tokens_seen, 1) if step.config.mask_task else None for name, count in hits.items()}
     return {
         **shares,
         "retrieval_accuracy": retrieved / clips_seen,
+        "histogram_retrieval_accuracy": by_histogram / clips_seen,
         "retrieval_chance": 1 / (2 * videos - 1),
         "masked_tokens": tokens_seen,
         "retrieval_clips": clips_seen,
     }
 
 
-def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) -> tuple[list[int], int, Tensor]:
-    """Right answers of the model and of the two predictors, number of masked tokens, features of these clips."""
+def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) -> tuple[list[int], int, Tensor, Tensor]:
+    """Right answers of the model and of the two predictors, number of masked tokens, features and histograms of these clips."""
     model, config = step.model, step.config
     with torch.autocast(tokens.device.type, step.autocast, enabled=step.autocast is not None):
         masked = step.mask(tokens, ids)
@@ -72,7 +76,8 @@ def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) 
         if not config.contrastive_masked:  # as in training
             cls, _ = model.backbone(tokens, step.padded)
         features = model.cls_head(cls) if config.alpha > 0 else cls
-    return right, int(masked.mask.sum()), features.float()
+    shown = masked.tokens if config.contrastive_masked else tokens
+    return right, int(masked.mask.sum()), features.float(), histograms(shown, config.model.vocab_size)
 
 
 def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
@@ -89,6 +94,13 @@ def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
         nearest = distance_transform_edt(gone, return_distances=False, return_indices=True)  # [3, T, H, W]
         copies.append(clip[tuple(nearest[:, asked])])
     return torch.from_numpy(np.concatenate(copies)).to(tokens.device)
+
+
+def histograms(tokens: Tensor, vocab_size: int) -> Tensor:
+    """How often each id below vocab_size occurs in each clip: [B, T, H, W] → [B, vocab_size] float32."""
+    ids = tokens.flatten(1).long().clamp(max=vocab_size)  # special ids in a column of their own, which goes
+    counts = torch.zeros(len(ids), vocab_size + 1, device=ids.device)
+    return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))[:, :vocab_size]
 
 
 def partners_found(features: Tensor) -> int:

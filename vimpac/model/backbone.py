@@ -60,10 +60,10 @@ class Backbone(nn.Module):
                 nn.init.normal_(block.project.weight, std=INIT_STD / math.sqrt(len(blocks)))
 
     def forward(self, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
-        """Token ids [B, T, H, W] → [CLS] [B, C] and hidden states [B, T, H, W, C].
+        """Token ids [B, T, H, W] of any integer dtype, below vocab_size + 5 → [CLS] [B, C] and hidden states [B, T, H, W, C].
 
         padded: False promises that no id is PAD, which saves the attention its masks.
-        Raises ValueError when the grid is not the configured one.
+        Raises ValueError when the grid is not the configured one, or for ids that are no integers.
         """
         return unpack(self.rows(tokens, padded), tokens.shape)[::-1]
 
@@ -74,6 +74,9 @@ class Backbone(nn.Module):
                 f"tokens must be [B, T, H, W] with T, H, W = {self.config.grid}, got shape {tuple(tokens.shape)}; "
                 "convert.load(path, grid=...) interpolates the positions to another grid"
             )
+        if tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
+            raise ValueError(f"tokens must be integer ids, got {tokens.dtype}")
+        tokens = tokens.long()
         pad = tokens == self.config.pad_id if padded else None
         seeds = dropout_seeds(tokens.device, self) if self.training and self.config.dropout > 0 else None
         # Not in what is compiled: both terms would get one and the same tensor as gradient, and accumulation add to it twice.

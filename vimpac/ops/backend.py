@@ -233,7 +233,7 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
     if requested == ANY:
         return next(name for name in preference if name in registered and not registered[name](*args))
     if requested not in registered:
-        raise ValueError(f"{op}: no backend {requested!r}; it has {', '.join(sorted(registered))}")
+        raise ValueError(_unknown(op, requested))
     if reasons := registered[requested](*args):
         raise ValueError(f"{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
     return requested
@@ -256,6 +256,18 @@ def full_precision(function: Callable) -> Callable:
 def always(*_args) -> list[str]:
     """A `why_not` for what runs everywhere."""
     return []
+
+
+def check_environment() -> None:
+    """Raises ValueError where VIMPAC_BACKEND names a backend that an op does not have."""
+    for op, registered in _REGISTRY.items():
+        requested = named_by_environment(op)
+        if requested not in (None, *registered):
+            raise ValueError(f"VIMPAC_BACKEND={os.environ['VIMPAC_BACKEND']}: {_unknown(op, requested)}")
+
+
+def _unknown(op: str, name: str) -> str:
+    return f"{op}: no backend {name!r}; it has {', '.join(sorted(_REGISTRY[op]))}"
 
 
 def named_by_environment(op: str) -> str | None:

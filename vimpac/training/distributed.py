@@ -6,7 +6,7 @@ import gc
 import inspect
 import os
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -129,7 +129,7 @@ def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | No
             f"contrastive_videos={contrastive_videos} cannot be split evenly over {ranks} processes: use a multiple of "
             f"{ranks}, or --micro-batch {contrastive_videos} so that each process has contrastive batches of its own"
         )
-    micro_batch = micro_batch or contrastive_videos // ranks
+    asked, micro_batch = micro_batch, micro_batch or contrastive_videos // ranks
     group, remainder = divmod(contrastive_videos, micro_batch)
     parts, uneven = divmod(group, ranks) if group > ranks else (1, 0)
     group = min(group, ranks)
@@ -138,13 +138,30 @@ def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | No
             f"contrastive_videos={contrastive_videos} cannot be made up of micro_batch={micro_batch} videos in each of "
             f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, or a multiple of micro_batch × {ranks} "
             f"(which takes two passes), for example --micro-batch "
-            f"{' or '.join(str(m) for m in _micro_batches(contrastive_videos, ranks))}"
+            f"{_or(_micro_batches(contrastive_videos, ranks))}"
         )
     videos = micro_batch * ranks * parts
     if batch_size % videos or batch_size < videos:
-        of = f"contrastive_videos = {videos}" if parts > 1 else f"micro_batch × processes = {micro_batch} × {ranks} = {videos}"
-        raise InputError(f"batch_size={batch_size} must be a multiple of {of}")
+        raise InputError(_uneven_batch(batch_size, contrastive_videos, asked, ranks, videos))
     return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
+
+
+def _uneven_batch(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int, videos: int) -> str:
+    """Why an update is not made up of `videos`, in the options that were given, and the nearest values that are."""
+    below = batch_size // videos * videos
+    ways = [f"--batch-size {_or(x for x in (below, below + videos) if x)}"]
+    of = f"contrastive_videos={contrastive_videos}"
+    if videos != contrastive_videos:
+        of = f"micro_batch × processes = {micro_batch} × {ranks} = {videos}"
+    if micro_batch is None:
+        fits = [n for n in range(max(ranks, 2), batch_size + 1) if batch_size % n == 0 and n % ranks == 0]
+        nearest = [max((n for n in fits if n < videos), default=None), min((n for n in fits if n > videos), default=None)]
+        ways += [f"--contrastive-videos {_or(n for n in nearest if n)}"] if fits else []
+    return f"batch_size={batch_size} must be a multiple of {of}: use {', or '.join(ways)}"
+
+
+def _or(values: Iterable[int]) -> str:
+    return " or ".join(str(x) for x in values)
 
 
 def _micro_batches(contrastive_videos: int, ranks: int) -> list[int]:

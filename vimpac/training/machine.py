@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import math
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
+from vimpac.layouts import parse_layout
+from vimpac.ops.backend import check_environment
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -25,6 +30,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
     """Raises InputError for options that do not go together here."""
+    try:
+        check_environment()
+    except ValueError as error:
+        raise InputError(str(error)) from None
+    check_memory(config, plan, world)
     if not config.graphs:
         return
     if world.device.type != "cuda":
@@ -42,6 +52,44 @@ def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
             f"--graphs cannot draw dropout={config.model.dropout} twice, as --activation-checkpointing full does: use "
             "--activation-checkpointing selective, or leave out --graphs"
         )
+
+
+def check_memory(config: TrainConfig, plan: BatchPlan, world: World) -> None:
+    """Raises InputError where a forward pass keeps more than this machine has available: on a CPU nothing would say so, the
+    system ends the process."""
+    if world.device.type != "cpu" or (available := available_memory()) is None:
+        return
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    a_video = activation_bytes(config) * processes
+    needed = a_video * plan.micro_batch
+    if needed <= available:
+        return
+    fits = next((m for m in range(int(available / a_video), 0, -1) if plan.micro_batch % m == 0), None)
+    sizes = f"keep some {needed / 2**30:.0f} GiB of activations for backward, {available / 2**30:.0f} GiB are available here"
+    ways = "; ".join(ways_to_save(config, plan, world.device, fits))
+    raise InputError(f"{plan.micro_batch} videos a forward pass {sizes}: {ways}")
+
+
+def activation_bytes(config: TrainConfig) -> int:
+    """What the layers keep of a video (two clips) for the backward pass, by the table of docs/performance.md."""
+    model = config.model
+    blocks = len(parse_layout(model.layout, model.heads))
+    units = {"none": 6 * blocks + 10, "selective": 4 * blocks + 5, "full": 1}[config.activation_checkpointing]
+    row = model.width * (4 if config.precision in ("auto", "fp32") else 2)
+    return 2 * (math.prod(model.grid) + 1) * row * units * model.layers
+
+
+def available_memory() -> int | None:
+    """Bytes that this process may still take, where Linux says so: of the machine, and of its control group."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
+    except (OSError, ValueError):
+        return None
+    group = Path("/sys/fs/cgroup")
+    with suppress(OSError, ValueError):  # no limit, or none of this kind
+        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return min(free, default=None)
 
 
 def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None]:
@@ -95,16 +143,19 @@ def _advice(config: TrainConfig, plan: BatchPlan, device: torch.device, error: E
     if device.type == "cuda":
         peak, total = torch.cuda.max_memory_allocated(device), torch.cuda.get_device_properties(device).total_memory
         numbers = f" ({peak / 2**30:.1f} GiB of {total / 2**30:.1f} GiB were in use)"
+    half = next((m for m in range(plan.micro_batch // 2, 0, -1) if plan.micro_batch % m == 0), None)
+    what = f"out of memory on {device} with {plan.micro_batch} videos a forward pass{numbers}"
+    return f"{what}: {'; '.join(ways_to_save(config, plan, device, half))}. torch said: {said}"
+
+
+def ways_to_save(config: TrainConfig, plan: BatchPlan, device: torch.device, smaller: int | None) -> list[str]:
+    """What to change for a forward pass to take less memory. smaller: a micro-batch to suggest."""
     ways = []
     if config.activation_checkpointing != "full":
         ways.append("--activation-checkpointing full keeps one activation a layer and takes a third more time")
-    half = next((m for m in range(plan.micro_batch // 2, 0, -1) if plan.micro_batch % m == 0), None)
-    if half is not None:
+    if smaller is not None:
         two = f", the {config.contrastive_videos} contrasted videos then go through the model twice" if config.alpha > 0 else ""
-        ways.append(f"--micro-batch {half} takes about {half / plan.micro_batch:.0%} of the activations' memory{two}")
+        ways.append(f"--micro-batch {smaller} takes about {smaller / plan.micro_batch:.0%} of the activations' memory{two}")
     if device.type == "cuda" and config.precision == "fp32":
         ways.append("--precision bf16 halves most activations")
-    if not ways:
-        ways.append("a smaller model or grid, there is nothing left to split")
-    what = f"out of memory on {device} with {plan.micro_batch} videos a forward pass{numbers}"
-    return f"{what}: {'; '.join(ways)}. torch said: {said}"
+    return ways or ["a smaller model or grid, there is nothing left to split"]

@@ -216,8 +216,9 @@ def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Pa
     now = json.loads(json.dumps(describe(config, store)))
     elsewhere = "or give another --output"
     if changed := differences(saved["config"], now["config"], MAY_CHANGE):
+        longer = f" (--continue-from {path.parent} begins another stage with its weights and moments)"
         raise InputError(
-            f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}"
+            f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
         )
     if changed := differences(saved["store"], now["store"]):
         raise InputError(

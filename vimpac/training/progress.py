@@ -67,6 +67,12 @@ class Progress:
         if self._is_due(metrics["step"]):
             self._show(metrics)
 
+    def within(self, step: int, done: int, micro_steps: int) -> None:
+        """Says how far update `step` has come, where it takes longer than a line should be waited for."""
+        if self.enabled and done < micro_steps and self.clock() - self.shown_at >= LINE_SECONDS:
+            self.shown_at = self.clock()
+            self._print(f"step {step}/{self.total_steps}: {done} of {micro_steps} micro-steps")
+
     def note(self, text: str) -> None:
         """Prints a message, above the live line if there is one."""
         if self.enabled:

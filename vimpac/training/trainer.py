@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -72,6 +73,7 @@ class Trainer:
         self.optimizer = adamw(self.module, config.weight_decay, config.betas, config.eps, shard)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16)
         self.step = 0
+        self.progress: Progress | None = None  # of the run, told of micro-steps
         self.signal: tuple[int, float] | None = None  # number and time of the signal that asks the run to end
         self.loader: BatchLoader | None = None
         if checkpoint is not None:
@@ -94,6 +96,7 @@ class Trainer:
         look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU, and all hosts, wait
         profile = UpdateProfile(self.run, self.world) if config.profile else None
         self.module.train()
+        self.progress = progress
         try:
             while self.step < self.schedule.steps:
                 with profile.update(self.schedule.steps - self.step) if profile else nullcontext():
@@ -138,6 +141,8 @@ class Trainer:
                     unit = [next(self.loader) for _ in range(plan.parts)]
                 for name, x in self.contrastive_batch(first, unit).items():
                     sums[name] = sums.get(name, 0) + x
+                if self.progress is not None:
+                    self.progress.within(self.step + 1, first + plan.parts, plan.micro_steps)
         with record_function("optimizer"):
             self.scaler.unscale_(self.optimizer)
             norm = torch.nn.utils.clip_grad_norm_(self.module.parameters(), config.grad_clip)
@@ -239,6 +244,9 @@ class Trainer:
         now = time.monotonic()
         if self.signal is None:
             self.signal = number, now
+            if self.world.is_first:  # not by way of `progress`, which may be in the middle of a line
+                again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
+                os.write(2, f"{signal.Signals(number).name}: a checkpoint is written after this update{again}\n".encode())
         elif number == signal.SIGINT and now - self.signal[1] > 2:
             raise KeyboardInterrupt
 

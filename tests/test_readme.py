@@ -1,0 +1,37 @@
+"""README.md's Python runs as it stands."""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_blocks_are_found():
+    assert len(BLOCKS) == 2 and "STORE" in BLOCKS[0]
+
+
+@pytest.fixture(scope="module")
+def names(store_folder, finished_run):
+    """What the first block defines, on a store and a run that are there."""
+    found = {}
+    exec(BLOCKS[0].replace("STORE", str(store_folder)).replace("runs/mine", str(finished_run)), found)
+    return found
+
+
+def test_features(names):
+    model, videos = names["model"], len(names["videos"])
+    assert names["cls"].shape == (videos, model.config.width) and names["logits"].shape == (2, 10)
+    again = model.backbone(torch.from_numpy(names["clips"][:3]))[0]
+    torch.testing.assert_close(names["cls"][:3], again, rtol=1e-5, atol=1e-5)  # no dropout; products of other shapes
+
+
+def test_parts_and_ops():
+    found = {}
+    exec(BLOCKS[1], found)
+    assert found["logits"].shape == (2, 5, 16, 16, found["ids"] + 5) and found["features"].shape == (2, 256)
+    assert found["targets"].shape == (int(found["masked"].counts.sum()),) and 0 <= float(found["accuracy"]) <= 1
+    assert found["out"].shape == (2, 5, 16, 16, 8, 64) and found["x"].shape == (2, 512)
