@@ -202,11 +202,11 @@ def test_loaded_moments_are_there_once(first_of):
         assert all(x.device == p.device for x in moments.values()) and moments["step"] == 1
 
 
-def test_graphs_are_not_split_where_buckets_end(first_of, monkeypatch):
+def test_graphs_are_not_split_where_buckets_end(first_of):
     first_of(2)
-    monkeypatch.setattr(torch._dynamo.config, "optimize_ddp", True)
-    averaging(torch.nn.Linear(3, 2), World(0, 2, torch.device("cpu")))
-    assert torch._dynamo.config.optimize_ddp is False
+    with torch._dynamo.config.patch(optimize_ddp=True):
+        averaging(torch.nn.Linear(3, 2), World(0, 2, torch.device("cpu")))
+        assert torch._dynamo.config.optimize_ddp is False
 
 
 def test_a_second_stage_shards(store_folder, whole, tmp_path):
