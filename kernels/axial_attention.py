@@ -22,6 +22,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+
 from vimpac.kernels.philox import philox
 
 BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes

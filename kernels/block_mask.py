@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import triton
 import triton.language as tl
+
 from vimpac.kernels.philox import philox
 
 PROGRAMS = 1024  # at most, a power of two: each reads the numbers of all before it, 4 MB from L2 altogether

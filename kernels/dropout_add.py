@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
+
 from vimpac.kernels.philox import philox
 
 GROUPS, WARPS = 64, 4  # 32 elements a thread: 16-byte accesses in half precision, too. Not measured on a GPU yet

@@ -205,8 +205,8 @@ def test_words_of_rows_past_two_to_the_32():
     global tl, kernel_philox  # where Triton looks names up
     import triton
     import triton.language as tl
-    from vimpac.kernels.philox import philox as kernel_philox
 
+    from vimpac.kernels.philox import philox as kernel_philox
     from vimpac.ops.axial_attention import DROPOUT_ROUNDS
 
     @triton.jit
