@@ -148,11 +148,14 @@ def test_training_gives_the_references_losses(monkeypatch):
 
 
 @runs_kernels
-def test_training_in_bfloat16_gives_the_references_losses(monkeypatch):
-    if INTERPRETED:
-        pytest.skip("the interpreter's bfloat16 arithmetic is wrong")
-    ours, theirs = (train(backend, 50, monkeypatch, torch.bfloat16) for backend in ("triton", "reference"))
-    assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # bfloat16 has 8 bits, and 50 updates add up its roundings
+def test_training_in_half_precision_is_as_far_from_float32s_as_the_references(monkeypatch):
+    """50 updates in bfloat16 (3 in float16 in the interpreter). In so small a model batch norm makes much of a rounding: the
+    reference's contrastive loss in bfloat16 is up to 1.1 from float32's (on a CPU), so losses in half precision are compared by
+    their mean distance from those, to a factor of two and a rounding."""
+    updates, dtype = (50, torch.bfloat16) if NATIVE else (3, torch.float16)  # the interpreter's bfloat16 arithmetic is wrong
+    exact = train("reference", updates, monkeypatch)
+    ours, theirs = ((train(backend, updates, monkeypatch, dtype) - exact).abs().mean(0) for backend in ("triton", "reference"))
+    assert (ours <= 2 * theirs + torch.finfo(dtype).eps * exact.abs().mean(0)).all()
 
 
 @runs_kernels
