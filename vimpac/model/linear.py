@@ -28,8 +28,9 @@ class Linear(nn.Linear):
         return super().forward(x)
 
     def _fits(self, x: Tensor) -> bool:
-        plain = x.device.type == "cpu" and x.dim() == 2 and x.is_contiguous() and x.dtype == self.weight.dtype == torch.float32
-        return plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+        rows = x.dim() == 2 and len(x) > 0 and x.is_contiguous()
+        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
+        return rows and plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
 class _Convolution(torch.autograd.Function):
