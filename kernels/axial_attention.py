@@ -48,13 +48,6 @@ def _dot(a, b, total=None):
 
 
 @triton.jit
-def _pick(w0, w1, w2, w3, k):
-    """16 bits of key k of a row whose words serve keys 0…7."""
-    word = tl.where(k < 2, w0, tl.where(k < 4, w1, tl.where(k < 6, w2, w3)))
-    return (word >> (16 * (k & 1)).to(tl.uint32)) & 0xFFFF
-
-
-@triton.jit
 def _halves(w):
     """[R, 4] words → [R, 8]: low half, high half, …"""
     return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (w.shape[0], 8))
@@ -86,23 +79,17 @@ def _column(x, j: tl.constexpr):
 
 
 @triton.jit
-def _keep(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, KEYS: tl.constexpr, THRESHOLD: tl.constexpr):
-    """Which probabilities of each row dropout keeps: on the line's keys [R, LP], on [CLS] [R]."""
-    if KEYS <= 8:
-        w0, w1, w2, w3 = philox(row, 0, is_cls, seed, 7)
-        key = tl.arange(0, LP)[None, :] % L
-        keys = _pick(w0[:, None], w1[:, None], w2[:, None], w3[:, None], key)
-        cls = _pick(w0, w1, w2, w3, tl.full(row.shape, L, tl.int32))
-    else:
-        w = _words(row, 0, is_cls, seed)
-        keys = _unpack(w[0], w[1], w[2], w[3], 16 if LP == 16 else 32)
-        if LP == 64:
-            w = _words(row, 1, is_cls, seed)
-            keys = tl.join(keys, _unpack(w[0], w[1], w[2], w[3], 32))
-            keys = tl.reshape(tl.permute(keys, (0, 2, 1)), (row.shape[0], 64))
-        NEXT: tl.constexpr = L == LP and L >= 32  # [CLS] is the first key of the next group
-        word = philox(row, L // 8, is_cls, seed, 7)[0] if NEXT else _column(w[L % 32 // 8], L % 8 // 2)
-        cls = (word >> (16 * (L % 2))) & 0xFFFF
+def _keep_long(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Which probabilities of each row of more than 8 keys dropout keeps: on the line's keys [R, LP], on [CLS] [R]."""
+    w = _words(row, 0, is_cls, seed)
+    keys = _unpack(w[0], w[1], w[2], w[3], 16 if LP == 16 else 32)
+    if LP == 64:
+        w = _words(row, 1, is_cls, seed)
+        keys = tl.join(keys, _unpack(w[0], w[1], w[2], w[3], 32))
+        keys = tl.reshape(tl.permute(keys, (0, 2, 1)), (row.shape[0], 64))
+    NEXT: tl.constexpr = L == LP and L >= 32  # [CLS] is the first key of the next group
+    word = philox(row, L // 8, is_cls, seed, 7)[0] if NEXT else _column(w[L % 32 // 8], L % 8 // 2)
+    cls = (word >> (16 * (L % 2))) & 0xFFFF
     return keys >= THRESHOLD, cls >= THRESHOLD
 
 
@@ -115,6 +102,50 @@ def _coordinates(line, place, AXIS: tl.constexpr, T: tl.constexpr, H: tl.constex
         return line // W, place, line % W
     else:
         return line // H, line % H, place
+
+
+@triton.jit
+def _keep_short(
+    block,
+    name,
+    seed,
+    AXIS: tl.constexpr,
+    GRID: tl.constexpr,
+    N: tl.constexpr,
+    Q: tl.constexpr,
+    PACK: tl.constexpr,
+    THRESHOLD: tl.constexpr,
+):
+    """The same for rows of at most 8 keys, the block's 16 rows of tokens and Q of [CLS] in one draw.
+
+    A row is a call of Philox. In the layouts of probabilities a lane would draw three of them, each four times over; here it
+    draws one, and what changes hands is a word of bits: its keys' at the columns of its line, [CLS]'s at 16.
+    """
+    L: tl.constexpr = GRID[AXIS]
+    i = tl.arange(0, 32)
+    of_cls = i >= 16
+    line = tl.where(of_cls, i % Q, i // L)
+    t, h, w = _coordinates(block * PACK + line, tl.where(of_cls, 0, i % L), AXIS, GRID[0], GRID[1], GRID[2])
+    w0, w1, w2, w3 = philox(name + ((t * GRID[1] + h) * GRID[2] + w) * N, 0, of_cls.to(tl.uint32), seed, 7)
+    keys = _kept(w0, 0, THRESHOLD) | _kept(w1, 2, THRESHOLD) | _kept(w2, 4, THRESHOLD) | _kept(w3, 6, THRESHOLD)
+    bits = ((keys << (line * L)) & 0xFFFF) | ((keys >> L & 1) << 16)
+    column = tl.arange(0, 16)[None, :]
+    rows = tl.gather(bits, tl.arange(0, 16), 0)
+    cls = tl.gather(bits, 16 + tl.arange(0, Q), 0)
+    return (
+        (rows[:, None] >> column) & 1 == 1,
+        rows >> 16 == 1,
+        (cls[:, None] >> column) & 1 == 1,
+        cls >> 16 == 1,
+    )
+
+
+@triton.jit
+def _kept(word, key: tl.constexpr, THRESHOLD: tl.constexpr):
+    """Bits `key` and `key` + 1: whether dropout keeps the probabilities of a word's halves."""
+    low = ((word & 0xFFFF) >= THRESHOLD).to(tl.int32)
+    high = (word >= THRESHOLD * 65536).to(tl.int32)
+    return (low << key) | (high << (key + 1))
 
 
 @triton.jit
@@ -239,8 +270,11 @@ def _forward_axis(
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
         if THRESHOLD > 0:  # while the loads are under way
-            keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
-            cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
+            if L + CONTEXT <= 8:
+                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(block, name, value, AXIS, GRID, N, Q, PACK, THRESHOLD)
+            else:
+                keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
+                cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
         scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
@@ -395,8 +429,11 @@ def _backward_axis(
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
         if THRESHOLD > 0:  # while the loads are under way
-            keep, keep_cls = _keep(name + token * N, 0, value, L, LP, L + CONTEXT, THRESHOLD)
-            cls_keep, cls_keep_itself = _keep(name + first * N, 1, value, L, LP, L + CONTEXT, THRESHOLD)
+            if L + CONTEXT <= 8:
+                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(block, name, value, AXIS, GRID, N, Q, PACK, THRESHOLD)
+            else:
+                keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
+                cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
         scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
@@ -587,18 +624,19 @@ def lines_of_block(length):
 def launch_shape(forward, axes, grid, width, itemsize):
     """num_warps and num_stages.
 
-    Chosen by registers, spills and instructions a byte in the compiled code: a warp holds 1024 elements of a block. Two stages
-    (the next block's loads under way) cost no register forward, and spill backward above 512 elements. Left to itself, ptxas
-    spills a few bytes to run 12 warps instead of 10: maxnreg forbids it. float32 takes four times the registers: even with more
-    warps backward spills some 150 bytes. Not measured on a GPU yet.
+    Chosen by what the compiled code promises (benchmarks/predicted.py); not measured on a GPU yet. With so many registers a
+    multiprocessor has room for 8 to 16 warps, too few to hide one another's loads: with three stages the next two blocks' are
+    under way. Forward a warp holds 1024 elements of a block, backward 512, and longer blocks have fewer stages: with more,
+    some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it.
+    float32 takes four times the registers: even with more warps backward spills some 150 bytes.
     """
-    lengths = [grid[axis] for axis in axes]
-    rows, packed = max(16, triton.next_power_of_2(max(lengths))), lines_of_block(min(lengths)) > 1
+    rows = max(16, triton.next_power_of_2(max(grid[axis] for axis in axes)))
     elements = rows * width
     if itemsize == 4:
         return {"num_warps": max(1, min(8, elements // 256)) if forward or elements <= 512 else 8, "num_stages": 1}
-    warps = max(1, min(8, elements // 1024))
-    if not forward and elements >= 1024 and (packed or rows == 32):
-        warps *= 2  # or some versions of Triton spill 8 to 90 bytes
-    shape = {"num_warps": warps, "num_stages": 2 if forward or elements <= 512 else 1}
+    if forward:
+        warps, stages = elements // 1024, 3 if elements <= 2048 else 2
+    else:
+        warps, stages = elements // 512, 1 if elements > 1024 else 2 if rows > 16 else 3
+    shape = {"num_warps": max(1, min(8, warps)), "num_stages": stages}
     return shape | ({"maxnreg": 255} if elements >= 1024 else {})

@@ -76,6 +76,7 @@ class Binary:
 
     ptx: str
     sass: str  # nvdisasm's text
+    listing: str  # cuobjdump's, with the instructions' bits
     usage: str  # cuobjdump -res-usage: registers, stack, local memory
     shared: int  # bytes of shared memory a program
 
@@ -104,11 +105,34 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
     with tempfile.TemporaryDirectory() as temporary:
         cubin = Path(temporary) / "kernel.cubin"
         cubin.write_bytes(binary.asm["cubin"])
-        usage, sass = (
-            subprocess.run([tools / tool, *flags, cubin], capture_output=True, text=True, check=True).stdout
-            for tool, flags in (("cuobjdump", ["-res-usage"]), ("nvdisasm", ["-c"]))
+        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
+        usage, sass, listing = (
+            subprocess.run([tools / tool, flag, cubin], env=environment, capture_output=True, text=True, check=True).stdout
+            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"), ("cuobjdump", "-sass"))
         )
-    return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared)
+    return Binary(binary.asm["ptx"], sass, listing, usage, binary.metadata.shared)
+
+
+def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dropout_p=0.1) -> tuple[Binary, dict]:
+    """A kernel of axial_attention for contiguous tensors of a shape, and what it is launched with."""
+    from vimpac.kernels import axial_attention as kernels
+
+    strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
+    options = kernels.constants((*grid, 3, heads, width), strides, axes, False, dropout_p, True)
+    function = getattr(kernels, kernel)
+    types = {name: "*bf16" if dtype == torch.bfloat16 else "*fp32" for name in function.arg_names} | ATTENTION_TYPES
+    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], dtype.itemsize)
+    return compile_kernel(function, architecture, types, options, launch), launch
+
+
+ATTENTION_TYPES = {
+    "pad": "*i1",
+    "seed": "*i64",
+    "part": "*fp32",
+    "B": "i32",
+    "strides": ("i32",) * 6,
+    "cls_strides": ("i32",) * 3,
+}
 
 
 def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bool = True) -> None:

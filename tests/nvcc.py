@@ -82,16 +82,21 @@ def kernels(report: str) -> list[dict]:
     return found
 
 
+def output(*command: str) -> str:
+    """What a program of the toolkit prints. cuobjdump runs nvdisasm, which it looks for on PATH."""
+    path = f"{Path(tool('nvdisasm') or command[0]).parent}{os.pathsep}{os.environ['PATH']}"
+    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @functools.lru_cache
 def sass(source: str, architecture: str) -> dict[str, str]:
     """Machine code of csrc/`source`, by mangled kernel name. Skips without cuobjdump and nvdisasm."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if not cuobjdump or not nvdisasm:
         pytest.skip("no cuobjdump or nvdisasm, of the CUDA toolkit or of Triton")
-    path = f"{Path(nvdisasm).parent}{os.pathsep}{os.environ['PATH']}"  # cuobjdump runs nvdisasm
-    command = [cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(compiled(source)[0])]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PATH": path})
-    assert done.returncode == 0, done.stderr
-    parts = re.split(r"\n\s*Function : (\S+)\n", done.stdout)
+    listing = output(cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(compiled(source)[0]))
+    parts = re.split(r"\n\s*Function : (\S+)\n", listing)
     names = {kernel["name"] for kernel in kernels(ptxas_report(source))}  # the library holds other sources' kernels, too
     return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True) if name in names}

@@ -13,7 +13,7 @@ from kernel_checks import (
     EagerBytes,
     check_all,
     check_binary,
-    compile_kernel,
+    compile_attention,
     count_kernel_bytes,
     not_interpreted,
     poison_new_tensors,
@@ -276,31 +276,12 @@ def test_says_why_it_cannot_run():
 
 # --- compiled without a GPU -------------------------------------------------------------------------------------------
 
-TYPES = {
-    "pad": "*i1",
-    "seed": "*i64",
-    "part": "*fp32",
-    "B": "i32",
-    "strides": ("i32",) * 6,
-    "cls_strides": ("i32",) * 3,
-}
 GRIDS = [(5, 16, 16), (5, 32, 32), (10, 16, 16), (10, 32, 32)]  # Table 2
 HEADS = [(8, 64), (12, 64), (16, 32)]  # Table 3: Small, Base, Large-Half
 
 
-def compiled(architecture, kernel, grid, heads, width, axes, dtype):
-    from vimpac.kernels import axial_attention as kernels
-
-    strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
-    options = kernels.constants((*grid, 3, heads, width), strides, axes, False, 0.1, True)
-    function = getattr(kernels, kernel)
-    types = {name: "*bf16" if dtype == torch.bfloat16 else "*fp32" for name in function.arg_names} | TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], dtype.itemsize)
-    return compile_kernel(function, architecture, types, options, launch), launch
-
-
 def check_compiled(architecture, *kind):
-    binary, launch = compiled(architecture, *kind, torch.bfloat16)
+    binary, launch = compile_attention(architecture, *kind, torch.bfloat16)
     check_binary(binary, architecture, matrix=True)
     programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
     assert programs * (binary.shared + 1024) <= SHARED_BYTES[architecture]
@@ -316,7 +297,7 @@ def test_compiles_to_tensor_cores_without_spills(architecture):
 
 def check_float32(architecture, kernel, width, axes):
     """tf32 products, and a little local memory is all that is left of its registers."""
-    binary, _ = compiled(architecture, kernel, (5, 16, 16), 512 // width, width, axes, torch.float32)
+    binary, _ = compile_attention(architecture, kernel, (5, 16, 16), 512 // width, width, axes, torch.float32)
     assert ".tf32" in binary.ptx or "kind::tf32" in binary.ptx
     stack = int(binary.usage.split("STACK:")[1].split()[0])
     assert stack <= (0 if kernel == "_forward" else 256), f"{stack} bytes of stack"

@@ -35,7 +35,7 @@ def versions() -> dict[str, str]:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             found[name] = "not installed"
-    return found
+    return found | {"torch": torch.__version__}  # with its CUDA, which the package's version leaves out
 
 
 def extension() -> dict[str, str]:

@@ -1,16 +1,17 @@
 """Which backend an op takes where none is named: the first of a row that can run the call, fastest first.
 
-The table is what benchmarks/ measured (docs/kernels.md has the numbers). No GPU has been measured yet; there it holds the order
-in which the kernels were checked. A product of axes, or a line of more than 64 tokens, is a long sequence, and torch's
-scaled_dot_product_attention is made for those.
+The table is what benchmarks/ measured (docs/kernels.md has the numbers). No GPU has been measured yet; there the CUDA kernels,
+where they were built, come before Triton's because of what their machine code promises (benchmarks/predicted.py), and because
+no Python stands between a call and its launch. A product of axes, or a line of more than 64 tokens, is a long sequence, and
+torch's scaled_dot_product_attention is made for those.
 """
 
 from __future__ import annotations
 
 FASTEST = {  # op → device → backends
-    "axial_attention": {"cuda": ("triton", "cuda", "reference"), "cpu": ("triton", "cpu", "reference")},
+    "axial_attention": {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")},
     "axial_attention on long lines": {"cuda": ("sdpa",), "cpu": ("sdpa",)},
-    "block_mask": {"cuda": ("triton", "cuda", "reference"), "cpu": ("triton", "cpu", "reference")},
+    "block_mask": {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")},
     "dropout_add": {"cuda": ("triton", "torch", "reference"), "cpu": ("triton", "cpu", "torch", "reference")},
     "info_nce": {"cuda": ("triton", "reference"), "cpu": ("triton", "cpu", "reference")},
     "masked_cross_entropy": {"cuda": ("triton", "chunked"), "cpu": ("triton", "chunked")},
