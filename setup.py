@@ -33,6 +33,7 @@ TORCH_TARGET = "0x020b000000000000"  # 2.11: what is newer is not used
 CUDA_ARCHS = ("80", "90a", "100")
 LIBRARIES = {"_ops_cpu": "cpu", "_ops_cuda": "cuda", "_C": "python"}
 X86 = platform.machine().lower() in ("x86_64", "amd64")
+COMPILER_NEED = "a C++ compiler (Debian: apt-get install g++, macOS: xcode-select --install)"
 SEARCH = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # pip's ninja is beside Python
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi"]  # psabi: vectors wider than the machine's, in inlined functions only
 CXX_FLAGS = ["-std=c++17", "-O3", "-g1", "-fPIC", "-fvisibility=hidden", f"-DTORCH_TARGET_VERSION={TORCH_TARGET}", *WARNINGS]
@@ -49,7 +50,9 @@ ISA_FLAGS = {"portable": []} | (
 
 def find_compiler() -> str | None:
     named = os.environ.get("CXX")
-    return shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    found = shutil.which(named) if named else next(filter(None, map(shutil.which, ("c++", "g++", "clang++"))), None)
+    # a Mac's c++ may be one that only asks to install Apple's tools, and fails
+    return found if found and subprocess.run([found, "--version"], capture_output=True).returncode == 0 else None
 
 
 def find_nvcc() -> str | None:
@@ -89,13 +92,13 @@ def missing_tools() -> dict[str, str]:
     if unknown := set(wanted) - set(LIBRARIES.values()):
         raise SystemExit(f"VIMPAC_EXTENSION={named!r}: {' '.join(sorted(unknown))} is none of 0, cpu, cuda, python")
     needs = {
-        "a C++ compiler (Debian: apt-get install g++)": find_compiler(),
+        COMPILER_NEED: find_compiler(),
         "ninja (pip install ninja)": shutil.which("ninja", path=SEARCH),
         "an installed torch (and pip's --no-build-isolation)": find_torch(),
         "Linux or macOS": os.name == "posix",
     }
     if compiler := os.environ.get("CXX"):
-        needs[f"a C++ compiler, and CXX={compiler!r} is no program"] = needs.pop("a C++ compiler (Debian: apt-get install g++)")
+        needs[f"a C++ compiler, and CXX={compiler!r} is none that runs"] = needs.pop(COMPILER_NEED)
     common = [need for need, found in needs.items() if not found]
     more = {
         "_ops_cpu": [],

@@ -384,7 +384,10 @@ struct Line {
         UNROLL
         for (int c = 0; c < N; ++c) store<W>(row + c * W, sum[c]);
       } else {
-        for (int e = 0; d + e < D; ++e) from_arithmetic(row[e], sum[e / W][e % W]);
+        A rest[N * W];  // indexed in place of `sum`, which clang would keep in memory then, in the loop that adds it up, too
+        UNROLL
+        for (int c = 0; c < N; ++c) store<W>(rest + c * W, sum[c]);
+        for (int e = 0; d + e < D; ++e) from_arithmetic(row[e], rest[e]);
       }
     };
     add_rows(weights, of_row, of_term, terms, n, count, s.width, write_registers, [&] { ask(ASK); });

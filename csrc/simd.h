@@ -10,6 +10,10 @@
 #include <type_traits>
 #include <utility>
 
+#ifdef __ARM_NEON
+#include <arm_neon.h>
+#endif
+
 #include "host_device.h"
 #include "philox.h"
 
@@ -227,11 +231,14 @@ HOST_DEVICE V exp2_series(V x) {
   return x < LEAST ? V{} : x == x ? result : x;
 }
 
-// The low halves of 64-bit lanes times a constant. GCC does not see that high halves are zero and would multiply in full.
+// The low halves of 64-bit lanes times a constant. GCC does not see that high halves are zero and would multiply in full. NEON
+// has no product of 64-bit lanes: GCC and clang would multiply lane by lane.
 template <class W>
 HOST_DEVICE W multiply_low_halves(W x, uint32_t multiplier) {
   [[maybe_unused]] W y = W{} + multiplier;
-#if defined(__clang__) || !defined(__SSE2__)
+#if defined(__ARM_NEON)
+  return (W)vmull_n_u32(vmovn_u64((uint64x2_t)x), multiplier);
+#elif defined(__clang__) || !defined(__SSE2__)
   return (x & 0xFFFFFFFFu) * y;
 #elif defined(__AVX512F__)
   return (W)__builtin_ia32_pmuludq512_mask((Vector<int, 16>)x, (Vector<int, 16>)y, Vector<long long, 8>{}, 0xFF);

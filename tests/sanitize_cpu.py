@@ -7,6 +7,7 @@ that this processor has. The runtime of the address sanitizer has to be the firs
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
 import sys
 from pathlib import Path
@@ -33,12 +34,15 @@ def build(folder: Path) -> Path:
     return folder / "vimpac"
 
 
+def output(option: str) -> str:
+    return subprocess.run([COMPILER, option], capture_output=True, text=True, check=True).stdout.strip()
+
+
 def environment(libraries: Path) -> dict[str, str]:
     """What a process needs to run with a sanitized library. Leaks are not looked for: Python and torch hold on to theirs."""
-    runtimes = [
-        subprocess.run([COMPILER, f"-print-file-name={name}"], capture_output=True, text=True, check=True).stdout.strip()
-        for name in ("libasan.so", "libubsan.so", "libstdc++.so")
-    ]
+    clang = "clang" in output("--version")  # it would name GCC's, with which its libraries cannot be loaded
+    names = [f"libclang_rt.asan-{platform.machine()}.so"] if clang else ["libasan.so", "libubsan.so"]
+    runtimes = [output(f"-print-file-name={name}") for name in (*names, "libstdc++.so")]
     if missing := [path for path in runtimes if not Path(path).is_absolute()]:  # the name alone is what it says of one it lacks
         raise SystemExit(f"{COMPILER} has no {' and no '.join(missing)}: install its sanitizers")
     return {
@@ -51,9 +55,14 @@ def environment(libraries: Path) -> dict[str, str]:
 
 
 def main() -> int:
-    libraries = build(ROOT / "build" / "sanitize")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]
-    return subprocess.run(command, cwd=ROOT, env=environment(libraries)).returncode
+    named = environment(build(ROOT / "build" / "sanitize"))
+    # of a library that cannot be loaded the tests would be skipped
+    load = "import sys; from vimpac.ops import backend; sys.exit(backend.library_error('cpu') or None)"
+    for command in (["-c", load], ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]):
+        ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=named)
+        if ended.returncode:
+            return ended.returncode
+    return 0
 
 
 if __name__ == "__main__":
