@@ -635,8 +635,8 @@ def launch_shape(forward, axes, grid, width, itemsize):
     if itemsize == 4:
         return {"num_warps": max(1, min(8, elements // 256)) if forward or elements <= 512 else 8, "num_stages": 1}
     if forward:
-        warps, stages = elements // 1024, 3 if elements <= 2048 else 2
+        warps, stages = elements // 1024, 1 if elements > 4096 else 2 if rows > 32 or elements > 2048 else 3
     else:
-        warps, stages = elements // 512, 1 if elements > 1024 else 2 if rows > 16 else 3
+        warps, stages = elements // 512, 1 if rows > 32 or elements > 1024 else 2 if rows > 16 else 3
     shape = {"num_warps": max(1, min(8, warps)), "num_stages": stages}
     return shape | ({"maxnreg": 255} if elements >= 1024 else {})

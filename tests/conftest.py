@@ -7,6 +7,21 @@ import torch.distributed as dist
 from runs import arguments, run, write_store
 
 
+def pytest_addoption(parser):
+    parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
+
+
+@pytest.hookimpl(trylast=True)  # after -m and -k
+def pytest_collection_modifyitems(config, items):
+    """Parts of a file that is slow to compile run side by side (benchmarks/gpu.py)."""
+    index, count = map(int, config.getoption("shard").split("/"))
+    if not 1 <= index <= count:
+        raise pytest.UsageError(f"--shard {index}/{count}: expected I/N with I from 1 to N")
+    selected = items[index - 1 :: count]
+    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
+    items[:] = selected
+
+
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 def device(request):
     """Every device that tests of numbers run on; the GPU's are skipped, with the reason, where there is none."""

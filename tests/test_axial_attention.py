@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from extension import CPU_ERROR, needs_compiler, needs_cpu
@@ -399,6 +400,23 @@ def test_dropout_threshold(p, threshold):
     assert MODULE.dropout_threshold(p) == threshold and MODULE.dropout_scale(p) == 2**16 / (2**16 - threshold)
     out, cls_out = axial_attention(*inputs(2, (2, 3, 4), 2, 4), ("T", "H"), None, p, 1, backend="reference")
     assert out.isfinite().all() and cls_out.isfinite().all()
+
+
+@pytest.mark.parametrize("p, exact", [(0.0, True), (0.125, True), (0.1, False)])
+def test_sdpa_keeps_cudnn_from_rounding_dropout(monkeypatch, p, exact):
+    """cuDNN's attention has dropout rates of multiples of 1/16 only. That it is kept out breaks no graph."""
+    call = functools.partial(axial_attention, axes=("HxW",), dropout_p=p, seed=1, backend="sdpa")
+    tensors = torch.randn(1, 1, 2, 2, 3, 2, 4), torch.randn(1, 3, 2, 4)
+    torch.compile(call, fullgraph=True, backend="aot_eager")(*tensors)
+    allowed, attend = [], F.scaled_dot_product_attention
+
+    def watched(*arguments):
+        allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attend(*arguments)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    call(*tensors)
+    assert allowed == [exact] and torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_sdpa_drops_from_torchs_generator():

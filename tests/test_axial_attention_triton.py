@@ -1,6 +1,8 @@
 """The Triton kernels of axial_attention: on a GPU, in the interpreter, and compiled for three architectures."""
 
 import itertools
+import re
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -29,14 +31,15 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CASES = [  # grid, axes, heads, head width, cls_in_context, dropout
     ((1, 1, 1), ("T",), 1, 16, True, 0.0),
-    ((5, 4, 6), ("T",), 2, 16, True, 0.3),  # 3 lines a block
+    ((5, 4, 6), ("T",), 2, 16, True, 0.6),  # 3 lines a block
     ((2, 4, 3), ("T", "H", "W"), 3, 16, True, 0.4),  # 8, 4 and 5 lines a block
     ((1, 16, 16), ("H", "W"), 2, 64, True, 0.1),  # the model's own: 17 keys
     ((7, 2, 9), ("T", "W"), 2, 20, False, 0.4),  # 7 and 9 keys, head width padded to 32
     ((10, 3, 3), ("T",), 2, 32, True, 0.1),
     ((2, 32, 2), ("H", "T"), 2, 32, True, 0.3),  # [CLS] is key 32: a call of its own
     ((1, 33, 4), ("W", "H"), 2, 16, True, 0.2),
-    ((2, 64, 3), ("H",), 1, 128, False, 0.2),
+    ((2, 64, 3), ("H",), 1, 64, False, 0.2),
+    ((2, 32, 3), ("H",), 1, 128, False, 0.2),
     ((1, 64, 2), ("H",), 1, 16, True, 0.2),
     ((2, 7, 2), ("H",), 1, 16, True, 0.3),  # 8 keys, with [CLS] and without
     ((2, 8, 2), ("H",), 1, 16, False, 0.3),
@@ -272,6 +275,48 @@ def test_says_why_it_cannot_run():
     qkv, cls, _ = inputs((2, 65, 2), 2, 144, torch.float64)
     with pytest.raises(ValueError, match=r"on cpu, it needs a CUDA device; torch.float64.*at most 64 tokens; head width 144"):
         axial_attention(qkv, cls, ("H",), backend="triton")
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "dtype, length, width, has, needed",
+    [
+        (torch.float32, 64, 128, 232448, 245760),  # an H100
+        (torch.float32, 33, 64, 101376, 131072),  # the smallest GPUs
+        (torch.bfloat16, 64, 65, 101376, 135168),
+        (torch.bfloat16, 64, 128, 232448, 0),
+        (torch.float32, 64, 64, 232448, 0),
+        (torch.float32, 64, 32, 101376, 0),
+        (torch.float32, 32, 128, 101376, 0),
+        (torch.float64, 64, 128, 232448, 0),
+    ],
+)
+def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, has, needed):
+    from vimpac.ops.axial_attention import _why_not_triton
+
+    monkeypatch.setattr(backends, "_unfit_for_triton", lambda device: "")
+    monkeypatch.setattr(backends, "shared_memory", lambda device: has)
+    qkv = SimpleNamespace(
+        shape=(1, 2, length, 2, 3, 1, width), dtype=dtype, itemsize=dtype.itemsize, device=torch.device("cuda", 0)
+    )
+    reasons = [text for text in _why_not_triton(qkv, None, ("H",), None, 0.0, None, True) if "shared" in text]
+    assert [re.search(r"takes (\d+) bytes .* has (\d+)", text).groups() for text in reasons] == (
+        [(str(needed), str(has))] if needed else []
+    )
+
+
+def check_shared(architecture, dtype, width):
+    """What is said of lines of 33 to 64 tokens holds, and all else fits into the smallest GPU."""
+    from vimpac.ops.axial_attention import TRITON_SHARED
+
+    for kernel in ("_forward", "_backward"):
+        binary, _ = compile_attention(architecture, kernel, (2, 64, 3), 1, width, ("H",), dtype)
+        assert binary.shared <= TRITON_SHARED.get((dtype.itemsize, width), 99 << 10)
+
+
+@not_interpreted
+def test_shared_memory_of_long_lines():
+    check_all(check_shared, [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128), (90, torch.float32, 32)])
 
 
 # --- compiled without a GPU -------------------------------------------------------------------------------------------

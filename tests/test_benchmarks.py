@@ -53,6 +53,18 @@ def test_script(script, tmp_path):
     assert json.loads((tmp_path / f"{script}.json").read_text()) == result
 
 
+def test_shards_of_a_file_are_all_of_it():
+    def collected(shard):
+        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "not house", "tests/test_atomic.py"]
+        ended = subprocess.run([*command, f"--shard={shard}"], cwd=ROOT, capture_output=True, text=True)
+        return ended, [line for line in ended.stdout.splitlines() if "::" in line]
+
+    whole, parts = collected("1/1")[1], [collected(f"{i}/3")[1] for i in (1, 2, 3)]
+    assert len(whole) > 3 and sorted(whole) == sorted(sum(parts, [])) and all(parts)
+    ended, _ = collected("4/3")
+    assert ended.returncode != 0 and "--shard 4/3: expected I/N with I from 1 to N" in ended.stderr + ended.stdout
+
+
 def test_everything_for_a_gpu_fits_into_eight_minutes():
     import gpu
 

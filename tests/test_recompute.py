@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from extension import needs_cpu
 from vimpac.config import ModelConfig
@@ -124,3 +125,13 @@ def test_off():
     with torch.no_grad(), recomputing():
         linear(remade(double, x))
     assert len(calls) == 3
+
+
+def test_a_forward_pass_without_backward_is_freed():
+    """An op that keeps its own output, as torch's fused attention does, does not keep it from being freed."""
+    q = torch.randn(1, 2, 8, 16, requires_grad=True)
+    with recomputing():
+        out = F.scaled_dot_product_attention(q, q, q)
+    memory = StorageWeakRef(out.untyped_storage())
+    del out
+    assert memory.expired()

@@ -63,7 +63,7 @@ def _pack(x: Tensor) -> Tensor | _Recipe:
     alive, make = _recipes.get().get(x.data_ptr(), (None, None))
     original = alive() if alive is not None else None  # dead: its memory may have become another tensor's
     if original is None or original.numel() != x.numel() or original.dtype != x.dtype or not x.is_contiguous():
-        return x
+        return x.detach()  # x itself may be the output of the op that keeps it: a cycle that only a backward pass would end
     return _Recipe(make, x.shape)
 
 

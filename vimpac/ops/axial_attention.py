@@ -24,11 +24,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import backend as backends
@@ -146,11 +148,19 @@ def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None,
 
 def _sdpa(q, k, v, is_key, dropout_p):
     """In parts where a CUDA grid's dimension, which torch's kernels put the lines on, would end at 65,535."""
-    if q.device.type != "cuda" or q.shape[0] <= 65535:
-        return F.scaled_dot_product_attention(q, k, v, is_key, dropout_p)
-    masks = [None] * -(-q.shape[0] // 65535) if is_key is None else is_key.split(65535)
-    parts = zip(q.split(65535), k.split(65535), v.split(65535), masks, strict=True)
-    return torch.cat([F.scaled_dot_product_attention(*part, dropout_p) for part in parts])
+    with _exact_dropout(dropout_p):
+        if q.device.type != "cuda" or q.shape[0] <= 65535:
+            return F.scaled_dot_product_attention(q, k, v, is_key, dropout_p)
+        masks = [None] * -(-q.shape[0] // 65535) if is_key is None else is_key.split(65535)
+        parts = zip(q.split(65535), k.split(65535), v.split(65535), masks, strict=True)
+        return torch.cat([F.scaled_dot_product_attention(*part, dropout_p) for part in parts])
+
+
+def _exact_dropout(p: float) -> AbstractContextManager:
+    """Without cuDNN's attention, which knows dropout rates of multiples of 1/16 only: torch 2.11 gives it others all the same,
+    and it rounds them without a word."""
+    exact = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    return nullcontext() if (16 * p).is_integer() else sdpa_kernel(exact)
 
 
 def dropout_keep(seed: Tensor, p: float, shape: Sequence[int], heads: slice, axis: str, keys: int) -> Tensor:
@@ -311,12 +321,24 @@ backends.register("axial_attention", "reference", backends.always)
 backends.register("axial_attention", "sdpa", backends.always)
 
 
+# Item size, head width → bytes of shared memory that a block takes, on lines of more than 32 tokens; all else takes at most
+# 80 KB, and the smallest GPU has 99.
+TRITON_SHARED = {(2, 64): 67584, (2, 128): 135168, (4, 64): 131072, (4, 128): 245760}
+
+
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
     reasons = backends.why_not_triton(qkv, backends.HALF_AND_SINGLE)
     if has_long_lines(axes, qkv.shape):
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
         reasons.append(f"head width {qkv.shape[6]}, it takes at most 128")
+    if longest_line(axes, qkv.shape) > 32 and qkv.shape[6] > 32 and qkv.device.type == "cuda":
+        needed = TRITON_SHARED.get((qkv.itemsize, 64 if qkv.shape[6] <= 64 else 128), 0)
+        if needed > (has := backends.shared_memory(qkv.device)):
+            reasons.append(
+                f"lines of more than 32 tokens, head width {qkv.shape[6]}, {qkv.dtype}: backward takes {needed} bytes of "
+                f"shared memory, {qkv.device} has {has}"
+            )
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
         reasons.append("bfloat16 in Triton's interpreter, which multiplies it wrongly")
     return reasons

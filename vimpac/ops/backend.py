@@ -96,6 +96,12 @@ def _unfit_for_triton(device: torch.device) -> str:
     return "" if major >= 8 else f"compute capability {major}.{minor}, it needs 8.0"
 
 
+@torch.compiler.assume_constant_result
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a block may have on a CUDA device."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
 def implement_library(name: str, backend: str) -> None:
     """Leave `vimpac::NAME.BACKEND` to a library of csrc/, "cpu" or "cuda", which the first call loads.
 
