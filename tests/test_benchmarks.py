@@ -60,7 +60,7 @@ def test_shards_of_a_file_are_all_of_it():
         return ended, [line for line in ended.stdout.splitlines() if "::" in line]
 
     whole, parts = collected("1/1")[1], [collected(f"{i}/3")[1] for i in (1, 2, 3)]
-    assert len(whole) > 3 and sorted(whole) == sorted(sum(parts, [])) and all(parts)
+    assert len(whole) > 3 and sorted(whole) == sorted(x for part in parts for x in part) and all(parts)
     ended, _ = collected("4/3")
     assert ended.returncode != 0 and "--shard 4/3: expected I/N with I from 1 to N" in ended.stderr + ended.stdout
 
