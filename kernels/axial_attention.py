@@ -627,8 +627,8 @@ def launch_shape(forward, axes, grid, width, itemsize):
     Chosen by what the compiled code promises (benchmarks/predicted.py); not measured on a GPU yet. With so many registers a
     multiprocessor has room for 8 to 16 warps, too few to hide one another's loads: with three stages the next two blocks' are
     under way. Forward a warp holds 1024 elements of a block, backward 512, and longer blocks have fewer stages: with more,
-    some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it.
-    float32 takes four times the registers: even with more warps backward spills some 150 bytes.
+    some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it
+    where that was seen. float32 takes four times the registers: even with more warps backward spills some 150 bytes.
     """
     rows = max(16, triton.next_power_of_2(max(grid[axis] for axis in axes)))
     elements = rows * width
@@ -639,4 +639,4 @@ def launch_shape(forward, axes, grid, width, itemsize):
     else:
         warps, stages = elements // 512, 1 if rows > 32 or elements > 1024 else 2 if rows > 16 else 3
     shape = {"num_warps": max(1, min(8, warps)), "num_stages": stages}
-    return shape | ({"maxnreg": 255} if elements >= 1024 else {})
+    return shape | ({"maxnreg": 255} if elements >= (1024 if forward else 512) else {})
