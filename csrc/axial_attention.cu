@@ -1009,17 +1009,20 @@ struct Launch {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-bool aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % BYTES == 0; }
+// Copied where a view starts between two pieces.
+Tensor aligned(const Tensor& x) {
+  return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % BYTES == 0 ? x : torch::stable::clone(x);
+}
 
 // Packed rows: without `grad` the outputs [B·T·H·W + B, N, D], else the gradients [.., 3, N, D].
-Tensor run(const Tensor* grad, const Tensor& qkv, const Tensor& cls_qkv, const std::vector<std::string>& axes,
+Tensor run(const Tensor* grad, Tensor qkv, Tensor cls_qkv, const std::vector<std::string>& axes,
            const std::optional<Tensor>& pad, double dropout_p, const std::optional<Tensor>& seed, bool cls_in_context) {
+  qkv = aligned(qkv), cls_qkv = aligned(cls_qkv);
   Launch launch(!grad, qkv.sizes().data(), qkv.strides().data(), cls_qkv.strides().data(), axes, dropout_p, cls_in_context);
   Call& call = launch.call;
   const ScalarType kind = qkv.scalar_type();
   STD_TORCH_CHECK(kind == ScalarType::BFloat16 || kind == ScalarType::Half, "axial_attention.cuda takes bfloat16 and float16");
   STD_TORCH_CHECK(launch.unfit.empty(), "axial_attention.cuda cannot run ", launch.unfit);
-  STD_TORCH_CHECK(aligned(qkv) && aligned(cls_qkv), "axial_attention.cuda needs data aligned to 16 bytes");
   const int64_t rows = call.tokens() + call.clips;
   Tensor out = grad ? torch::stable::new_empty(qkv, {rows, 3, call.heads, launch.width})
                     : torch::stable::new_empty(qkv, {rows, call.heads, launch.width});
@@ -1058,7 +1061,7 @@ Tensor forward(Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::o
 Tensor backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::optional<Tensor> pad,
                 double dropout_p, std::optional<Tensor> seed, bool cls_in_context) {
   STD_TORCH_CHECK(grad.is_contiguous(), "axial_attention_backward.cuda needs a contiguous gradient");
-  if (!aligned(grad)) grad = torch::stable::clone(grad);  // a view into what the caller had
+  grad = aligned(grad);
   return run(&grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
 }
 

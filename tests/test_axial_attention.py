@@ -402,6 +402,20 @@ def test_dropout_threshold(p, threshold):
     assert out.isfinite().all() and cls_out.isfinite().all()
 
 
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("name", ["reference", "sdpa", "cpu", "triton", "cuda"])
+def test_reasons_break_no_graph(name, dynamic):
+    """The choice of a backend is traced, with whatever it asks of tensors, views of larger ones included."""
+
+    def call(qkv, cls_qkv):
+        return qkv + len(backends.why_not("axial_attention", name, qkv, cls_qkv, ("T",), None, 0.1, None, True))
+
+    torch._dynamo.reset()  # every case is the same code to it, recompiled
+    tensors = torch.randn(9, 1, 2, 2, 3, 2, 32)[1:], torch.randn(9, 3, 2, 32)[1:]
+    traced = torch.compile(call, fullgraph=True, dynamic=dynamic, backend="eager")
+    assert torch.equal(traced(*tensors), call(*tensors))
+
+
 @pytest.mark.parametrize("p, exact", [(0.0, True), (0.125, True), (0.1, False)])
 def test_sdpa_keeps_cudnn_from_rounding_dropout(monkeypatch, p, exact):
     """cuDNN's attention has dropout rates of multiples of 1/16 only. That it is kept out breaks no graph."""

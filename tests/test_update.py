@@ -5,6 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -437,32 +438,57 @@ def test_a_graph_for_each_number_of_rows(store_folder):
     assert len(trainer.graphed.graphs) == 2
 
 
-def test_graphs_share_a_stream(monkeypatch):
-    """And so the memory of their pool."""
-    used = []
+@pytest.fixture
+def opened(monkeypatch):
+    """What is open around a run, by name, where torch.cuda has contexts and nothing behind them."""
+    opened = {}
+
+    def context(name, given):
+        @contextmanager
+        def enter(*args, **options):
+            opened[name] = given(*args, **options)
+            try:
+                yield
+            finally:
+                del opened[name]
+
+        return enter
 
     class Stream:
         def wait_stream(self, _other):
             pass
 
-    class Context:
-        def __init__(self, *_, stream=None, **__):
-            used.append(stream)
-
-        def __enter__(self):
-            pass
-
-        def __exit__(self, *_):
-            pass
-
-    for name, value in (("Stream", Stream), ("current_stream", Stream), ("graph_pool_handle", object), ("CUDAGraph", object)):
+    stand_ins = {
+        **dict.fromkeys(("Stream", "current_stream"), Stream),
+        **dict.fromkeys(("CUDAGraph", "empty_cache"), object),
+        "get_allocator_backend": lambda: "native",
+        "MemPool": lambda: SimpleNamespace(id=(0, 1)),
+        "graph_pool_handle": lambda: (0, 2),
+        "stream": context("stream", lambda stream: stream),
+        "use_mem_pool": context("memory", lambda pool: pool.id),
+        "graph": context("graph", lambda _graph, pool, stream, **_: (pool, stream)),
+    }
+    for name, value in stand_ins.items():
         monkeypatch.setattr(torch.cuda, name, value)
-    monkeypatch.setattr(torch.cuda, "stream", lambda stream: Context(stream=stream))
-    monkeypatch.setattr(torch.cuda, "graph", Context)
-    capture = _Capture()
+    return opened
+
+
+def test_graphs_share_a_stream_and_its_memory(opened):
+    """What warms up the first one takes memory elsewhere, what it keeps included."""
+    capture, runs = _Capture(), []
     for _ in range(2):
-        capture(dict)
-    assert len(used) == 4 and set(used) == {capture.stream}
+        capture(lambda: runs.append(dict(opened)))
+    outside, captured = {"stream": capture.stream}, {"graph": ((0, 1), capture.stream)}
+    assert runs == [outside] * 3 + [captured] + [{**outside, "memory": (0, 1)}] * 3 + [captured]
+
+
+def test_an_allocator_without_pools_still_captures(opened, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_allocator_backend", lambda: "cudaMallocAsync")
+    monkeypatch.setattr(torch.cuda, "MemPool", None)  # it raises
+    capture, runs = _Capture(), []
+    for _ in range(2):
+        capture(lambda: runs.append(dict(opened)))
+    assert runs == ([{"stream": capture.stream}] * 3 + [{"graph": ((0, 2), capture.stream)}]) * 2
 
 
 def test_full_checkpointing_without_dropout_asks_no_generator(store_folder, monkeypatch):
@@ -477,6 +503,44 @@ def test_rows_of_a_graph():
     """A few sizes serve a run: an eighth of the expected number apart, which is several standard deviations."""
     assert row_multiple(256 * 1280, 0.145) == 6144 and row_multiple(256 * 1280, 0.145) % ROWS == 0
     assert row_multiple(100, 0.1) == ROWS
+
+
+@pytest.mark.gpu
+def test_graphs_and_their_warm_ups_share_memory():
+    """Backward's as well, and after one that failed; replays in any order give what plain runs give."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if torch.cuda.get_allocator_backend() != "native":
+        pytest.skip("the allocator has no pools")
+    weight = torch.linspace(0, 1, 1 << 20, device="cuda", requires_grad=True)
+    weight.grad = torch.zeros_like(weight)
+
+    def step(rows):
+        loss = weight.expand(rows, -1).sin().sum()  # 4 MiB a row, twice that in backward
+        loss.backward()
+        return {"loss": loss.detach()}
+
+    def fails():
+        raise ArithmeticError(f"after {step(20)}")
+
+    capture = _Capture()
+    replays = {24: capture(lambda: step(24))}
+    torch.cuda.empty_cache()
+    reserved = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    with pytest.raises(ArithmeticError):
+        capture(fails)
+    replays |= {rows: capture(lambda rows=rows: step(rows)) for rows in (16, 20)}
+    assert torch.cuda.max_memory_reserved() < reserved + (32 << 20)
+    with torch.cuda.stream(capture.stream):
+        outside = torch.empty(64 << 20, device="cuda")
+    assert not any(s["address"] <= outside.data_ptr() < s["address"] + s["total_size"] for s in capture.memory.snapshot())
+    for rows in (16, 24, 20, 24, 16):
+        weight.grad.zero_()
+        loss, grad = replays[rows]()["loss"].clone(), weight.grad.clone()
+        weight.grad.zero_()
+        torch.testing.assert_close(loss, step(rows)["loss"])
+        torch.testing.assert_close(grad, weight.grad)
 
 
 @pytest.mark.gpu

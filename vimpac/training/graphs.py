@@ -1,13 +1,15 @@
 """CUDA graphs of the micro-step: its hundreds of launches become one.
 
 A graph has fixed shapes. All of a batch's are fixed but the number of rows of the token head, so rows are rounded up to one of
-a few numbers and each gets its graph when it first comes. Graphs share one memory pool: they never run at the same time.
+a few numbers and each gets its graph when it first comes. Graphs share one memory pool, with what warms up later ones: none of
+them run at the same time.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -66,20 +68,40 @@ class _Capture:
     """Captures functions' kernels into one pool, on one side stream: memory of a pool is used again on its stream only."""
 
     def __init__(self):
-        self.pool, self.stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self.stream, self.filled = torch.cuda.Stream(), False
+        native = torch.cuda.get_allocator_backend() == "native"  # cudaMallocAsync has no pools outside of captures
+        self.memory = torch.cuda.MemPool() if native else None
+        self.pool = self.memory.id if native else torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
+        with torch.cuda.stream(self.stream), self.pooled():
             for _ in range(WARM_UP):
                 function()
         torch.cuda.current_stream().wait_stream(self.stream)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"):
             out = function()
+        self.filled = True
 
         def replay() -> dict[str, Tensor]:
             graph.replay()
             return out
 
         return replay
+
+    @contextmanager
+    def pooled(self) -> Iterator[None]:
+        """Inside, once there is a graph, memory comes from the pool: runs outside of it would need as much again, since graphs
+        give nothing back.
+
+        What such a run keeps is overwritten by earlier graphs' replays. The first runs are not inside, so that what is made
+        once and kept, like the scaler's scale, is not in the pool; cuBLAS's workspaces may be, they hold nothing between calls.
+        """
+        if self.memory is None or not self.filled:
+            yield
+            return
+        torch.cuda.empty_cache()  # what waits to be used again would not be given up when the pool has to grow
+        # A pool serves one thread, and backward has one of its own: here it runs in this one.
+        with torch.cuda.use_mem_pool(self.memory), torch.autograd.set_multithreading_enabled(False):
+            yield
