@@ -369,6 +369,21 @@ def test_gpu_empty_batches():
 
 
 @needs_gpu
+def test_gpu_views_that_start_anywhere():
+    """Between two pieces of 16 bytes, too."""
+    whole = torch.randn(62 * 3 * 4 * 32 + 1, device="cuda", dtype=torch.bfloat16)
+    grad = torch.randn(62 * 4 * 32 + 1, device="cuda", dtype=torch.bfloat16)
+
+    def run(whole, grad):
+        rows = whole.view(62, 3, 4, 32).requires_grad_()
+        out = axial_attention_packed(rows, (5, 3, 2), ("T", "W"), None, 0.2, 7, backend="cuda")
+        return out, *torch.autograd.grad(out, rows, grad.view(62, 4, 32))
+
+    aligned = run(whole[1:].clone(), grad[1:].clone())
+    assert all(torch.equal(a, b) for a, b in zip(aligned, run(whole[1:], grad[1:]), strict=True))
+
+
+@needs_gpu
 def test_gpu_that_is_not_the_current_one():
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
