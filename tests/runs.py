@@ -9,6 +9,7 @@ import os
 import signal
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -136,7 +137,8 @@ class Run:
 
     def signal(self, number: int) -> None:
         for process in self.processes:
-            os.kill(process.pid, number)
+            with suppress(ProcessLookupError):  # it has ended: `wait` tells how
+                os.kill(process.pid, number)
 
     @property
     def output(self) -> str:

@@ -323,7 +323,7 @@ backends.register("axial_attention", "sdpa", backends.always)
 
 # Item size, head width → bytes of shared memory that a block takes, on lines of more than 32 tokens; all else takes at most
 # 80 KB, and the smallest GPU has 99.
-TRITON_SHARED = {(2, 64): 67584, (2, 128): 135168, (4, 64): 131072, (4, 128): 245760}
+TRITON_SHARED = {(2, 128): 135168, (4, 64): 131072, (4, 128): 245760}
 
 
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
