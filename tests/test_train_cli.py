@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from extension import CPU_ERROR
 from runs import ROOT, arguments, metrics, train_main, write_store
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.training.checkpoint import list_checkpoints
@@ -391,7 +392,9 @@ def test_profile(store_folder, output, tmp_path):
     parts = next(i for i, line in enumerate(lines) if line.startswith("part "))
     assert [line.split()[0] for line in lines[parts + 1 : parts + 5]] == ["data", "forward", "backward", "optimizer"]
     assert all(float(line.split()[1]) > 0 for line in lines[parts + 1 : parts + 5])
-    assert "the host waited for the device 0 times an update" in lines and any("axial_attention" in line for line in lines)
+    assert "the host waited for the device 0 times an update" in lines
+    operation = "aten::bmm" if CPU_ERROR else "axial_attention"  # without the library the definition runs
+    assert any(operation in line for line in lines)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])
