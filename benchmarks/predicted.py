@@ -48,6 +48,7 @@ SHAPES = [  # those whose speed has a goal: grid, heads, head width
     ((10, 32, 32), 16, 32),
 ]
 AXES = [("T",), ("H", "W")]
+CASES = [(*shape, axes) for shape in SHAPES for axes in AXES]  # grid, heads, head width, axes
 TENSORS = {"forward": 4, "backward": 7}  # that must move
 
 # Cycles for which a warp's instruction keeps a unit of a quarter busy, from the CUDA programming guide's table of throughputs
@@ -251,25 +252,21 @@ def read_again(loop: Sequence[Instruction]) -> frozenset[int]:
     return frozenset(i for i, instruction in enumerate(loop) if instruction.name == "LDG" and turned and i > turned[0])
 
 
-def packed(length: int, most: int) -> int:
-    """Lines of a block."""
-    return max(1, min(most, 16 // length)) if length <= 7 else 1
+def length_of_lines(grid: tuple[int, int, int], axes: tuple[str, ...]) -> int:
+    return grid["THW".index(axes[0])]  # the same along all axes of a case
 
 
 def triton_kernels() -> Iterator[Compiled]:
     from kernel_checks import compile_attention
+    from vimpac.kernels.axial_attention import lines_of_block
 
-    for grid, heads, width in SHAPES:
-        for axes in AXES:
-            for which in TENSORS:
-                binary, launch = compile_attention(ARCHITECTURE, f"_{which}", grid, heads, width, axes, torch.bfloat16, DROPOUT)
-                length = grid["THW".index(axes[0])]
-                registers = int(re.search(r"REG:(\d+)", binary.usage)[1])
-                yield Compiled(
-                    "triton",
-                    *(which, grid, heads, width, axes, binary.listing, registers, binary.shared, launch["num_warps"]),
-                    packed(length, 16) * length,
-                )
+    for grid, heads, width, axes in CASES:
+        length = length_of_lines(grid, axes)
+        for which in TENSORS:
+            binary, launch = compile_attention(ARCHITECTURE, f"_{which}", grid, heads, width, axes, torch.bfloat16, DROPOUT)
+            registers = int(re.search(r"REG:(\d+)", binary.usage)[1])
+            found = binary.listing(), registers, binary.shared, launch["num_warps"], lines_of_block(length) * length
+            yield Compiled("triton", which, grid, heads, width, axes, *found)
 
 
 # The kernels' own loops, with what decides their branches known to the compiler.
@@ -290,7 +287,7 @@ __global__ void __launch_bounds__(warp::LANES, FORWARD ? FORWARD_WARPS<D, M> : B
 
 
 def cuda_kernels() -> Iterator[Compiled]:
-    """None where there is no nvcc."""
+    """Nothing where there is no nvcc."""
     import nvcc
 
     compiler, cuobjdump = nvcc.tool("nvcc"), nvcc.tool("cuobjdump")
@@ -298,12 +295,12 @@ def cuda_kernels() -> Iterator[Compiled]:
         print("no nvcc or no cuobjdump: the CUDA kernels are left out", file=sys.stderr)
         return
     cases = {}
-    for grid, heads, width in SHAPES:
-        for axes in AXES:
-            length = grid["THW".index(axes[0])]
-            for which in TENSORS:
-                name = f"{length}, {width}, {1 if length <= 16 else 2}, {str(which == 'forward').lower()}"
-                cases[name] = (which, grid, heads, width, axes), packed(length, 4) * length
+    for grid, heads, width, axes in CASES:
+        length = length_of_lines(grid, axes)
+        lines = min(4, 16 // length) if length <= 7 else 1  # of a tile
+        for which in TENSORS:
+            name = f"{length}, {width}, {1 if length <= 16 else 2}, {str(which == 'forward').lower()}"
+            cases[name] = (which, grid, heads, width, axes), lines * length
     source = CUDA_SOURCE + "".join(f"template __global__ void sample<{name}>(const Call);\n" for name in cases) + "}\n"
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = Path(folder) / "sample.cu", Path(folder) / "sample.cubin"
@@ -329,15 +326,14 @@ KERNELS = {"triton": triton_kernels, "cuda": cuda_kernels}
 def document_table(rows: Sequence[dict], kernels: str) -> list[str]:
     """A line a shape: registers, warps of a multiprocessor, instructions of a block and warp, bytes a clock."""
     lines = []
-    for grid, heads, width in SHAPES:
-        for axes in AXES:
-            cells = [f"{'×'.join(map(str, grid))}, {heads}×{width}", "|".join(axes)]
-            for which in TENSORS:
-                wanted = {"kernels": kernels, "which": which, "grid": grid, "width": width, "axes": axes}
-                (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
-                cells.append(f"{row['registers']}, {row['warps_of_multiprocessor']}, {row['instructions']}")
-                cells.append(f"{row['bytes_a_clock']:.0f}, {row['bytes_a_clock_of_busiest']:.0f} ({row['busiest']})")
-            lines.append(cells)
+    for grid, heads, width, axes in CASES:
+        cells = [f"{'×'.join(map(str, grid))}, {heads}×{width}", "|".join(axes)]
+        for which in TENSORS:
+            wanted = {"kernels": kernels, "which": which, "grid": grid, "width": width, "axes": axes}
+            (row,) = (row for row in rows if all(row[key] == value for key, value in wanted.items()))
+            cells.append(f"{row['registers']}, {row['warps_of_multiprocessor']}, {row['instructions']}")
+            cells.append(f"{row['bytes_a_clock']:.0f}, {row['bytes_a_clock_of_busiest']:.0f} ({row['busiest']})")
+        lines.append(cells)
     head = ["grid, heads × width", "axes"]
     for which in TENSORS:
         head += [f"{which}: registers, warps, instructions", "bytes a clock: predicted, of the busiest unit"]

@@ -17,9 +17,9 @@ def pytest_collection_modifyitems(config, items):
     index, count = map(int, config.getoption("shard").split("/"))
     if not 1 <= index <= count:
         raise pytest.UsageError(f"--shard {index}/{count}: expected I/N with I from 1 to N")
-    selected = items[index - 1 :: count]
-    config.hook.pytest_deselected(items=[item for item in items if item not in selected])
-    items[:] = selected
+    if count > 1:
+        config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index - 1])
+        items[:] = items[index - 1 :: count]
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

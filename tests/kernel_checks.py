@@ -77,9 +77,29 @@ class Binary:
 
     ptx: str
     sass: str  # nvdisasm's text
-    listing: str  # cuobjdump's, with the instructions' bits
     usage: str  # cuobjdump -res-usage: registers, stack, local memory
     shared: int  # bytes of shared memory a program
+    cubin: bytes
+
+    def listing(self) -> str:
+        """cuobjdump's text, with the instructions' bits."""
+        (text,) = disassembled(self.cubin, ("cuobjdump", "-sass"))
+        return text
+
+
+def disassembled(cubin: bytes, *commands: tuple[str, str]) -> list[str]:
+    """What programs that Triton brings along say of machine code."""
+    import triton
+
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
+    with tempfile.TemporaryDirectory() as temporary:
+        path = Path(temporary) / "kernel.cubin"
+        path.write_bytes(cubin)
+        return [
+            subprocess.run([tools / tool, flag, path], env=environment, capture_output=True, text=True, check=True).stdout
+            for tool, flag in commands
+        ]
 
 
 def compile_kernel(function, architecture: int, signature: dict, constants: dict, launch: dict) -> Binary:
@@ -102,16 +122,8 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
             attributes[(i,)] = aligned
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.TemporaryDirectory() as temporary:
-        cubin = Path(temporary) / "kernel.cubin"
-        cubin.write_bytes(binary.asm["cubin"])
-        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
-        usage, sass, listing = (
-            subprocess.run([tools / tool, flag, cubin], env=environment, capture_output=True, text=True, check=True).stdout
-            for tool, flag in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c"), ("cuobjdump", "-sass"))
-        )
-    return Binary(binary.asm["ptx"], sass, listing, usage, binary.metadata.shared)
+    usage, sass = disassembled(binary.asm["cubin"], ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
+    return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared, binary.asm["cubin"])
 
 
 def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dropout_p=0.1) -> tuple[Binary, dict]:

@@ -99,21 +99,20 @@ def test_kernels_keep_up_with_memory(kernels):
     elif not nvcc.tool("nvcc"):
         pytest.skip("no nvcc on PATH or in $CUDA_HOME/bin")
     rows = [kernel.row() for kernel in predicted.KERNELS[kernels]()]
-    assert len(rows) == 2 * len(predicted.SHAPES) * len(predicted.AXES)
+    assert len(rows) == 2 * len(predicted.CASES)
     slow = [row for row in rows if row["bytes_a_clock"] < LEAST[kernels][row["which"]] * COPY_BYTES]
     assert not slow, slow
 
 
 def test_writes_the_document(tmp_path, monkeypatch, capsys):
     def made(kernels):
-        for grid, heads, width in predicted.SHAPES:
-            for axes in predicted.AXES:
-                for which in predicted.TENSORS:
-                    loop = "\n".join(
-                        f"/*{16 * i:04x}*/ {text} ; /* 0x{0:016x} */ /* 0x000fe20000000000 */"
-                        for i, text in enumerate(["FFMA R0, R1, R2, R3"] * 99 + ["BRA 0x0"])
-                    )
-                    yield predicted.Compiled(kernels, which, grid, heads, width, axes, loop, 128, 0, 1, 16)
+        for case in predicted.CASES:
+            for which in predicted.TENSORS:
+                loop = "\n".join(
+                    f"/*{16 * i:04x}*/ {text} ; /* 0x{0:016x} */ /* 0x000fe20000000000 */"
+                    for i, text in enumerate(["FFMA R0, R1, R2, R3"] * 99 + ["BRA 0x0"])
+                )
+                yield predicted.Compiled(kernels, which, *case, loop, 128, 0, 1, 16)
 
     monkeypatch.setattr(predicted, "KERNELS", {name: lambda name=name: made(name) for name in ("triton", "cuda")})
     document = tmp_path / "kernels.md"
@@ -136,4 +135,4 @@ def test_the_document_is_of_these_shapes():
     text = predicted.DOCUMENT.read_text()
     for name in predicted.KERNELS:
         block = re.search(rf"<!-- predicted: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
-        assert block.count("\n") == 2 + len(predicted.SHAPES) * len(predicted.AXES)
+        assert block.count("\n") == 2 + len(predicted.CASES)

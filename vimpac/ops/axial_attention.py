@@ -157,8 +157,8 @@ def _sdpa(q, k, v, is_key, dropout_p):
 
 
 def _exact_dropout(p: float) -> AbstractContextManager:
-    """Without cuDNN's attention, which knows dropout rates of multiples of 1/16 only: torch 2.11 gives it others all the same,
-    and it rounds them without a word."""
+    """Without cuDNN's attention, some of whose kernels know dropout rates of multiples of 1/16 only and round others, which
+    torch 2.11 gives them all the same (pytorch pull request 174245)."""
     exact = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
     return nullcontext() if (16 * p).is_integer() else sdpa_kernel(exact)
 
