@@ -12,7 +12,11 @@ Under autocast a linear layer keeps its input's copy in half precision instead, 
 of half the memory saved.
 
 Unlike torch.utils.checkpoint there is no region to run again: each tensor is made again on its own, when it is asked for.
-Not in compiled code, where the compiler's partitioner decides what to keep (`remade` is a plain call there).
+
+In compiled code `remade` is a plain call: what to keep is the choice of torch's partitioner, a minimum cut of the graph. Left
+to itself it keeps what its rules of thumb call expensive to have twice, outputs of norms and GELU among them. What is compiled
+inside `recomputing` is cut without those rules: elementwise results are made again, inside the kernels that use them;
+products, attention and random numbers are kept.
 """
 
 from __future__ import annotations
@@ -23,20 +27,28 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
+import torch._functorch.config as partitioner
 from torch import Tensor
 
 _recipes: ContextVar[dict[int, tuple[weakref.ref, Callable[[], Tensor]]] | None] = ContextVar("recipes", default=None)
+# The rules of thumb by which the partitioner keeps elementwise results: where they are used far from where they were made, or
+# by a matrix product of the backward pass. Those that a torch does not know are left out.
+RULES = ("ban_recompute_used_far_apart", "ban_recompute_materialized_backward")
+NO_RULES = {name: False for name in RULES if hasattr(partitioner, name)}
 
 
 @contextmanager
 def recomputing(enabled: bool = True) -> Iterator[None]:
-    """Inside, tensors from `remade` are not kept for backward. Does nothing without gradients, or when compiling."""
+    """Inside, tensors from `remade` are not kept for backward, nor elementwise results of what is compiled for the first time.
+
+    Does nothing without gradients, or in what is being compiled itself.
+    """
     if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
         return
     token = _recipes.set({})
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack):
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack), partitioner.patch(NO_RULES):
             yield
     finally:
         _recipes.reset(token)

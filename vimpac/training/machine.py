@@ -74,7 +74,8 @@ def activation_bytes(config: TrainConfig) -> int:
     """What the layers keep of a video (two clips) for the backward pass, by the table of docs/performance.md."""
     model = config.model
     blocks = len(parse_layout(model.layout, model.heads))
-    units = {"none": 6 * blocks + 10, "selective": 4 * blocks + 5, "full": 1}[config.activation_checkpointing]
+    selective = 5 * blocks + 6 if config.compile == "on" else 4 * blocks + 5
+    units = {"none": 6 * blocks + 10, "selective": selective, "full": 1}[config.activation_checkpointing]
     row = model.width * (4 if config.precision in ("auto", "fp32") else 2)
     return 2 * (math.prod(model.grid) + 1) * row * units * model.layers
 
