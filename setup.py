@@ -9,7 +9,7 @@ Three libraries, each built where its tools are found and left out with one sent
 The first two hold torch ops over torch's stable ABI: one build serves every Python, and every torch from 2.11 on. Read from
 the environment:
 
-    VIMPAC_EXTENSION      0: none of them; cpu or cpu,cuda,python: these (python is _C)
+    VIMPAC_EXTENSION      0: none of them; cpu or cpu,cuda,python: these (python is _C; a wheel without it is for every Python)
     VIMPAC_CUDA_ARCHS     GPU architectures, "80 90a 100" by default; the last also as PTX
     VIMPAC_SANITIZE       1: _ops_cpu with the address and undefined-behaviour sanitizers
     MAX_JOBS              how many files are compiled at once
@@ -26,6 +26,7 @@ import sys
 from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
+from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
@@ -107,6 +108,20 @@ def missing_tools() -> dict[str, str]:
     }
     unwanted = {name: f"VIMPAC_EXTENSION={named}" for name, word in LIBRARIES.items() if word not in wanted}
     return {name: "it needs " + ", ".join(common + own) for name, own in more.items() if common + own} | unwanted
+
+
+class Wheel(bdist_wheel):
+    """Without _C nothing in a wheel depends on the version of Python: it is for all of them."""
+
+    def run(self) -> None:
+        folder = Path(self.get_finalized_command("build").build_lib, "vimpac")
+        for stale in [path for name in missing for path in folder.glob(f"{name}.*so")]:  # of a build that had them
+            stale.unlink()
+        super().run()
+
+    def get_tag(self) -> tuple[str, str, str]:
+        python, abi, machine = super().get_tag()
+        return (python, abi, machine) if "_C" not in missing else ("py3", "none", machine)
 
 
 class BuildExtension(build_ext):
@@ -248,5 +263,5 @@ setup(
     packages=[*find_packages(include=["vimpac", "vimpac.*"], exclude=["vimpac.kernels"]), "vimpac.kernels"],
     package_dir={"vimpac.kernels": "kernels"},
     ext_modules=[Extension(f"vimpac.{name}", []) for name in LIBRARIES if name not in missing],
-    cmdclass={"build_ext": BuildExtension},
+    cmdclass={"build_ext": BuildExtension, "bdist_wheel": Wheel},
 )

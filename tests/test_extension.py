@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from extension import CPU_ERROR, needs_cpu, python
+from extension import CPU_ERROR, needs_compiler, needs_cpu, python
 from vimpac.ops import backend as backends
 from vimpac.ops import block_mask
 
@@ -125,6 +125,27 @@ def test_without_a_compiler_it_is_pure_python(tmp_path):
     for name in ("_ops_cpu", "_ops_cuda", "_C"):
         assert f"vimpac: without {name}: it needs a C++ compiler (Debian: apt-get install g++, macOS" in ended.stderr
     assert next(tmp_path.glob("*.whl")).name.endswith("-py3-none-any.whl")
+
+
+TAG = """
+import setuptools
+from distutils.core import run_setup  # setuptools' own
+wheel = run_setup("setup.py", stop_after="init").get_command_obj("bdist_wheel")
+wheel.ensure_finalized()
+print(*wheel.get_tag())
+"""
+
+
+@needs_cpu
+@needs_compiler
+@pytest.mark.parametrize(
+    "libraries, python_tags", [("cpu", ["py3", "none"]), ("cpu,python", [f"cp3{sys.version_info.minor}"] * 2)]
+)
+def test_a_wheel_without_c_is_for_every_python(libraries, python_tags):
+    environment = {**os.environ, "VIMPAC_EXTENSION": libraries}
+    ended = subprocess.run([sys.executable, "-c", TAG], cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    *tags, machine = ended.stdout.split()[-3:]
+    assert tags == python_tags and machine != "any"
 
 
 @pytest.mark.parametrize(
