@@ -1,5 +1,6 @@
 """The extension as a build: what it is made with, what it leaves out and says, which symbols it needs and exports."""
 
+import importlib.metadata
 import importlib.util
 import os
 import re
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from extension import CPU_ERROR, needs_compiler, needs_cpu, python
+from vimpac import doctor
 from vimpac.ops import backend as backends
 from vimpac.ops import block_mask
 
@@ -288,6 +290,14 @@ def test_sample_blocks_is_the_op():
     ):
         with pytest.raises(ValueError, match=shown):
             _C.sample_blocks(*call)
+
+
+def test_doctor_runs_from_a_checkout_alone(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "version", missing)
+    assert doctor.versions() | {"vimpac": "not installed", "torch": torch.__version__} == doctor.versions()
 
 
 def test_doctor_names_every_backend(capsys):

@@ -12,7 +12,7 @@ import vimpac.ops  # noqa: F401  registers the ops
 from vimpac.ops import backend as backends
 from vimpac.ops.choice import order
 
-PACKAGES = ("torch", "triton", "numpy", "av", "safetensors", "scikit-learn")
+PACKAGES = ("vimpac", "torch", "triton", "numpy", "av", "safetensors", "scikit-learn")
 
 
 def report() -> str:
@@ -29,12 +29,12 @@ def report() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"vimpac": importlib.metadata.version("vimpac"), "python": platform.python_version()}
+    found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"
+            found[name] = "not installed"  # vimpac, too, can be used from a checkout alone
     return found | {"torch": torch.__version__}  # with its CUDA, which the package's version leaves out
 
 
