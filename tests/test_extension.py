@@ -315,8 +315,6 @@ def test_doctor_names_every_backend(capsys):
 
 
 def test_doctor_says_why_a_backend_is_passed_over(monkeypatch):
-    from vimpac import doctor
-
     monkeypatch.setitem(backends._REGISTRY, "made up", dict.fromkeys(("first", "second", "unlisted"), backends.always))
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
     call = (("first", "second"), ())
