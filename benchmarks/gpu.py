@@ -40,6 +40,7 @@ TESTS = [  # the slowest first: they run side by side
     "test_philox.py",
 ]
 SHARDS = {"test_axial_attention_triton.py": 4}  # compiles for some three minutes on one core
+SANITIZED_PARTS = 6  # what compute-sanitizer watches: as long altogether, a third of it in the slowest part
 BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 45, 110, 40
 BENCHMARKS = {  # name → seconds; what a compiled peer needs at least is in harness.py
     "train_step": 90,
@@ -98,6 +99,9 @@ def tests() -> dict[str, list[str]]:
         for i in range(1, count + 1):
             name = file if count == 1 else f"{file.removesuffix('.py')}-{i}.py"
             commands[name] = [*command, f"tests/{file}", f"--shard={i}/{count}"]
+    if shutil.which("compute-sanitizer"):  # under which nothing is left to compile then
+        parts = [f"{i}/{SANITIZED_PARTS}" for i in range(1, SANITIZED_PARTS + 1)]
+        commands |= {f"sanitize-{part[0]}.py": [sys.executable, "tests/sanitize.py", f"--part={part}"] for part in parts}
     return commands
 
 

@@ -1,4 +1,13 @@
-"""Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. `make gpu` runs it; it asserts nothing."""
+"""Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. It asserts nothing.
+
+`make gpu` runs it plainly first, in parts beside the tests, since compiling takes minutes on one core; then whole, under
+memcheck and under racecheck, which find everything compiled.
+
+    python tests/sanitize.py [--part=I/N]
+"""
+
+import argparse
+from functools import partial
 
 import torch
 
@@ -6,38 +15,43 @@ from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, maske
 from vimpac.ops import backend as backends
 
 
-def main():
-    device = torch.device("cuda")
-    for dtype in (torch.float32, torch.bfloat16):
-        for axes in (("T",), ("H", "W")):
-            qkv = torch.randn(2, 5, 6, 17, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
-            cls = torch.randn(2, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
-            pad = torch.rand(2, 5, 6, 17, device=device) < 0.3
-            out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="triton")
-            (out.sum() + cls_out.sum()).backward()
-        z1, z2 = (torch.randn(33, 40, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
-        info_nce(z1, z2, backend="triton").backward()
-        hidden = torch.randn(37, 24, device=device, dtype=dtype, requires_grad=True)
-        weight = torch.randn(101, 24, device=device, dtype=dtype, requires_grad=True)
-        bias = torch.zeros(101, device=device, requires_grad=True)
-        target = torch.randint(-3, 101, (37,), device=device)
-        masked_cross_entropy(hidden, weight, bias, target, backend="triton")[0].backward()
-        for elements in (4096 + 64, 4097):
-            x = torch.randn(elements, device=device, requires_grad=True)
-            y = torch.randn(elements, device=device, dtype=dtype, requires_grad=True)
-            dropout_add(x, y, 0.1, 3, "triton").sum().backward()
+def attention(dtype, axes, device):
+    qkv = torch.randn(2, 5, 6, 17, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
+    cls = torch.randn(2, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
+    pad = torch.rand(2, 5, 6, 17, device=device) < 0.3
+    out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="triton")
+    (out.sum() + cls_out.sum()).backward()
+
+
+def contrast(dtype, device):
+    z1, z2 = (torch.randn(33, 40, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    info_nce(z1, z2, backend="triton").backward()
+
+
+def the_rest(dtype, device):
+    hidden = torch.randn(37, 24, device=device, dtype=dtype, requires_grad=True)
+    weight = torch.randn(101, 24, device=device, dtype=dtype, requires_grad=True)
+    bias = torch.zeros(101, device=device, requires_grad=True)
+    target = torch.randint(-3, 101, (37,), device=device)
+    masked_cross_entropy(hidden, weight, bias, target, backend="triton")[0].backward()
+    for elements in (4096 + 64, 4097):
+        x = torch.randn(elements, device=device, requires_grad=True)
+        y = torch.randn(elements, device=device, dtype=dtype, requires_grad=True)
+        dropout_add(x, y, 0.1, 3, "triton").sum().backward()
+
+
+def masks(device):
     for ratio in (None, 0.3):
         tokens = torch.randint(100, (9, 3, 5, 7), device=device)
         block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")
         if backends.library_path("cuda").exists():
             block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="cuda")
-    if backends.library_path("cuda").exists():
-        library(device)
-    torch.cuda.synchronize()
 
 
 def library(device):
     """The extension's attention: lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
+    if not backends.library_path("cuda").exists():
+        return
     bf16, fp16 = torch.bfloat16, torch.float16
     for grid, width, dtype, context in (
         ((5, 6, 17), 32, bf16, True),
@@ -51,6 +65,25 @@ def library(device):
         for axes in (("T",), ("H", "W")):
             out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, context, backend="cuda")
             (out.sum() + cls_out.sum()).backward()
+
+
+DTYPES = (torch.float32, torch.bfloat16)
+PARTS = [  # the slowest to compile first
+    *(partial(attention, dtype, axes) for axes in (("H", "W"), ("T",)) for dtype in DTYPES),
+    *(partial(part, dtype) for part in (contrast, the_rest) for dtype in DTYPES),
+    masks,
+    library,
+]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--part", default="1/1", help="I/N: every N-th part from the I-th on")
+    first, count = map(int, parser.parse_args().part.split("/"))
+    device = torch.device("cuda")
+    for run in PARTS[first - 1 :: count]:
+        run(device)
+    torch.cuda.synchronize()
 
 
 if __name__ == "__main__":

@@ -77,6 +77,24 @@ def test_everything_for_a_gpu_fits_into_eight_minutes():
     )
 
 
+def test_what_a_sanitizer_watches_is_compiled_before(monkeypatch):
+    """All of it, in parts beside the tests; the sanitizer's own limit leaves no time for that."""
+    import gpu
+    import sanitize
+
+    monkeypatch.setattr("shutil.which", lambda name, **_: f"/bin/{name}")
+    parts = [command[-1] for name, command in gpu.tests().items() if name.startswith("sanitize-")]
+    run, every = [], list(sanitize.PARTS)
+    monkeypatch.setattr(sanitize, "PARTS", [lambda _, i=i: run.append(i) for i in range(len(every))])
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    for part in parts:
+        monkeypatch.setattr(sys, "argv", ["sanitize.py", part])
+        sanitize.main()
+    assert len(parts) == gpu.SANITIZED_PARTS and sorted(run) == list(range(len(every)))
+    watched = gpu.sanitizers().values()
+    assert len(watched) == 2 and all(command[-1] == "tests/sanitize.py" for command in watched)
+
+
 def test_every_op_has_a_benchmark():
     ops = {path.stem for path in (ROOT / "vimpac" / "ops").glob("*.py")} - {"__init__", "backend", "choice", "philox"}
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} >= ops
