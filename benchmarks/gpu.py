@@ -8,6 +8,7 @@ to benchmarks/results/DEVICE; the exit status is 0 when every step was green.
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -82,12 +83,28 @@ def build() -> dict[str, list[str]]:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path="/usr/local/cuda/bin")
     if nvcc is None:
         return {}
+    needs = {
+        "setuptools 77 or newer": setuptools_version() >= 77,
+        "ninja": shutil.which("ninja", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"),
+        "a C++ compiler": os.environ.get("CXX") or any(map(shutil.which, ("c++", "g++", "clang++"))),
+    }
+    if missing := [need for need, found in needs.items() if not found]:
+        print(f"the extension is not built, which needs {', '.join(missing)}: what is there already is tested", flush=True)
+        return {}
     major, minor = torch.cuda.get_device_capability()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     if f"sm_{major}{minor}" in known:
         os.environ.setdefault("VIMPAC_CUDA_ARCHS", f"{major}{minor}")
     os.environ.setdefault("VIMPAC_EXTENSION", "cpu,cuda")
     return {"build": [sys.executable, "setup.py", "-q", "build_ext", "--inplace"]}
+
+
+def setuptools_version() -> int:
+    """Its first number, 0 where it is not installed."""
+    try:
+        return int(importlib.metadata.version("setuptools").partition(".")[0])
+    except importlib.metadata.PackageNotFoundError:
+        return 0
 
 
 def tests() -> dict[str, list[str]]:
