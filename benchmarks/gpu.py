@@ -41,7 +41,7 @@ TESTS = [  # the slowest first: they run side by side
     "test_philox.py",
 ]
 SHARDS = {"test_axial_attention_triton.py": 4}  # compiles for some three minutes on one core
-SANITIZED_PARTS = 6  # what compute-sanitizer watches: as long altogether, a third of it in the slowest part
+SANITIZED_PARTS = 6  # what compute-sanitizer watches compiles for some 50 s on one core, a quarter of it in the slowest part
 BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 45, 110, 40
 BENCHMARKS = {  # name → seconds; what a compiled peer needs at least is in harness.py
     "train_step": 90,

@@ -1,6 +1,6 @@
 """Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. It asserts nothing.
 
-`make gpu` runs it plainly first, in parts beside the tests, since compiling takes minutes on one core; then whole, under
+`make gpu` runs it plainly first, in parts beside the tests, since compiling takes a minute on one core; then whole, under
 memcheck and under racecheck, which find everything compiled.
 
     python tests/sanitize.py [--part=I/N]
