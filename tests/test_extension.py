@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -114,10 +115,13 @@ def run_setup(*command, **environment):
 
 
 def test_without_a_compiler_it_is_pure_python(tmp_path):
-    """One sentence a library, and a wheel for any machine."""
+    """One sentence a library, and a wheel for any machine, without the libraries of an earlier build."""
     source = tmp_path / "source"
     skip = shutil.ignore_patterns(".git", ".venv", "runs", "*.egg-info", "build", "tests", "__pycache__", "*.so")
     shutil.copytree(ROOT, source, ignore=skip)
+    earlier = source / "build" / "lib" / "vimpac" / "_ops_cpu.so"
+    earlier.parent.mkdir(parents=True)
+    earlier.touch()
     tools = tmp_path / "bin"
     tools.mkdir()  # nothing in it
     command = [sys.executable, "setup.py", "bdist_wheel", "--dist-dir", str(tmp_path)]
@@ -126,7 +130,9 @@ def test_without_a_compiler_it_is_pure_python(tmp_path):
     assert ended.returncode == 0, ended.stderr
     for name in ("_ops_cpu", "_ops_cuda", "_C"):
         assert f"vimpac: without {name}: it needs a C++ compiler (Debian: apt-get install g++, macOS" in ended.stderr
-    assert next(tmp_path.glob("*.whl")).name.endswith("-py3-none-any.whl")
+    wheel = next(tmp_path.glob("*.whl"))
+    assert wheel.name.endswith("-py3-none-any.whl")
+    assert not [name for name in zipfile.ZipFile(wheel).namelist() if name.endswith(".so")]
 
 
 TAG = """
