@@ -296,7 +296,7 @@ def _forward_axis(
     tl.store(part + ((b * N + head) * SPLITS + split) * D + o_d, y_cls / S, mask=m_d)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["seed"])  # a table's seeds are aligned to 16 bytes every second time
 def _forward(
     qkv,
     cls_qkv,
@@ -483,7 +483,7 @@ def _backward_axis(
     tl.store(p_part, parts, mask=(row < 3) & m_d[None, :])
 
 
-@triton.jit(do_not_specialize=["B"])  # or B = 1 would be a constant, without .to
+@triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["seed"])  # B = 1 would be a constant, without .to
 def _backward(
     grad,
     qkv,

@@ -137,7 +137,7 @@ def _masked_before(state, ticket, total, PROGRAMS: tl.constexpr):
     return before
 
 
-@triton.jit(do_not_specialize=["B", "n_blocks", "threshold"])
+@triton.jit(do_not_specialize=["B", "n_blocks", "threshold"], do_not_specialize_on_alignment=["sample_ids", "seed"])
 def _draw(
     tokens,
     sample_ids,

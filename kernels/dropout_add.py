@@ -18,7 +18,7 @@ from vimpac.kernels.philox import philox
 GROUPS, WARPS = 64, 4  # 32 elements a thread: 16-byte accesses in half precision, too. Not measured on a GPU yet
 
 
-@triton.jit(do_not_specialize=["elements"])
+@triton.jit(do_not_specialize=["elements"], do_not_specialize_on_alignment=["seed"])
 def _dropout_add(
     x,
     y,

@@ -208,11 +208,19 @@ def test_the_mask_is_not_saved():
 
 
 @needs_cpu
-def test_second_derivatives_are_refused():
+def test_higher_derivatives():
+    """The op is linear: its gradient's gradient is the op once more."""
     x, y = inputs(10)
-    (grad,) = torch.autograd.grad(dropout_add(x, y, 0.3, 5, "cpu").square().sum(), y, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        grad.square().sum().backward()
+    found = []
+    for backend in ("cpu", "reference"):
+        out = dropout_add(x, y, 0.3, 5, backend)
+        (grad,) = torch.autograd.grad(out.pow(4).sum(), y, create_graph=True)
+        (second,) = torch.autograd.grad(grad.pow(2).sum(), y, create_graph=True)
+        found.append((grad, second, torch.autograd.grad(second.sum(), y)[0]))
+    for got, expected in zip(*found, strict=True):
+        largest = float(expected.abs().max())
+        assert largest > 0
+        assert_close(got, expected, rtol=1e-5, atol=1e-5 * largest)  # a dozen roundings of products, one of them a sum's
 
 
 @pytest.mark.parametrize("backend", EVERY)

@@ -249,9 +249,21 @@ def test_second_gradient_of_one_forward(backend, small_chunks):
 def test_second_derivatives_are_refused(backend, small_chunks):
     hidden, weight, bias, target = inputs(10, 5, 11)
     loss, _ = masked_cross_entropy(hidden, weight, bias, target, backend)
-    (grad,) = torch.autograd.grad(loss.square(), hidden, create_graph=True)
-    with pytest.raises(RuntimeError, match="once_differentiable"):
-        (grad.square().sum() + hidden.square().sum()).backward()
+    for loss in (loss.square(), loss):
+        (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        for x in (hidden, weight, bias):
+            with pytest.raises(RuntimeError, match="masked_cross_entropy: its kernels have no second derivative"):
+                torch.autograd.grad(grad.square().sum() + x.square().sum(), x, retain_graph=True)
+
+
+def test_inputs_do_not_outlive_the_forward_pass(backend, small_chunks):
+    """The gradients are kept instead; a graph of them is tied to the inputs by parts without elements."""
+    hidden, weight, bias, target = inputs(10, 5, 11)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        masked_cross_entropy(hidden, weight, bias, target, backend)
+    storages = {x.untyped_storage().data_ptr() for x in saved if x.numel()}
+    assert storages.isdisjoint(x.untyped_storage().data_ptr() for x in (hidden, weight, bias, target))
 
 
 def test_frozen_weight(backend, small_chunks):

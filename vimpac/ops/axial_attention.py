@@ -29,7 +29,6 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vimpac.layouts import axis_dimensions
@@ -407,9 +406,9 @@ class _AxialAttention(torch.autograd.Function):
         return backends.overload("axial_attention", backend)(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        qkv, cls_qkv, pad, seed = ctx.saved_tensors
+    @backends.once_differentiable("axial_attention")
+    def backward(ctx, saved, grad):
+        qkv, cls_qkv, pad, seed = saved
         axes, dropout_p, cls_in_context, backend = ctx.options
         packed = backends.overload("axial_attention_backward", backend)(
             grad.contiguous(), qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context
@@ -427,9 +426,9 @@ class _AxialAttentionPacked(torch.autograd.Function):
         return backends.overload("axial_attention", backend)(*unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        rows, pad, seed = ctx.saved_tensors
+    @backends.once_differentiable("axial_attention")
+    def backward(ctx, saved, grad):
+        rows, pad, seed = saved
         grid, axes, dropout_p, cls_in_context, backend = ctx.options
         packed = backends.overload("axial_attention_backward", backend)(
             grad.contiguous(), *unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context

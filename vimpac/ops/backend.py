@@ -20,6 +20,8 @@ import functools
 import importlib
 import importlib.util
 import os
+import shutil
+import subprocess
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -93,7 +95,29 @@ def _unfit_for_triton(device: torch.device) -> str:
     if torch.version.hip:
         return "an AMD GPU, it is written for NVIDIA's"
     major, minor = torch.cuda.get_device_capability(device)
-    return "" if major >= 8 else f"compute capability {major}.{minor}, it needs 8.0"
+    return triton_error() if major >= 8 else f"compute capability {major}.{minor}, it needs 8.0"
+
+
+@functools.cache
+def triton_error() -> str:
+    """Why Triton cannot launch kernels on this machine's GPU, "" if it can.
+
+    It speaks to the driver through a module that it compiles at its first launch, with a C compiler and Python's headers, and
+    keeps in its cache. Before 3.8 every kernel has one of its own.
+    """
+    import triton
+    from triton.runtime import driver
+
+    try:
+        driver.active.get_current_target()
+    except (RuntimeError, ImportError, AssertionError, OSError, subprocess.SubprocessError) as error:
+        reason = " ".join(str(error).split())
+        return f"triton cannot launch a kernel ({reason}): it takes a C compiler (gcc, clang or $CC) and Python's headers"
+    a_module_each = [int(number) for number in triton.__version__.split(".")[:2]] < [3, 8]
+    compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
+    if a_module_each and triton.knobs.build.impl is None and not any(map(shutil.which, compilers)):
+        return f"triton {triton.__version__} compiles a C module for every kernel and finds no {' or '.join(compilers)}"
+    return ""
 
 
 @torch.compiler.assume_constant_result
@@ -257,6 +281,50 @@ def full_precision(function: Callable) -> Callable:
             return function(*args, **kwargs)
 
     return run
+
+
+def once_differentiable(op: str) -> Callable:
+    """Decorates backward(ctx, saved tensors, *upstream gradients) of an op's kernels: a derivative of it raises RuntimeError.
+
+    The graph of a gradient is tied to the upstream gradients and to every tensor saved in ctx, so what such a gradient depends
+    on must be among these, or a part without elements (`anchors`). torch's decorator of that name ties it to the upstream
+    gradients alone: with a constant one, as a sum's, a second derivative would lack this op without a word.
+    """
+
+    def decorate(backward: Callable) -> Callable:
+        @functools.wraps(backward)
+        def run(ctx, *grads):
+            saved = ctx.saved_tensors
+            with torch.no_grad():
+                outputs = backward(ctx, saved, *grads)
+            if not torch.is_grad_enabled():  # nobody asked for a graph of the gradients
+                return outputs
+            needs = [x for x in (*grads, *saved) if x is not None and x.requires_grad]
+            found = [x for x in outputs if x is not None]
+            tied = iter(_NoDerivative.apply(op, len(found), *found, *needs))
+            return tuple(None if x is None else next(tied) for x in outputs)
+
+        return run
+
+    return decorate
+
+
+class _NoDerivative(torch.autograd.Function):
+    """The first `count` of some tensors; backward raises."""
+
+    @staticmethod
+    def forward(ctx, op, count, *tensors):
+        ctx.op = op
+        return tuple(x.detach() for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_grads):
+        raise RuntimeError(f"{ctx.op}: its kernels have no second derivative, the definition has: use backend='reference'")
+
+
+def anchors(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    """Parts without elements, to save in ctx where the tensors themselves need not outlive the forward pass."""
+    return [torch.slice_copy(x, 0, 0, 0) for x in tensors]
 
 
 def always(*_args) -> list[str]:

@@ -20,7 +20,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
 from vimpac.ops.choice import order
@@ -147,8 +146,30 @@ class _DropoutAdd(torch.autograd.Function):
         return backends.overload("dropout_add", backend)(x.contiguous(), y.contiguous(), p, seed)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
         (seed,) = ctx.saved_tensors
         p, backend, dtype = ctx.options
-        return grad, backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed, dtype), None, None, None
+        return grad, dropped(grad, p, seed, dtype, backend), None, None, None
+
+
+def dropped(grad: Tensor, p: float, seed: Tensor, dtype: torch.dtype, backend: str) -> Tensor:
+    """keep · grad / (1 - p) in y's dtype, differentiable where a graph of the gradient is asked for."""
+    if torch.is_grad_enabled() and grad.requires_grad:
+        return _Dropped.apply(grad, p, seed, dtype, backend)
+    return backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed, dtype)
+
+
+class _Dropped(torch.autograd.Function):
+    """The gradient of y. It is linear in the upstream gradient, so its own gradient is the same op."""
+
+    @staticmethod
+    def forward(ctx, grad, p, seed, dtype, backend):
+        ctx.save_for_backward(seed)
+        ctx.options = p, backend, grad.dtype
+        return dropped(grad, p, seed, dtype, backend)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (seed,) = ctx.saved_tensors
+        p, backend, dtype = ctx.options
+        return dropped(grad, p, seed, dtype, backend), None, None, None, None

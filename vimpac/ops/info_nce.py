@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
 from vimpac.ops.choice import order
@@ -115,15 +114,15 @@ class _InfoNCE(torch.autograd.Function):
             offset = group.rank() * rows
             features, inverse = _all_gather_rows((features, inverse), group)
         loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
-        ctx.save_for_backward(features, inverse, lse)
+        ctx.save_for_backward(features, inverse, lse, z1, z2)
         ctx.options = offset, rows, temperature, group, backend
         ctx.dtype = z1.dtype
         return loss
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        features, inverse, lse = ctx.saved_tensors
+    @backends.once_differentiable("info_nce")
+    def backward(ctx, saved, grad):
+        features, inverse, lse, *_z = saved
         offset, rows, temperature, group, backend = ctx.options
         grad = grad.reshape(1)
         if group is not None:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from vimpac.ops import backend as backends
 from vimpac.ops.choice import order
@@ -47,7 +46,8 @@ def masked_cross_entropy(
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
             with torch.autocast(hidden.device.type, enabled=False):
-                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, gradients, name)
+                anchors = backends.anchors(hidden, weight, bias) if gradients else []
+                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, gradients, name, *anchors)
 
 
 def masked_cross_entropy_reference(hidden, weight, bias, target) -> tuple[Tensor, Tensor]:
@@ -63,23 +63,23 @@ class _MaskedCrossEntropy(torch.autograd.Function):
     """A backend's op, differentiable: it returns the gradients with the loss, and backward scales them."""
 
     @staticmethod
-    def forward(ctx, hidden, weight, bias, target, gradients, backend):
+    def forward(ctx, hidden, weight, bias, target, gradients, backend, *anchors):
         op = backends.overload("masked_cross_entropy", backend)
         loss, hits, *grads = op(hidden, weight, bias, target, gradients)
         counts = (target >= 0).sum().clamp(min=1)
-        ctx.save_for_backward(counts, *grads)
+        ctx.save_for_backward(counts, *grads, *anchors)
         ctx.dtypes = hidden.dtype, weight.dtype, bias.dtype
         loss, accuracy = loss / counts, hits / counts
         ctx.mark_non_differentiable(accuracy)
         return loss, accuracy
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx, grad, _):
-        counts, *grads = ctx.saved_tensors
+    @backends.once_differentiable("masked_cross_entropy")
+    def backward(ctx, saved, grad, _):
+        counts, grads = saved[0], saved[1:4]
         scale = grad / counts
         scaled = [(x.to(scale.dtype) * scale).to(dtype) for x, dtype in zip(grads, ctx.dtypes, strict=True)]
-        return *scaled, None, None, None
+        return *scaled, *[None] * (len(ctx.needs_input_grad) - 3)
 
 
 def _chunked(hidden, weight, bias, target, gradients):
