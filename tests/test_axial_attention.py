@@ -524,7 +524,7 @@ def test_second_derivatives_are_refused(packed):
         out = axial_attention(*MODULE.unpack(rows, (2, 2, 1, 3)), ("T", "W"), backend="slot")[0]
     for loss in (out.square().sum(), out.sum()):
         (grad,) = torch.autograd.grad(loss, rows, create_graph=True)
-        with pytest.raises(RuntimeError, match="axial_attention: its kernels have no second derivative.* backend='reference'"):
+        with pytest.raises(RuntimeError, match=r"axial_attention: its kernels have no second derivative.* backend='reference'"):
             torch.autograd.grad(grad.square().sum() + rows.square().sum(), rows)
 
 

@@ -1,8 +1,10 @@
 """The dispatch: which backend runs, what an error says, and that importing the ops does no work."""
 
+import re
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 
@@ -50,6 +52,12 @@ def test_named_runs_or_raises(registry):
         backends.choose("add", "fast", ("any",), -3)
     with pytest.raises(ValueError, match="add: no backend 'turbo'; it has any, fast, small"):
         backends.choose("add", "turbo", ("any",), 1)
+
+
+def test_nothing_can_run(registry):
+    backends.register("add", "odd", lambda x: [] if x % 2 else [f"{x} is even"])
+    with pytest.raises(ValueError, match=r"add: no backend can run this call\. small: 10 is 10 or more\. odd: 10 is even"):
+        backends.choose("add", None, ("small", "missing", "odd"), 10)
 
 
 @pytest.mark.parametrize(
@@ -101,6 +109,49 @@ def test_every_op_obeys_the_environment(monkeypatch, op, value):
     }
     with pytest.raises(ValueError, match=f"{op}: no backend 'turbo'; it has .*reference"):
         getattr(ops, op)(*arguments[op])
+
+
+def test_environment_says_which_ops_have_a_backend(registry, monkeypatch):
+    monkeypatch.setenv("VIMPAC_BACKEND", "cpu")
+    named = "VIMPAC_BACKEND=axial_attention=cpu,block_mask=cpu,dropout_add=cpu,info_nce=cpu names it for the ops that have it"
+    with pytest.raises(ValueError, match=f"^VIMPAC_BACKEND=cpu: add: no backend 'cpu'; it has any, fast, small .{named}"):
+        backends.choose("add", None, ("any",), 1)
+
+
+@pytest.mark.parametrize("wrong", [None, [1.0], np.zeros(3)], ids=["None", "list", "numpy"])
+@pytest.mark.parametrize("op", ["axial_attention", "axial_attention_packed", "block_mask", "dropout_add", "info_nce"])
+def test_arguments_that_are_no_tensors(op, wrong):
+    rest = {
+        "axial_attention": (("T",),),
+        "axial_attention_packed": ((1, 1, 1), ("T",)),
+        "block_mask": (0,),
+        "dropout_add": (0.0,),
+    }
+    tensors = (wrong,) if op == "axial_attention_packed" else (wrong, wrong)
+    with pytest.raises(TypeError, match=r"must be a torch\.Tensor, got (builtins\.NoneType|builtins\.list|numpy\.ndarray)"):
+        getattr(ops, op)(*tensors, *rest.get(op, ()))
+
+
+@pytest.mark.parametrize("missing", ["compiler", "headers"])
+def test_triton_without_what_it_compiles_with(monkeypatch, tmp_path, missing):
+    """A reason of the backend's, so that another one runs: not an error of the first launch."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    from triton.backends.nvidia.driver import CudaDriver
+    from triton.runtime import driver
+
+    monkeypatch.setattr(CudaDriver, "is_active", staticmethod(lambda: True))
+    for name in ("_default", "_active"):
+        monkeypatch.setattr(driver, name, None)
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    monkeypatch.setenv("TRITON_LIBCUDA_PATH", str(tmp_path))  # asked for before anything is compiled
+    if missing == "compiler":
+        monkeypatch.delenv("CC", raising=False)
+        monkeypatch.setenv("PATH", str(tmp_path))
+    else:
+        monkeypatch.setenv("CC", "false")  # a compiler that fails, as one does without Python.h
+    reason = backends.triton_error.__wrapped__()
+    assert re.fullmatch(r"triton cannot launch a kernel \(.*\): it takes a C compiler \(.*\) and Python's headers", reason)
+    assert ("Failed to find C compiler" if missing == "compiler" else "non-zero exit status") in reason
 
 
 @pytest.mark.parametrize("name", OPS)

@@ -312,8 +312,8 @@ def test_doctor_names_every_backend(capsys):
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
     for op, implementations in backends._REGISTRY.items():
-        block = re.search(rf"^  {op} .*\n(?:    not .*\n?)*", shown, re.MULTILINE)[0]
-        assert all(re.search(rf"\b{name}\b", block) for name in implementations)
+        blocks = re.findall(rf"^  {op} .*\n(?:    not .*\n?)*", shown, re.MULTILINE)
+        assert blocks and all(re.search(rf"\b{name}\b", block) for name in implementations for block in blocks)
     for words in ("versions", f"torch         {torch.__version__}", "_ops_cpu.so", "_ops_cuda.so", "ops on cpu with bfloat16"):
         assert words in shown
     assert CPU_ERROR in shown
@@ -323,7 +323,7 @@ def test_doctor_names_every_backend(capsys):
 def test_doctor_says_why_a_backend_is_passed_over(monkeypatch):
     monkeypatch.setitem(backends._REGISTRY, "made up", dict.fromkeys(("first", "second", "unlisted"), backends.always))
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
-    call = (("first", "second"), ())
+    call = ("made up", ("first", "second"), ())
     _, second, unlisted = doctor.choice("made up", call)
     assert second.startswith("    not second ") and second.endswith(" can run here, but comes after first")
     assert unlisted.endswith(" can run here, but is not in the order of backends for this call")

@@ -222,8 +222,8 @@ def test_saves_features_not_scores():
 def test_second_derivatives_are_refused():
     """A kernel's gradient has none: said aloud, not left out of a sum, where the upstream gradient is a constant, too."""
     z1, z2 = features(5, 4)
-    loss = info_nce(z1, z2, backend="slot")
-    for loss in (loss.square(), loss):
+    value = info_nce(z1, z2, backend="slot")
+    for loss in (value.square(), value):
         (grad,) = torch.autograd.grad(loss, z1, create_graph=True)
         for z in (z1, z2):
             with pytest.raises(RuntimeError, match="info_nce: its kernels have no second derivative"):

@@ -86,3 +86,25 @@ def test_dropout_add(x, y, elements):
         out = kernels.forward(x, y, 0.1, torch.tensor(1))
         kernels.backward(out, 0.1, torch.tensor(1), y.dtype)
     assert launched == ["_dropout_add"] * 2
+
+
+def test_seeds_of_any_alignment_share_a_compilation():
+    """Every second seed of a table is aligned to 16 bytes."""
+    from vimpac.kernels import axial_attention, block_mask, dropout_add
+
+    seeds = torch.arange(4).view(2, 2)
+    x, tokens = torch.zeros(64), torch.zeros(2, 2, 4, 4, dtype=torch.int64)
+    qkv, cls = torch.zeros(1, 2, 4, 4, 3, 2, 16), torch.zeros(1, 3, 2, 16)
+    rows = torch.zeros(33, 2, 16)
+    kernels = (axial_attention._forward, axial_attention._backward, block_mask._draw, dropout_add._dropout_add)
+    with launches_compile_only():
+        counts = []
+        for seed in seeds[1]:
+            call = (qkv, cls, ("T",), None, 0.1, seed, True)
+            axial_attention.forward(*call)
+            axial_attention.backward(rows, *call)
+            block_mask.draw(tokens, torch.arange(5)[int(seed) - 2 :][:2], seed, 5, None, False, 100)
+            dropout_add.forward(x, x, 0.1, seed)
+            counts.append([len(kernel.device_caches["absent sm_90"][0]) for kernel in kernels])
+    assert seeds[1, 0].data_ptr() % 16 != seeds[1, 1].data_ptr() % 16
+    assert counts[0] == counts[1]

@@ -248,8 +248,8 @@ def test_second_gradient_of_one_forward(backend, small_chunks):
 
 def test_second_derivatives_are_refused(backend, small_chunks):
     hidden, weight, bias, target = inputs(10, 5, 11)
-    loss, _ = masked_cross_entropy(hidden, weight, bias, target, backend)
-    for loss in (loss.square(), loss):
+    value, _ = masked_cross_entropy(hidden, weight, bias, target, backend)
+    for loss in (value.square(), value):
         (grad,) = torch.autograd.grad(loss, hidden, create_graph=True)
         for x in (hidden, weight, bias):
             with pytest.raises(RuntimeError, match="masked_cross_entropy: its kernels have no second derivative"):

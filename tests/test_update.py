@@ -5,7 +5,7 @@ import dataclasses
 import subprocess
 import sys
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -616,6 +616,27 @@ def test_backends_that_are_none_are_refused_at_start(monkeypatch, named, op):
     monkeypatch.setenv("VIMPAC_BACKEND", named)
     with pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: {op}: no backend '.*'; it has"):
         machine.check_options(tiny_config(), BatchPlan(4, 1, 1), World(0, 1, CPU))
+
+
+@pytest.mark.parametrize(
+    "named, options, refused",
+    [
+        ("axial_attention=triton", {}, "axial_attention: backend 'triton' cannot run this call: tensors are on cpu"),
+        ("axial_attention=cpu", {"grid": (2, 65, 3), "layout": "T,H"}, "it takes lines of at most 64 tokens"),
+        ("dropout_add=cpu", {"precision": "bf16"}, "dropout_add: backend 'cpu' cannot run this call: x of torch.float32 and y"),
+        ("dropout_add=triton", {"dropout": 0.0}, None),  # there is none
+        ("block_mask=triton", {}, None),  # masks are drawn where the batch is
+    ],
+)
+def test_backends_that_cannot_run_the_model_are_refused_at_start(monkeypatch, named, options, refused):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("VIMPAC_BACKEND", named)
+    precision = options.pop("precision", "fp32")
+    config = tiny_config(precision=precision)
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, **{"dropout": 0.1} | options))
+    refusal = nullcontext() if refused is None else pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: .*{refused}")
+    with refusal:
+        machine.check_options(config, BatchPlan(4, 1, 1), World(0, 1, CPU))
 
 
 SMALL = TrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)

@@ -8,9 +8,9 @@ import platform
 
 import torch
 
-import vimpac.ops  # noqa: F401  registers the ops
+from vimpac.config import ModelConfig
+from vimpac.model.calls import Call, op_calls
 from vimpac.ops import backend as backends
-from vimpac.ops.choice import order
 
 PACKAGES = ("vimpac", "torch", "triton", "numpy", "av", "safetensors", "scikit-learn")
 
@@ -24,7 +24,8 @@ def report() -> str:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             lines += ["", f"ops on {device} with {str(dtype).removeprefix('torch.')}"]
-            lines += [line for op, call in calls(device, dtype).items() for line in choice(op, call)]
+            for label, call in op_calls(ModelConfig(), device, dtype).items():
+                lines += choice(label, call)
     return "\n".join(lines)
 
 
@@ -62,34 +63,15 @@ def describe(device: torch.device) -> str:
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB"
 
 
-def calls(device: torch.device, dtype: torch.dtype) -> dict[str, tuple[tuple[str, ...], tuple]]:
-    """op → backends to try and a call of the pre-training's shape, as its why_not functions get it."""
-    qkv = torch.zeros(1, 5, 16, 16, 3, 8, 64, dtype=dtype, device=device)
-    ids = torch.zeros(1, dtype=torch.int64, device=device)
-    attention = (qkv, qkv[:, 0, 0, 0], ("H", "W"), None, 0.1, ids[0], True)
-    tokens = torch.zeros(1, 5, 16, 16, dtype=torch.int64, device=device)
-    mask = (tokens, ids, ids[0], 5, None, False, 8192)
-    z, weight = (torch.zeros(8, 64, dtype=dtype, device=device) for _ in range(2))
-    entropy = (z, weight, weight[:, 0], torch.zeros(8, dtype=torch.int64, device=device))
-    every = {
-        "axial_attention": attention,
-        "block_mask": mask,
-        "dropout_add": (z, z, 0.1, ids[0]),
-        "info_nce": (z, z),
-        "masked_cross_entropy": entropy,
-    }
-    return {op: (order(op, device.type), call) for op, call in every.items()}
-
-
-def choice(op: str, call: tuple[tuple[str, ...], tuple]) -> list[str]:
+def choice(label: str, call: Call) -> list[str]:
     """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot, or is not chosen."""
-    preference, arguments = call
+    op, preference, arguments = call
     try:
         chosen = backends.choose(op, None, preference, *arguments)
         named = backends.named_by_environment(op) == chosen
     except ValueError as error:
         chosen, named = str(error), True
-    lines = [f"  {op:<22}{chosen}"]
+    lines = [f"  {label:<22}{chosen}"]
     for name in backends.names(op):
         if name != chosen:
             reasons = backends.why_not(op, name, *arguments)

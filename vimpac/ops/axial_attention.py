@@ -61,7 +61,8 @@ def axial_attention(
     0-dimensional int64 tensor. backend: "reference", "sdpa", "triton", "cuda" (both CUDA), "cpu" or None (chooses). "sdpa"
     draws its dropout from torch's own generator instead of `seed`.
 
-    Returns out [B, T, H, W, N, D] and cls_out [B, N, D] in qkv's dtype. Raises ValueError for anything else.
+    Returns out [B, T, H, W, N, D] and cls_out [B, N, D] in qkv's dtype. Raises TypeError for what is not a tensor, ValueError
+    for anything else.
     """
     axes = check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed)
     seed = seed_tensor(seed, qkv.device) if dropout_p > 0 else None
@@ -92,6 +93,7 @@ def axial_attention_packed(
     Rows are the tokens in raster order, then the B [CLS] rows: one matrix for every linear layer and norm of the model, and
     no concatenation around the op, forward or backward.
     """
+    backends.check_tensors(qkv=qkv)
     rows = math.prod(grid) + 1  # of one clip
     if qkv.shape[0] % rows:
         raise ValueError(f"qkv has {qkv.shape[0]} rows, not a multiple of T·H·W + 1 = {rows} for {grid=}")
@@ -245,6 +247,7 @@ def pack(tokens: Tensor, cls: Tensor) -> Tensor:
 
 def check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed) -> tuple[str, ...]:
     """Raise ValueError for a call that no backend could run; return axes as a tuple. Reads no device memory."""
+    backends.check_tensors(qkv=qkv, cls_qkv=cls_qkv, **({} if pad is None else {"pad": pad}))
     if qkv.ndim != 7 or qkv.shape[4] != 3:
         raise ValueError(f"qkv must be [B, T, H, W, 3, N, D], got shape {tuple(qkv.shape)}")
     B, T, H, W, _, N, D = qkv.shape

@@ -256,17 +256,33 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
     requested: None = what VIMPAC_BACKEND names, else the first of `preference` that can; ANY = that one whatever is named,
     for tensors that a name was not meant for.
 
-    Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why.
+    Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why; or if none
+    of `preference` can.
     """
     registered = _REGISTRY[op]
-    requested = requested or named_by_environment(op) or ANY
+    named = None if requested else named_by_environment(op)
+    requested = requested or named or ANY
     if requested == ANY:
-        return next(name for name in preference if name in registered and not registered[name](*args))
+        refusals = []
+        for name in preference:
+            if name in registered:
+                if not (reasons := registered[name](*args)):
+                    return name
+                refusals.append(f"{name}: {'; '.join(reasons)}")
+        raise ValueError(f"{op}: no backend can run this call. {'. '.join(refusals)}")
+    source = "" if named is None else f"VIMPAC_BACKEND={os.environ['VIMPAC_BACKEND']}: "
     if requested not in registered:
-        raise ValueError(_unknown(op, requested))
+        raise ValueError(source + _unknown(op, requested))
     if reasons := registered[requested](*args):
-        raise ValueError(f"{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
+        raise ValueError(f"{source}{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
     return requested
+
+
+def check_tensors(**tensors) -> None:
+    """Raises TypeError for what is not a tensor, by its argument's name."""
+    for name, x in tensors.items():
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
 
 
 def full_precision(function: Callable) -> Callable:
@@ -274,7 +290,7 @@ def full_precision(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def run(*args, **kwargs):
-        device = next(x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor))
+        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "meta")
         if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
             return function(*args, **kwargs)
         with torch.autocast(device, enabled=False):
@@ -341,7 +357,9 @@ def check_environment() -> None:
 
 
 def _unknown(op: str, name: str) -> str:
-    return f"{op}: no backend {name!r}; it has {', '.join(sorted(_REGISTRY[op]))}"
+    others = [f"{other}={name}" for other in sorted(_REGISTRY) if name in _REGISTRY[other]]
+    some = f" (VIMPAC_BACKEND={','.join(others)} names it for the ops that have it)" if others else ""
+    return f"{op}: no backend {name!r}; it has {', '.join(sorted(_REGISTRY[op]))}{some}"
 
 
 def named_by_environment(op: str) -> str | None:

@@ -59,7 +59,7 @@ def block_mask(
     backend: "reference", "triton", "cuda" (both CUDA), "cpu", None (chooses) or "any": as None, but not what VIMPAC_BACKEND
     names, which may be for tensors on another device. All draw the same bits.
 
-    Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these.
+    Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these, TypeError for what is not a tensor.
     """
     _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
     seed = seed_tensor(seed, tokens.device)
@@ -151,6 +151,7 @@ def _word(probability: float) -> int:
 
 
 def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
+    backends.check_tensors(tokens=tokens, sample_ids=sample_ids)
     if tokens.ndim != 4 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens must be integer [B, T, H, W], got {tokens.dtype} of shape {tuple(tokens.shape)}")
     if 0 in tokens.shape[1:]:

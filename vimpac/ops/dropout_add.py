@@ -38,7 +38,7 @@ def dropout_add(x: Tensor, y: Tensor, p: float, seed: int | Tensor | None = None
     backend: "reference", "triton" (CUDA), "cpu", "torch" or None (chooses). "torch" draws from torch's own generator instead of
     `seed`: its dropout and sum are ops that torch.compile fuses with their neighbours.
 
-    Raises ValueError for anything else.
+    Raises TypeError for what is not a tensor, ValueError for anything else.
     """
     _check(x, y, p, seed)
     if p == 0:
@@ -81,6 +81,7 @@ def dropout_scale(p: float) -> float:
 
 def _check(x, y, p, seed) -> None:
     """Raise ValueError for a call that no backend could run. Reads no device memory."""
+    backends.check_tensors(x=x, y=y)
     if x.shape != y.shape:
         raise ValueError(f"x and y must have one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
     if not x.is_floating_point() or not y.is_floating_point():

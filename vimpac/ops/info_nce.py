@@ -36,7 +36,7 @@ def info_nce(
     then the mean over this rank's rows, whose mean over ranks is Eq. 5.
     backend: "reference", "triton" (CUDA), "cpu" or None (chooses).
 
-    Raises ValueError for other shapes, dtypes, devices or temperatures.
+    Raises ValueError for other shapes, dtypes, devices or temperatures, TypeError for what is not a tensor.
     """
     _check(z1, z2, temperature)
     if z1.shape[0] == 0:
@@ -134,6 +134,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _check(z1, z2, temperature) -> None:
+    backends.check_tensors(z1=z1, z2=z2)
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"z1 and z2 must both be [n, d], got shapes {tuple(z1.shape)} and {tuple(z2.shape)}")
     if not z1.is_floating_point() or z1.dtype != z2.dtype:

@@ -33,7 +33,7 @@ def masked_cross_entropy(
     of V or more is an error that the device reports, or a loss of NaN: targets are not read here.
     backend: "chunked", "triton" (CUDA), "reference" or None (chooses).
 
-    Raises ValueError for other shapes, dtypes or devices.
+    Raises ValueError for other shapes, dtypes or devices, TypeError for what is not a tensor.
     """
     _check(hidden, weight, bias, target)
     call = (hidden, weight, bias, target)
@@ -112,6 +112,7 @@ def _zeros(hidden, weight, bias, target, gradients):
 
 
 def _check(hidden, weight, bias, target) -> None:
+    backends.check_tensors(hidden=hidden, weight=weight, bias=bias, target=target)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [M, C] and weight [V, C], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if weight.shape[0] == 0:

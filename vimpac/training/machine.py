@@ -14,7 +14,8 @@ import torch
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
-from vimpac.ops.backend import check_environment
+from vimpac.model.calls import op_calls
+from vimpac.ops.backend import check_environment, choose
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -30,10 +31,7 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
     """Raises InputError for options that do not go together here."""
-    try:
-        check_environment()
-    except ValueError as error:
-        raise InputError(str(error)) from None
+    check_backends(config, world.device)
     check_memory(config, plan, world)
     if not config.graphs:
         return
@@ -52,6 +50,20 @@ def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
             f"--graphs cannot draw dropout={config.model.dropout} twice, as --activation-checkpointing full does: use "
             "--activation-checkpointing selective, or leave out --graphs"
         )
+
+
+def check_backends(config: TrainConfig, device: torch.device) -> None:
+    """Raises InputError where VIMPAC_BACKEND names what an op does not have, or what cannot run the model's calls here."""
+    if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+        return
+    dtype = PRECISIONS[resolve_precision(config.precision, device)] or torch.float32
+    try:
+        check_environment()
+        for op, preference, call in op_calls(config.model, device, dtype).values():
+            if op != "block_mask":  # masks are drawn where the batch is, whatever is named
+                choose(op, None, preference, *call)
+    except ValueError as error:
+        raise InputError(str(error)) from None
 
 
 def check_memory(config: TrainConfig, plan: BatchPlan, world: World) -> None:
