@@ -1,6 +1,6 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
 # make test                                    install what is missing, then the whole test suite and ruff
-# make gpu                                     every kernel test and benchmark on this machine's GPU; installs nothing
+# make gpu [RESULTS=DIR]                       every kernel test and benchmark on this machine's GPU; installs nothing
 # make sanitize                                the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make clean                                   remove the environment and what was built
 
@@ -29,7 +29,7 @@ test: $(VENV)/test-$(STAMP)
 gpu:
 	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \
 		{ echo "make gpu needs a Python with torch, triton, numpy and pytest, $(PYTHON) has not all: make gpu PYTHON=…" >&2; exit 1; }
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results "$(RESULTS)")
 
 sanitize: $(VENV)/test-$(STAMP)
 	$(BIN)/python tests/sanitize_cpu.py

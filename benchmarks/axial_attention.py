@@ -11,13 +11,15 @@ harness.py. GB/s counts 4 tensors forward, 7 backward, 11 for both; TFLOP/s the 
 backward.
 
     python benchmarks/axial_attention.py [--axes T 'H|W'] [--dropout 0.1] [--quick] [--dtype float16] [--device cpu]
+    python benchmarks/axial_attention.py --compile I/N        no times, see --help
 """
 
 from __future__ import annotations
 
+import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -227,18 +229,41 @@ def speedups(rows: list[dict]) -> list[str]:
     return [f"{heads}, {which}: {median(x):.1f} times as fast as {peer}" for (heads, which, peer), x in found.items()]
 
 
+def problems(options: argparse.Namespace) -> Iterator[Problem]:
+    """Every shape along every axes, of one clip."""
+    on_gpu = options.device == "cuda"
+    p = options.dropout if options.dropout is not None else 0.1 if on_gpu else 0.0
+    shapes = list((TINY if options.quick else SHAPES).values())
+    for grid, heads, width in shapes if on_gpu else shapes[:2]:
+        for axes in options.axes or (["T", "H|W"] if on_gpu else ["T", "H", "W"]):
+            yield Problem(grid, heads, width, tuple(axes.split("|")), 1, p)
+
+
+def compile_triton(problem: Problem, device: torch.device, dtype: torch.dtype) -> None:
+    """Forward and backward of a few clips as the benchmark runs them: with its dropout, and without to be checked."""
+    data = Data(replace(problem, clips=2), device, dtype)
+    for dropout in {problem.dropout, 0.0}:
+        packed(data.rows, data.problem, "triton", dropout).backward(data.grad)
+
+
 def main(argv: list[str] | None = None) -> int:
     axes = {"nargs": "+", "help": "axes of the head groups, joined by |; default: T and H|W on cuda, T, H and W on cpu"}
     dropout = {"type": float, "help": "default: 0.1 on cuda, 0 on cpu"}
-    options = harness.arguments(__doc__, argv, axes=axes, dropout=dropout)
+    part = {
+        "metavar": "I/N",
+        "help": "only compile the Triton kernels of every N-th case from the I-th on, into Triton's cache",
+    }
+    options = harness.arguments(__doc__, argv, axes=axes, dropout=dropout, compile=part)
+    if options.compile:
+        first, count = map(int, options.compile.split("/"))
+        dtype = getattr(torch, options.dtype or "bfloat16")
+        for problem in list(problems(options))[first - 1 :: count]:
+            compile_triton(problem, torch.device(options.device), dtype)
+        return 0
     bench = Benchmark("axial_attention", options, budget=200.0 if options.device == "cuda" else 120.0)
-    p = options.dropout if options.dropout is not None else 0.1 if bench.on_gpu else 0.0
-    shapes = list((TINY if bench.quick else SHAPES).values())
-    for grid, heads, width in shapes if bench.on_gpu else shapes[:2]:
-        for axes in options.axes or (["T", "H|W"] if bench.on_gpu else ["T", "H", "W"]):
-            one = Problem(grid, heads, width, tuple(axes.split("|")), 1, p)
-            clips = math.ceil(2e9 / (4 * one.tensor * bench.dtype.itemsize)) if bench.on_gpu else 8
-            run(bench, replace(one, clips=3 if bench.quick else clips))
+    for one in problems(options):
+        clips = math.ceil(2e9 / (4 * one.tensor * bench.dtype.itemsize)) if bench.on_gpu else 8
+        run(bench, replace(one, clips=3 if bench.quick else clips))
     print("\nmedian over axes", *speedups(bench.rows), sep="\n")
     return bench.finish(small=not bench.on_gpu)
 

@@ -115,7 +115,7 @@ class Benchmark:
         default = dtype or (torch.bfloat16 if self.on_gpu else torch.float32)
         self.dtype = getattr(torch, options.dtype) if options.dtype else default
         self.quick, self.skip_ours = options.quick, skip_ours
-        self.started, self.budget = time.monotonic(), options.budget or budget
+        self.started, self.budget = time.monotonic(), budget if options.budget is None else options.budget
         self.compile_seconds, self.eager_seconds = 8.0 if self.on_gpu else 40.0, 0.0  # a row's, until one was seen
         self.copy_gb_per_s = copy_bandwidth(self.device, self.quick)
         print(f"{title} on {device_name(self.device)}, torch {torch.__version__}, copy {self.copy_gb_per_s:.1f} GB/s")
@@ -135,6 +135,7 @@ class Benchmark:
             self.learn(impl, rows, time.monotonic() - started)
             self.rows += rows
             print("\n".join(lines(rows)), flush=True)
+            self.save()
             gc.collect()  # what a failed call's traceback held
             if self.on_gpu:
                 torch.cuda.empty_cache()
@@ -190,9 +191,9 @@ class Benchmark:
         values |= {"status": status, "note": note, "error": error}
         return [{**dict.fromkeys(KEYS), **values, "pass": each} for each in which or case.passes]
 
-    def finish(self, small: bool = False) -> int:
-        """Write the files, print the JSON line; returns the exit status. small: the shapes are not those of a GPU."""
-        result = {
+    def result(self, small: bool, complete: bool) -> dict:
+        """The JSON's content. complete: False while more rows follow."""
+        return {
             "benchmark": self.title,
             "device": device_name(self.device),
             "processor": processor(),
@@ -203,13 +204,29 @@ class Benchmark:
             "quick": self.quick,
             "seconds": round(time.monotonic() - self.started, 1),
             "small": small,
+            "complete": complete,
             "rows": self.rows,
         }
+
+    @property
+    def folder(self) -> Path | None:
+        """Where the files go, None where none are written."""
+        if self.options.no_write or (self.quick and not self.options.results):
+            return None
+        return self.options.results or ROOT / "benchmarks" / "results" / slug(device_name(self.device))
+
+    def save(self) -> None:
+        """Write the rows so far: what was measured stays where a limit ends the process."""
+        if self.folder is not None:
+            write_json(self.folder, self.result(not self.on_gpu, complete=False))
+
+    def finish(self, small: bool = False) -> int:
+        """Write the files, print the JSON line; returns the exit status. small: the shapes are not those of a GPU."""
+        result = self.result(small, complete=True)
         if small:
             print("\nsmall shapes, for want of a GPU: no measure of one")
-        if not self.options.no_write and (self.options.results or not self.quick):
-            folder = self.options.results or ROOT / "benchmarks" / "results" / slug(device_name(self.device))
-            write(folder, result)
+        if self.folder is not None:
+            write(self.folder, result)
         failed = [row for row in self.rows if row["status"] == "failed" and row["impl"].startswith("ours")]
         print(json.dumps(result, allow_nan=False), flush=True)
         return 1 if failed else 0
@@ -503,9 +520,7 @@ def line(row: dict) -> str:
 
 def write(folder: Path, result: dict) -> None:
     """TITLE.json, TITLE.csv and, where matplotlib is installed, TITLE.png."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / result["benchmark"]
-    path.with_suffix(".json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
+    path = write_json(folder, result)
     with path.with_suffix(".csv").open("w", newline="") as file:
         keys = list(dict.fromkeys(key for row in result["rows"] for key in row))
         writer = csv.DictWriter(file, keys)
@@ -516,6 +531,16 @@ def write(folder: Path, result: dict) -> None:
     except ImportError:
         print("no figure: matplotlib is not installed")
     print(f"\nwrote {path}.csv, .json")
+
+
+def write_json(folder: Path, result: dict) -> Path:
+    """FOLDER/TITLE.json, whole or not at all; returns it without the suffix."""
+    from vimpac.atomic import write_text  # not above: the path was not set yet
+
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / result["benchmark"]
+    write_text(path.with_suffix(".json"), json.dumps(result, indent=1, allow_nan=False) + "\n")
+    return path
 
 
 def draw(path: Path, result: dict) -> None:

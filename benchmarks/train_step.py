@@ -284,6 +284,7 @@ def run(bench: StepBenchmark, stores: Stores, name: str, impls: tuple[str, ...],
             if videos < sizes[0] and row["status"] == "ok":
                 row["note"] = "; ".join(filter(None, [row["note"], f"{videos} videos a step, more do not fit"]))
         bench.rows += rows
+        bench.save()
         print("\n".join(harness.line(row) + f"  [{name}]" for row in rows), flush=True)
 
 
