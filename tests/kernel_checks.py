@@ -6,8 +6,10 @@ own: it has one `test_in_the_interpreter` that calls `run_in_interpreter(__file_
 
 from __future__ import annotations
 
+import math
 import multiprocessing
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -157,6 +159,14 @@ def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bo
         assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.sass.splitlines())
     if matrix:
         assert any(name in binary.ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+
+
+def resident_programs(binary: Binary, architecture: int, warps: int) -> int:
+    """Programs that a multiprocessor holds at a time, by 65,536 registers, which a warp takes in eights a lane, and by shared
+    memory, of which each program costs another KiB (CUDA programming guide)."""
+    registers = 8 * math.ceil(int(re.search(r"REG:(\d+)", binary.usage)[1]) / 8)
+    by_shared = (SHARED_BYTES[architecture] + 1024) // (binary.shared + 1024)
+    return min(65536 // (32 * warps * registers), by_shared)
 
 
 def check_all(check: Callable[..., None], jobs: Sequence[tuple]) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch.testing import assert_close
 from extension import needs_compiler, needs_cpu
 from test_philox import philox_ints
 from vimpac.ops import backend as backends
-from vimpac.ops import dropout_add, dropout_add_reference
+from vimpac.ops import dropout, dropout_add, dropout_add_reference
 from vimpac.ops.choice import order
 from vimpac.ops.philox import seed_tensor
 
@@ -205,6 +206,24 @@ def test_the_mask_is_not_saved():
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
         dropout_add(*inputs(1000), 0.3, torch.tensor(5), "cpu")
     assert [x.numel() for x in saved] == [1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("backend", EVERY)
+def test_dropout_alone_is_the_sum_with_zeros(backend, dtype):
+    """Values and gradient of a transposed y."""
+    y = inputs(7, 130, dtype=dtype)[1].detach().t().requires_grad_()
+    found = []
+    for call in (partial(dropout, y), partial(dropout_add, torch.zeros_like(y), y)):
+        torch.manual_seed(0)  # of torch's own
+        out = call(0.3, 5, backend)
+        found.append((out, torch.autograd.grad(out, y, upstream(out))[0]))
+    for got, expected in zip(*found, strict=True):
+        assert got.dtype == dtype and 0 < (got == 0).float().mean() < 0.5
+        assert torch.equal(got, expected)
+    assert dropout(y, 0.0) is y
+    with pytest.raises(ValueError, match=r"p=0\.3 needs a seed"):
+        dropout(y, 0.3)
 
 
 @needs_cpu

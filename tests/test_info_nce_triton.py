@@ -17,6 +17,7 @@ from kernel_checks import (
     compile_kernel,
     not_interpreted,
     poison_new_tensors,
+    resident_programs,
     run_in_interpreter,
     runs_kernels,
 )
@@ -435,6 +436,10 @@ def test_compiles_to_tensor_cores_without_spills(architecture, kernel, dtype, d)
     check_binary(binary, architecture, matrix=True)
     expected = {"tf32"} if dtype == torch.float32 else {"kind::f16"} if architecture == 100 else {"bf16"}
     assert products(binary).keys() == expected
+    from vimpac.kernels import info_nce as kernels
+
+    launch = (kernels.FORWARD if kernel == "_forward" else kernels.BACKWARD)[architecture // 10, dtype.itemsize]
+    assert launch.resident <= resident_programs(binary, architecture, launch.num_warps)
 
 
 @not_interpreted

@@ -18,7 +18,7 @@ from vimpac.layouts import parse_layout
 from vimpac.model.linear import Linear
 from vimpac.model.positions import Positions
 from vimpac.model.recompute import recomputing, remade
-from vimpac.ops import axial_attention_packed, dropout_add
+from vimpac.ops import axial_attention_packed, dropout, dropout_add
 from vimpac.ops.axial_attention import draws_from_generator, unpack
 
 SPECIAL_IDS = 5
@@ -102,7 +102,7 @@ class Backbone(nn.Module):
         """Eq. 7, for tokens and [CLS] [C]: rows [R, C]. seed: of dropout, None = none."""
         x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
         x = self.embedding_norm(torch.cat([x.flatten(0, 3), cls.expand(tokens.shape[0], -1)]))
-        return x if seed is None else dropout_add(torch.zeros_like(x), x, self.config.dropout, seed)
+        return x if seed is None else dropout(x, self.config.dropout, seed)
 
 
 class Layer(nn.Module):

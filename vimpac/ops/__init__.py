@@ -2,7 +2,7 @@
 
 from vimpac.ops.axial_attention import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops.block_mask import BlockMask, block_mask, block_mask_reference
-from vimpac.ops.dropout_add import dropout_add, dropout_add_reference
+from vimpac.ops.dropout_add import dropout, dropout_add, dropout_add_reference
 from vimpac.ops.info_nce import info_nce, info_nce_reference
 from vimpac.ops.masked_cross_entropy import masked_cross_entropy, masked_cross_entropy_reference
 
@@ -13,6 +13,7 @@ __all__ = [
     "axial_attention_reference",
     "block_mask",
     "block_mask_reference",
+    "dropout",
     "dropout_add",
     "dropout_add_reference",
     "info_nce",

@@ -9,7 +9,8 @@ Dropout is a function of (seed, element). Element i (raster index of the tensor)
 and is kept when that reaches round(p·2^32). So a group of 64 elements takes 16 counters, and a register of counters gives
 four registers of neighbouring elements. (Attention's counters end in 0 or 1: under one seed the two do not draw the same.)
 
-The mask is never stored, backward draws it again: grad_x is the upstream gradient, grad_y = keep · grad / (1 - p).
+The mask is never stored, backward draws it again: grad_x is the upstream gradient, grad_y = keep · grad / (1 - p). So the
+kernel of y's gradient is also dropout alone (`dropout`).
 """
 
 from __future__ import annotations
@@ -51,6 +52,24 @@ def dropout_add(x: Tensor, y: Tensor, p: float, seed: int | Tensor | None = None
             return x + F.dropout(y, p)
         case name:
             return _DropoutAdd.apply(*call, name)
+
+
+def dropout(y: Tensor, p: float, seed: int | Tensor | None = None, backend: str | None = None) -> Tensor:
+    """dropout(y) alone, the embedding's: what `dropout_add` adds to x, by the same backends, in y's dtype.
+
+    Arguments and errors are those of `dropout_add`.
+    """
+    _check(y, y, p, seed)
+    if p == 0:
+        return y
+    call = (y, y, p, seed_tensor(seed, y.device))
+    match backends.choose("dropout_add", backend, order("dropout_add", y.device.type), *call):
+        case "reference":
+            return dropout_add_reference(torch.zeros_like(y), *call[1:])
+        case "torch":
+            return F.dropout(y, p)
+        case name:
+            return _Dropped.apply(*call[1:], y.dtype, name)
 
 
 def dropout_add_reference(x: Tensor, y: Tensor, p: float, seed: Tensor) -> Tensor:
@@ -161,13 +180,13 @@ def dropped(grad: Tensor, p: float, seed: Tensor, dtype: torch.dtype, backend: s
 
 
 class _Dropped(torch.autograd.Function):
-    """The gradient of y. It is linear in the upstream gradient, so its own gradient is the same op."""
+    """The gradient of y, and dropout alone. It is linear, so its own gradient is the same op."""
 
     @staticmethod
     def forward(ctx, grad, p, seed, dtype, backend):
         ctx.save_for_backward(seed)
         ctx.options = p, backend, grad.dtype
-        return dropped(grad, p, seed, dtype, backend)
+        return backends.overload("dropout_add_backward", backend)(grad.contiguous(), p, seed, dtype)
 
     @staticmethod
     def backward(ctx, grad):
