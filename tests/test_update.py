@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from extension import needs_compiler
+from extension import needs_compiler, needs_cpu
 from runs import arguments, make_trainer, metrics, run, tiny_config, undrawn, wide_start
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.errors import InputError
@@ -637,6 +637,26 @@ def test_backends_that_cannot_run_the_model_are_refused_at_start(monkeypatch, na
     refusal = nullcontext() if refused is None else pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: .*{refused}")
     with refusal:
         machine.check_options(config, BatchPlan(4, 1, 1), World(0, 1, CPU))
+
+
+def test_ops_without_kernels_are_said(monkeypatch, tmp_path):
+    """An installation without a compiler trains several times slower: not in silence."""
+    monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setenv("VIMPAC_LIBRARIES", str(tmp_path))
+    said = machine.plain_ops(tiny_config(), CPU)
+    assert said.startswith(
+        "axial_attention, info_nce run as plain PyTorch, several times slower than their kernels: vimpac was"
+    )
+    assert "installed without _ops_cpu.so, which takes a C++ compiler, ninja" in said
+    monkeypatch.setenv("VIMPAC_BACKEND", "reference")  # asked for
+    assert machine.plain_ops(tiny_config(), CPU) is None
+
+
+@needs_cpu
+def test_nothing_is_said_where_all_ops_have_kernels(monkeypatch):
+    monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
+    assert machine.plain_ops(tiny_config(), CPU) is None
 
 
 SMALL = TrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)

@@ -14,8 +14,8 @@ import torch
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
-from vimpac.model.calls import op_calls
-from vimpac.ops.backend import check_environment, choose
+from vimpac.model.calls import Call, op_calls
+from vimpac.ops.backend import check_environment, choose, why_not
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,14 +56,31 @@ def check_backends(config: TrainConfig, device: torch.device) -> None:
     """Raises InputError where VIMPAC_BACKEND names what an op does not have, or what cannot run the model's calls here."""
     if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
         return
-    dtype = PRECISIONS[resolve_precision(config.precision, device)] or torch.float32
     try:
         check_environment()
-        for op, preference, call in op_calls(config.model, device, dtype).values():
-            if op != "block_mask":  # masks are drawn where the batch is, whatever is named
-                choose(op, None, preference, *call)
+        for op, preference, call in device_calls(config, device):
+            choose(op, None, preference, *call)
     except ValueError as error:
         raise InputError(str(error)) from None
+
+
+def device_calls(config: TrainConfig, device: torch.device) -> list[Call]:
+    """What training asks of the ops there; its masks are drawn where the batch is, whatever is named."""
+    dtype = PRECISIONS[resolve_precision(config.precision, device)] or torch.float32
+    return [call for call in op_calls(config.model, device, dtype).values() if call[0] != "block_mask"]
+
+
+def plain_ops(config: TrainConfig, device: torch.device) -> str | None:
+    """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
+    if os.environ.get("VIMPAC_BACKEND"):
+        return None
+    found: dict[str, list[str]] = {}  # reasons → ops
+    for op, preference, call in device_calls(config, device):
+        if choose(op, None, preference, *call) == "reference":
+            reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
+            found.setdefault(reasons, []).append(op)
+    slow = "run as plain PyTorch, several times slower than their kernels"
+    return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
 
 def check_memory(config: TrainConfig, plan: BatchPlan, world: World) -> None:

@@ -31,7 +31,7 @@ from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.training import distributed
 from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
-from vimpac.training.machine import check_options, explained_memory, keep_freed_memory, resolve_compile
+from vimpac.training.machine import check_options, explained_memory, keep_freed_memory, plain_ops, resolve_compile
 from vimpac.training.metrics import MetricsLog
 from vimpac.training.progress import Progress
 from vimpac.training.schedule import plan_steps
@@ -83,6 +83,8 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
                 f"{len(trained_on)} training videos are fewer than contrastive_videos={config.contrastive_videos}: "
                 "batches repeat videos, and clips of one video count as each other's negatives"
             )
+        if plain := plain_ops(config, world.device):
+            progress.note(plain)
         if why_not:
             progress.note(f"nothing is compiled, since torch.compile does not work here: {why_not}")
         if plan.parts > 1 and config.alpha > 0:
