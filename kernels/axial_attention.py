@@ -23,6 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
 BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes
@@ -584,8 +585,8 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
     optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
     strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
     grid = (B * splits * N,)
-    kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape)
-    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, options["BD"], splits, num_warps=1)
+    kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape, **FUSED)
+    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, options["BD"], splits, num_warps=1, **FUSED)
 
 
 def _rows_of(qkv):

@@ -19,11 +19,12 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
 PROGRAMS = 1024  # at most, a power of two: each reads the numbers of all before it, 4 MB from L2 altogether
 TILE = 1024  # tokens of a tile
-OPTIONS = {"num_warps": 4, "maxnreg": 128}
+OPTIONS = {"num_warps": 4, "maxnreg": 128, **FUSED}
 # Nothing spills and 4 programs fit on a multiprocessor: 512 clips run at once on 132 of them. With tiles of 2048 noise took 210
 # registers; left to itself the compiler spilled a little to reach 96. Not measured on a GPU yet.
 STATES: dict[tuple[torch.device, int], torch.Tensor] = {}  # a device's stream → the programs' numbers and two counters

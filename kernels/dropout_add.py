@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
 GROUPS, WARPS = 64, 4  # 32 elements a thread: 16-byte accesses in half precision, too. Not measured on a GPU yet
@@ -61,7 +62,7 @@ def _launch(x, y, p, seed, out):
     if (elements := y.numel()) > 0:
         grid = (triton.cdiv(elements, GROUPS * 64),)
         pointers = (y if x is None else x, y, out, seed)  # one that is never read
-        _dropout_add[grid](*pointers, elements, **constants(p, x is not None, elements), num_warps=WARPS)
+        _dropout_add[grid](*pointers, elements, **constants(p, x is not None, elements), num_warps=WARPS, **FUSED)
     return out
 
 

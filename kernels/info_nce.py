@@ -26,6 +26,8 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.kernels.fusion import FUSED
+
 
 class Launch(NamedTuple):
     """A tile of BM rows × BN columns, d in steps of BK; programs that a multiprocessor holds at a time; width of a gradient."""
@@ -345,7 +347,7 @@ def pack(z1, z2):
     inverse = torch.empty(2 * m, dtype=torch.float32, device=z1.device)
     grid = (triton.cdiv(m, ROWS_PER_PROGRAM),)
     arguments = (z1, z2, z1.stride(0), z2.stride(0), features, inverse, m)
-    _pack[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4)
+    _pack[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4, **FUSED)
     return features, inverse
 
 
@@ -359,7 +361,7 @@ def forward(features, inverse, offset, rows, temperature):
     loss = torch.empty((), dtype=torch.float32, device=features.device)
     arguments = (features, inverse, part, N, rows, offset, splits, LOG2_E.value / temperature)
     _forward[(tiles * splits,)](*arguments, **options(launch, D))
-    _combine[(1,)](part, lse, loss, rows, splits, R=256, SPLITS=MAX_SPLITS, num_warps=8)
+    _combine[(1,)](part, lse, loss, rows, splits, R=256, SPLITS=MAX_SPLITS, num_warps=8, **FUSED)
     return loss, lse
 
 
@@ -382,7 +384,7 @@ def backward(grad, features, inverse, lse, offset, rows, temperature):
     out = part.view(rows, D) if in_place else features.new_empty(rows, D)
     arguments = (part, features, inverse, out, rows, offset, splits, 2 / (rows * temperature))
     grid = (triton.cdiv(rows, ROWS_PER_PROGRAM),)
-    _finish[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4)
+    _finish[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4, **FUSED)
     return out
 
 
@@ -413,6 +415,7 @@ def options(launch, D):
         "TF32": allows_tf32(),
         "num_warps": launch.num_warps,
         "num_stages": launch.num_stages,
+        **FUSED,
     }
 
 

@@ -16,13 +16,15 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from vimpac.kernels.fusion import FUSED
+
 # Logits at once: with the weight (12.6 MB of bf16 at [8197, 768]) they stay in an H100's 50 MB of L2 until the products read
 # them. In bf16 that is 2048 rows of 8197: 528 tiles of 128×256, 4 on each of 132 multiprocessors. Not measured on a GPU yet.
 CHUNK_BYTES = 36 << 20
 CHUNK_STEP = 256  # rows, whole tiles of a product
 ROW_STEP = 64  # columns a row is padded to: 16-byte loads and tensor cores need rows that start on 16 bytes, 8197 is odd
 BLOCK = 1024  # columns at once: with 4 warps one 16-byte load of half precision a thread
-OPTIONS = {"num_warps": 4}
+OPTIONS = {"num_warps": 4, **FUSED}
 
 
 @triton.jit

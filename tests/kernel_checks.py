@@ -123,7 +123,7 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
         elif kind.startswith("*"):
             attributes[(i,)] = aligned
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
-    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=launch)
+    binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": True, **launch})
     usage, sass = disassembled(binary.asm["cubin"], ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
     return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared, binary.asm["cubin"])
 
@@ -218,6 +218,7 @@ def launches_compile_only(architecture: int = 90):
 
     def compile_only(function, *args, grid, warmup, **options):
         names.append(function.__name__)
+        assert options["enable_fp_fusion"], f"{function.__name__} is compiled as this Triton's default says"
         return run(function, *args, grid=grid, warmup=True, **options)
 
     with pytest.MonkeyPatch.context() as patch:

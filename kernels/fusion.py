@@ -1,0 +1,3 @@
+"""What every launch asks of the compiler."""
+
+FUSED = {"enable_fp_fusion": True}  # a·b + c in one instruction, rounded once: from 3.10 on not Triton's default
