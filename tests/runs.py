@@ -6,10 +6,11 @@ import importlib.util
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -285,11 +286,10 @@ def terminate(original, *args, **kwargs):
     return original(*args, **kwargs)
 
 
-def half_a_checkpoint(original, state, path):
+def half_a_checkpoint(original, state, file):
     """torch.save that is killed in the middle of the file."""
-    original(state, path)
-    with open(path, "r+b") as file:
-        file.truncate(os.path.getsize(path) // 2)
+    original(state, file)
+    file.truncate(file.tell() // 2)
     kill(original)
 
 
@@ -331,6 +331,17 @@ EVENTS = {
     f.__name__: f
     for f in (kill, terminate, half_a_checkpoint, half_a_line, nan_loss, input_error, nothing, only_without_reducers)
 }
+
+
+@contextmanager
+def files_of_at_most(size: int):
+    """No process can tell it from a full disk, but for the number: a write beyond `size` bytes of a file fails with EFBIG."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 # --- what a run left ------------------------------------------------------------------------------------------------------

@@ -1,10 +1,12 @@
 """Checkpoint files: written whole or not at all, and damage is noticed."""
 
+import errno
 import os
 
 import pytest
 import torch
 
+from runs import files_of_at_most
 from vimpac.errors import InputError
 from vimpac.training import checkpoint
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
@@ -47,14 +49,34 @@ def test_leftovers_are_no_checkpoints_and_go(tmp_path):
 def test_a_failed_write_leaves_the_old_one(tmp_path, monkeypatch):
     old = save_checkpoint(tmp_path, state(1), keep=1)
 
-    def full_disk(_state, path):
-        path.write_bytes(b"half")
+    def full_disk(_state, file):
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full_disk)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(OSError, match=r"No space left on device: '.*checkpoints/step-00000002.pt'"):
         save_checkpoint(tmp_path, state(2), keep=1)
     assert list((tmp_path / "checkpoints").iterdir()) == [old] and load_checkpoint(old)["step"] == 1
+
+
+@pytest.mark.parametrize("share", [0, 0.0001, 0.3, 0.9, 0.9999])
+def test_a_full_disk_is_an_os_error(tmp_path, share):
+    """Wherever it comes: torch's own error is of the archive that it then cannot close, and names neither cause nor file."""
+    old = save_checkpoint(tmp_path, state(1), keep=1)
+    large = {**state(2), "model": {"w": torch.zeros(3, 100_000)}}
+    with files_of_at_most(int(share * 1_200_000)), pytest.raises(OSError) as error:
+        save_checkpoint(tmp_path, large, keep=1)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(old.with_name("step-00000002.pt"))
+    assert list(old.parent.iterdir()) == [old] and load_checkpoint(old)["step"] == 1
+
+
+def test_other_errors_of_torch_stay(tmp_path, monkeypatch):
+    def bug(_state, file):
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(checkpoint.torch, "save", bug)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        save_checkpoint(tmp_path, state(1), keep=1)
 
 
 def test_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):

@@ -1,12 +1,14 @@
 """Weights in and out."""
 
 import dataclasses
+import errno
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
+from runs import files_of_at_most
 from vimpac import convert
 from vimpac.config import ModelConfig
 from vimpac.convert import from_authors, released_names
@@ -109,6 +111,17 @@ def test_bad_files(tmp_path):
     save_file({"x": torch.zeros(1)}, path, {"format": "vimpac-model", "version": "9"})
     with pytest.raises(InputError, match="version '9', expected 'vimpac-model' version 1"):
         convert.load(path)
+
+
+@pytest.mark.parametrize("size", [0, 1000, 9000])
+def test_a_full_disk_is_an_os_error(tmp_path, size):
+    path = tmp_path / "m.safetensors"
+    convert.save(PretrainModel(CONFIG), path, TOKENIZER)
+    before = path.read_bytes()
+    with files_of_at_most(size), pytest.raises(OSError) as error:
+        convert.save(PretrainModel(CONFIG), path, TOKENIZER)
+    assert error.value.errno == errno.EFBIG and error.value.filename == str(path)
+    assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]
 
 
 def test_decoder_is_not_stored_twice(tmp_path):

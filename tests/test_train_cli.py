@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from extension import CPU_ERROR
-from runs import ROOT, arguments, metrics, train_main, write_store
+from runs import ROOT, arguments, files_of_at_most, metrics, train_main, write_store
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.training.checkpoint import list_checkpoints
 
@@ -200,6 +200,17 @@ def test_full_disk_and_ctrl_c(main, output, store_folder, monkeypatch, raised, s
     monkeypatch.setattr("vimpac.training.pretrain.pretrain", stop)
     code, error = main(arguments(store_folder, output))
     assert code == status and said in error and error.count("\n") <= 1
+
+
+def test_a_disk_that_is_full_at_a_checkpoint(main, output, store_folder):
+    """The metrics still fit. What was written before stays."""
+    assert main(arguments(store_folder, output, steps=2))[0] == 0
+    words = arguments(store_folder, output.parent / "next", continue_from=str(output), steps=4)
+    with files_of_at_most(20_000):
+        status, error = main(words)
+    path = output.parent / "next" / "checkpoints" / "step-00000004.pt"
+    assert status == 1 and f"train.py: error: {path}: File too large\n" in error and "Traceback" not in error
+    assert not list(path.parent.iterdir()) and list_checkpoints(output)
 
 
 def test_loss_that_is_not_finite(main, output, store_folder):

@@ -16,6 +16,7 @@ def replacing(path: Path) -> Iterator[Path]:
     """Yields a temporary file beside `path`; what was written there becomes `path` unless the body raises.
 
     It has the permissions that the umask gives, whoever wrote it: safetensors leaves a file that its owner alone may read.
+    An OSError of the body that names no file, as a full disk does, leaves with the name of `path`.
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
@@ -25,6 +26,10 @@ def replacing(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.chmod(mode)
         publish(temporary, path)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -26,6 +28,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
     """Write weights and config as one safetensors file, atomically.
 
     tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
+    Raises OSError, as of a full disk; a file that was there is then whole.
     """
     header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
     if isinstance(model, ClassificationModel):
@@ -33,7 +36,12 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
     metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
-        save_file(tensors, temporary, metadata)
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for one
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
 
 
 def load(

@@ -24,12 +24,17 @@ PARTS = frozenset({"step", "config", "tokenizer", "model", "optimizer", "scaler"
 
 
 def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
-    """Write RUN/checkpoints/step-########.pt and remove all but the newest `keep`."""
+    """Write RUN/checkpoints/step-########.pt and remove all but the newest `keep`. Raises OSError, as of a full disk."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:08d}.pt"
-    with replacing(path) as temporary:
-        torch.save({"format": FORMAT, "version": VERSION, **state}, temporary)
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        try:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+        except RuntimeError as error:  # after a failed write torch closes its archive, and says only that this fails, too
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
     for old in list_checkpoints(run)[:-keep]:
         old.unlink()
     for leftover in folder.glob("*" + TEMPORARY):  # of a run that was killed while it wrote
