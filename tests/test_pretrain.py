@@ -8,6 +8,7 @@ import json
 import shutil
 import signal
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -205,6 +206,20 @@ def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, updat
     assert model_bytes(folder) == model_bytes(finished_run)
 
 
+@pytest.mark.parametrize("ranks, ends", [(1, 2), (2, 3)])
+def test_one_process_on_a_gpu_ends_after_the_update(store_folder, tmp_path, monkeypatch, ranks, ends):
+    """It looks at its metrics every third update, and several agree on nothing in between."""
+    trainer = make_trainer(store_folder, tmp_path, steps=9, save_every=9)
+    trainer.look_every, trainer.world = 3, World(0, ranks, torch.device("cpu"))
+    monkeypatch.setattr(trainer, "update", lambda: trainer.step != 1 or signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(trainer_module.distributed, "any_rank", lambda flag, world: flag)
+    monkeypatch.setattr(trainer, "save", lambda: tmp_path / f"step-{trainer.step}")
+    log = Mock()
+    with pretrain_module.handling_signals(trainer.note_signal), pytest.raises(Stopped, match=rf"step-{ends} is written"):
+        trainer.train(log, Progress(9, enabled=False))
+    assert log.add.call_count == ends and log.flush.call_count == 1
+
+
 @pytest.mark.parametrize(
     "hook",
     [
@@ -233,6 +248,14 @@ def test_ctrl_c_twice(store_folder, tmp_path, capfd):
     trainer.signal = signal.SIGINT, time.monotonic() - 10
     with pytest.raises(KeyboardInterrupt):
         trainer.note_signal(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("ranks, when", [(1, "after this update"), (2, "within 10 updates, when all processes look for it")])
+def test_a_signal_says_when_it_is_heeded(store_folder, tmp_path, capfd, ranks, when):
+    trainer = make_trainer(store_folder, tmp_path)
+    trainer.look_every, trainer.world = 10, World(0, ranks, torch.device("cpu"))  # as on GPUs
+    trainer.note_signal(signal.SIGTERM, None)
+    assert capfd.readouterr().err == f"SIGTERM: a checkpoint is written {when}\n"
 
 
 def test_handlers_are_given_back(store_folder, tmp_path, monkeypatch):

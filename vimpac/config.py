@@ -219,7 +219,7 @@ class TrainConfig:
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
     log_every: int = 10
-    """Updates between two looks at the metrics (each update gets its line in metrics.jsonl)."""
+    """Updates between two looks at the metrics, with several GPUs at signals too (each update gets its line all the same)."""
     save_every: int = 500
     """Updates between checkpoints."""
     keep_checkpoints: int = 2

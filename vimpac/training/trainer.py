@@ -75,6 +75,7 @@ class Trainer:
         self.step = 0
         self.progress: Progress | None = None  # of the run, told of micro-steps
         self.signal: tuple[int, float] | None = None  # number and time of the signal that asks the run to end
+        self.look_every = config.log_every if world.device.type == "cuda" else 1  # looking makes a GPU, and all hosts, wait
         self.loader: BatchLoader | None = None
         if checkpoint is not None:
             self.restore(checkpoint)
@@ -93,7 +94,6 @@ class Trainer:
 
     def train(self, log: MetricsLog, progress: Progress) -> None:
         config = self.config
-        look_every = config.log_every if self.world.device.type == "cuda" else 1  # looking makes a GPU, and all hosts, wait
         profile = UpdateProfile(self.run, self.world) if config.profile else None
         self.module.train()
         self.progress = progress
@@ -103,7 +103,8 @@ class Trainer:
                     log.add(self.update())
                 self.step += 1
                 last = self.step == self.schedule.steps
-                look = last or self.step % look_every == 0 or self.step % config.save_every == 0
+                look = last or self.step % self.look_every == 0 or self.step % config.save_every == 0
+                look = look or (self.world.size == 1 and self.signal is not None)  # several must agree, which makes all wait
                 stop = look and not last and distributed.any_rank(self.signal is not None, self.world)
                 save = last or stop or self.step % config.save_every == 0
                 if look:
@@ -240,13 +241,16 @@ class Trainer:
     # --- signals ------------------------------------------------------------------------------------------------------
 
     def note_signal(self, number: int, _frame) -> None:
-        """The run ends after this update. A second Ctrl-C ends it at once; torchrun passes each on, so it comes twice."""
+        """The run ends after this update; several processes, on GPUs, at their next look. A second Ctrl-C ends it at once;
+        torchrun passes each on, so it comes twice."""
         now = time.monotonic()
         if self.signal is None:
             self.signal = number, now
             if self.world.is_first:  # not by way of `progress`, which may be in the middle of a line
+                apart = self.look_every if self.world.size > 1 else 1
+                when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
                 again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                os.write(2, f"{signal.Signals(number).name}: a checkpoint is written after this update{again}\n".encode())
+                os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self.signal[1] > 2:
             raise KeyboardInterrupt
 
