@@ -16,6 +16,7 @@ import torch
 from extension import CPU_ERROR
 from runs import ROOT, arguments, files_of_at_most, metrics, train_main, write_store
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
+from vimpac.training import launch
 from vimpac.training.checkpoint import list_checkpoints
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -417,22 +418,60 @@ def test_profile_of_a_short_run(main, store_folder, output, steps):
 
 def test_torchrun(store_folder, output, tmp_path):
     """Both processes join; a mistake is said once, and the launcher adds nothing to it."""
-    launch = ["-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
-    result = python(*launch, *arguments(store_folder, output, steps=1), cwd=tmp_path)
+    command = ["-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", str(ROOT / "train.py")]
+    result = python(*command, *arguments(store_folder, output, steps=1), cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert torch.load(list_checkpoints(output)[-1])["world_size"] == 2
-    result = python(*launch, *arguments(store_folder, output, steps=1), cwd=tmp_path)
+    result = python(*command, *arguments(store_folder, output, steps=1), cwd=tmp_path)
     assert result.returncode == 1 and result.stderr.count(f"train.py: error: run folder {output} exists") == 1
     assert "Traceback" not in result.stderr
 
 
+def test_torchrun_says_who_was_killed(tmp_path):
+    """And gives each process its share of the cores, here 7."""
+    script = tmp_path / "script.py"
+    script.write_text("""
+import os, signal, time
+print(os.environ["OMP_NUM_THREADS"], flush=True)
+if os.environ["LOCAL_RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGKILL)
+time.sleep(60)
+""")
+    code = """
+import os, sys
+from vimpac.training import launch
+os.sched_getaffinity = lambda _: range(7)
+sys.exit(launch.main())
+"""
+    environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+    command = [sys.executable, "-c", code, "--standalone", "--nproc-per-node=2", str(script)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
+    assert ended.returncode == 128 + signal.SIGKILL and set(ended.stdout.split()) == {"3"}
+    assert ended.stderr.startswith("rank 1 was killed by SIGKILL: most likely this machine ran out of memory")
+    assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "processes, given, threads", [("1", None, None), ("8", "5", "5"), ("8", None, "2"), ("99", None, "1"), ("cpu", None, "1")]
+)
+def test_torchrun_threads(monkeypatch, processes, given, threads):
+    """What the user chose stays; one process takes all cores, as without torchrun."""
+    monkeypatch.setenv("OMP_NUM_THREADS", "")  # given back after the test
+    monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr("torch._utils.cpu_count", lambda: 16)
+    monkeypatch.setattr("torch.distributed.run.run", lambda options: None)
+    assert launch.main([f"--nproc-per-node={processes}", "train.py"]) == 0
+    assert os.environ.get("OMP_NUM_THREADS") == threads
+
+
 def test_torchrun_restarts(store_folder, output, tmp_path):
     """A process that is lost is started again, with all others, and the run goes on where its last checkpoint is."""
-    launch = [sys.executable, "-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
+    command = [sys.executable, "-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
     words = arguments(store_folder, output, steps=60, save_every=2, resume=True, n_blocks=40)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
-        process = subprocess.Popen([*launch, str(ROOT / "train.py"), *words], stderr=said, stdout=said, env=environment)
+        process = subprocess.Popen([*command, str(ROOT / "train.py"), *words], stderr=said, stdout=said, env=environment)
         try:
             deadline = time.monotonic() + 60
             while not list_checkpoints(output) and time.monotonic() < deadline:
@@ -444,7 +483,7 @@ def test_torchrun_restarts(store_folder, output, tmp_path):
             process.wait()
     assert [line["step"] for line in metrics(output)] == [*range(1, 61), 60]
     words = arguments(store_folder, tmp_path / "whole", steps=60, save_every=2, n_blocks=40)
-    result = python(*launch[1:], str(ROOT / "train.py"), *words)
+    result = python(*command[1:], str(ROOT / "train.py"), *words)
     assert result.returncode == 0, result.stderr
     assert metrics(output) == metrics(tmp_path / "whole")
 
