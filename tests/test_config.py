@@ -79,6 +79,10 @@ def test_bad_training(options, message):
         TrainConfig(**options)
 
 
+def test_prediction_alone_contrasts_nothing():
+    assert TrainConfig(alpha=0.0, contrastive_videos=1).contrastive_videos == 1
+
+
 def test_presets_are_table_4():
     small, first, second = (PRESETS[name][1] for name in ("small", "large-half", "large-half-256"))
     for config in (small, first, second):

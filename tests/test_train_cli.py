@@ -170,6 +170,8 @@ def test_heads_that_a_layout_cannot_split(main, output, store_folder):
         ({"held_out": 0.0}, ("held_out must be above 0",)),
         ({"d_max": -0.5}, ("d_max must be 0 or more seconds, got -0.5",)),
         ({"learning_rate": 0.0}, ("learning_rate must be a positive number, got 0.0",)),
+        ({"contrastive_videos": 1}, ("contrastive_videos must be at least 2 with alpha=1.0", "--alpha 0", "got 1")),
+        ({"init_from": "a", "continue_from": "b"}, ("init_from must be left out with continue_from=b", "got a")),
     ],
 )
 def test_bad_values(main, output, store_folder, options, parts):
@@ -347,6 +349,30 @@ def test_resume_may_change_how_it_looks(main, damaged_run, store_folder):
     words = arguments(moved, damaged_run, resume=True, save_every=5, log_every=3, keep_checkpoints=1, eval_batches=2)
     assert main(words)[0] == 0
     assert metrics(damaged_run)[-1]["retrieval_clips"] == 16
+
+
+@pytest.mark.parametrize("last, save_every", [(7, 100), (3, 2)])
+def test_checkpoints_that_are_gone(main, damaged_run, store_folder, last, save_every):
+    """The run is not begun again as if nothing had been: the evaluation, or a line after step 2, says there was one."""
+    shutil.rmtree(damaged_run / "checkpoints")
+    path = damaged_run / "metrics.jsonl"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:last]))
+    words = arguments(store_folder, damaged_run, resume=True, save_every=save_every)
+    reached = f"{damaged_run} has no checkpoint, although its metrics reach step {min(last, 6)}"
+    refused(main, words, damaged_run, reached, f"put {damaged_run / 'checkpoints'} back, or delete {path}")
+    path.unlink()  # the way out
+    assert main(words)[0] == 0 and metrics(damaged_run)[-1]["final"]
+
+
+def test_before_its_first_checkpoint_a_run_begins_again(main, damaged_run, store_folder):
+    """A line for step 2 may come before its checkpoint."""
+    shutil.rmtree(damaged_run / "checkpoints")
+    path = damaged_run / "metrics.jsonl"
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
+    status, said = main(arguments(store_folder, damaged_run, resume=True))
+    assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are made again\n" in said
+    assert [line["step"] for line in metrics(damaged_run)] == [1, 2, 3, 4, 5, 6, 6]
 
 
 def test_resume_without_a_run_starts_one(main, output, store_folder):

@@ -150,7 +150,7 @@ class TrainConfig:
     continue_from: str | None = None
     """Run folder of an earlier stage: take its weights, Adam moments and step; positions are interpolated."""
     init_from: str | None = None
-    """A model.safetensors to start from: weights only, positions are interpolated."""
+    """A model.safetensors to start from: weights only, positions are interpolated. Not with continue_from."""
     seed: int = 0
     """Seed of initialisation, data order, masks and dropout."""
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -167,7 +167,7 @@ class TrainConfig:
     batch_size: int = 1024
     """Videos an update, over all processes and accumulated micro-steps."""
     contrastive_videos: int = 128
-    """n of Eq. 5: videos contrasted with each other; n - 1 of them are negatives (Table 11)."""
+    """n of Eq. 5: videos contrasted with each other, 2 or more; n - 1 of them are negatives (Table 11)."""
     micro_batch: int | None = None
     """Videos a forward pass in each process; None = contrastive_videos / processes. Fewer: contrast in two passes."""
 
@@ -252,6 +252,18 @@ class TrainConfig:
         )
         schedule = self.schedule_epochs
         _require(schedule is None or schedule >= self.epochs, "schedule_epochs", schedule, f"at least epochs={self.epochs}")
+        _require(
+            self.alpha == 0 or self.contrastive_videos >= 2,
+            "contrastive_videos",
+            self.contrastive_videos,
+            f"at least 2 with alpha={self.alpha}, since a video is told from the others (--alpha 0 contrasts nothing)",
+        )
+        _require(
+            self.init_from is None or self.continue_from is None,
+            "init_from",
+            self.init_from,
+            f"left out with continue_from={self.continue_from}, which has weights of its own (or add --continue-from None)",
+        )
         _require(
             self.mask_task or self.alpha > 0,
             "alpha",

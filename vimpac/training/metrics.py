@@ -29,6 +29,7 @@ class MetricsLog:
         self.waiting: list[dict] = []
         self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
+        self.dropped = 0  # lines of updates after `step`, which are made again
         if world.is_first:
             self._drop_lines_after(step)
             if importlib.util.find_spec("tensorboard"):
@@ -88,9 +89,17 @@ class MetricsLog:
     def _drop_lines_after(self, step: int) -> None:
         """A resumed run writes the updates after its checkpoint again."""
         if self.path.exists():
-            lines = [_parsed(line) for line in self.path.read_text(encoding="utf-8").splitlines()]
-            kept = [line for line in lines if line and not line.get("final") and line["step"] <= step]
+            lines = [line for line in read_lines(self.path) if not line.get("final")]
+            kept = [line for line in lines if line["step"] <= step]
+            self.dropped = len(lines) - len(kept)
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def read_lines(path: Path) -> list[dict]:
+    """What a metrics.jsonl holds, if it is there, without a line that was cut short."""
+    if not path.exists():
+        return []
+    return [line for text in path.read_text(encoding="utf-8").splitlines() if (line := _parsed(text))]
 
 
 def _parsed(line: str) -> dict | None:

@@ -29,10 +29,10 @@ from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.training import distributed
-from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint
+from vimpac.training.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
 from vimpac.training.machine import check_options, explained_memory, keep_freed_memory, plain_ops, resolve_compile
-from vimpac.training.metrics import MetricsLog
+from vimpac.training.metrics import MetricsLog, read_lines
 from vimpac.training.progress import Progress
 from vimpac.training.schedule import plan_steps
 from vimpac.training.trainer import Trainer
@@ -85,6 +85,8 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
             )
         if plain := plain_ops(config, world.device):
             progress.note(plain)
+        if checkpoint is None and log.dropped:
+            progress.note(f"{run} has no checkpoint yet: its {log.dropped} updates are made again")
         if why_not:
             progress.note(f"nothing is compiled, since torch.compile does not work here: {why_not}")
         if plan.parts > 1 and config.alpha > 0:
@@ -173,12 +175,26 @@ def open_run(run: Path, config: TrainConfig, store: TokenStore) -> dict | None:
     if path.exists():
         if not config.resume:
             raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
-        check_same_run(read_description(path), config, store, path)
+        saved = read_description(path)
+        check_same_run(saved, config, store, path)
         checkpoints = list_checkpoints(run)
+        if not checkpoints:
+            check_none_is_missing(run, max(saved["config"].get("save_every", 1), config.save_every))
         return load_checkpoint(checkpoints[-1]) if checkpoints else None
     if run.exists() and not (run.is_dir() and all(entry.name.endswith(TEMPORARY) for entry in run.iterdir())):
         raise InputError(f"{run} is not a run folder, and there is something there: give another --output")
     return None
+
+
+def check_none_is_missing(run: Path, save_every: int) -> None:
+    """Raises InputError where a run without checkpoints has gone beyond its first: to begin again would lose it all."""
+    lines = read_lines(run / "metrics.jsonl")
+    steps = [line["step"] for line in lines]
+    if lines and (lines[-1].get("final") or any(step % save_every == 0 for step in range(steps[0], steps[-1]))):
+        raise InputError(
+            f"{run} has no checkpoint, although its metrics reach step {steps[-1]}: put {run / FOLDER} back, or delete "
+            f"{run / 'metrics.jsonl'} to train from the beginning"
+        )
 
 
 def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, step: int) -> None:
