@@ -253,7 +253,9 @@ def test_file_in_the_way(main, tmp_path, store_folder):
         ({"steps": 100}, "steps was 6, now 100"),
         ({"batch_size": 8}, "batch_size was 4, now 8"),
         ({"seed": 3}, "seed was 0, now 3"),
-        ({"model": {"dropout": 0.0}}, "'dropout': 0.1"),
+        ({"model": {"dropout": 0.0}}, "settings: model.dropout was 0.1, now 0.0. Resume"),
+        ({"model": {"width": 32, "grid": (4, 4, 4)}}, "model.width was 16, now 32; model.grid was [3, 4, 4], now [4, 4, 4]"),
+        ({"precision": "bf16"}, "precision was fp32, now bf16"),
     ],
 )
 def test_resume_with_other_settings(main, finished_run, store_folder, options, said):
@@ -373,6 +375,11 @@ def test_before_its_first_checkpoint_a_run_begins_again(main, damaged_run, store
     status, said = main(arguments(store_folder, damaged_run, resume=True))
     assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are made again\n" in said
     assert [line["step"] for line in metrics(damaged_run)] == [1, 2, 3, 4, 5, 6, 6]
+
+
+def test_resume_with_what_auto_stands_for(main, damaged_run, store_folder):
+    assert main(arguments(store_folder, damaged_run, resume=True, precision="auto"))[0] == 0
+    assert json.loads((damaged_run / "config.json").read_text())["config"]["precision"] == "fp32"
 
 
 def test_resume_without_a_run_starts_one(main, output, store_folder):

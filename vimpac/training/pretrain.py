@@ -31,7 +31,14 @@ from vimpac.evaluation.held_out import evaluate, most_frequent_token
 from vimpac.training import distributed
 from vimpac.training.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
-from vimpac.training.machine import check_options, explained_memory, keep_freed_memory, plain_ops, resolve_compile
+from vimpac.training.machine import (
+    check_options,
+    explained_memory,
+    keep_freed_memory,
+    plain_ops,
+    resolve_compile,
+    resolve_precision,
+)
 from vimpac.training.metrics import MetricsLog, read_lines
 from vimpac.training.progress import Progress
 from vimpac.training.schedule import plan_steps
@@ -72,7 +79,7 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
     check_options(config, plan, world)
     if world.device.type == "cpu":
         keep_freed_memory()
-    checkpoint = open_run(run, config, store)
+    checkpoint = open_run(run, config, store, world.device)
     compiled, why_not = resolve_compile(config.compile, world.device)
     trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
     start_run(run, config, store, world, trainer.step)
@@ -169,14 +176,14 @@ def synthetic_store(config: TrainConfig, world: World) -> Path:
     return store
 
 
-def open_run(run: Path, config: TrainConfig, store: TokenStore) -> dict | None:
+def open_run(run: Path, config: TrainConfig, store: TokenStore, device: torch.device) -> dict | None:
     """The checkpoint to go on from, if there is one. Writes nothing; raises InputError when this run may not go there."""
     path = run / "config.json"
     if path.exists():
         if not config.resume:
             raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
         saved = read_description(path)
-        check_same_run(saved, config, store, path)
+        check_same_run(saved, config, store, path, device)
         checkpoints = list_checkpoints(run)
         if not checkpoints:
             check_none_is_missing(run, max(saved["config"].get("save_every", 1), config.save_every))
@@ -228,12 +235,18 @@ def read_description(path: Path) -> dict:
         raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): give another --output") from None
 
 
-def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Path) -> None:
-    """Raises InputError when a run would be resumed with other settings, or on another store's videos."""
+def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Path, device: torch.device) -> None:
+    """Raises InputError when a run would be resumed with other settings, or on another store's videos.
+
+    The precision is compared as it is on this device: what "auto" stood for where the run began is not known.
+    """
     check_tokenizer(saved["tokenizer"], store, path)
     now = json.loads(json.dumps(describe(config, store)))
+    before, after = (
+        {**x, "precision": resolve_precision(x.get("precision"), device)} for x in (saved["config"], now["config"])
+    )
     elsewhere = "or give another --output"
-    if changed := differences(saved["config"], now["config"], MAY_CHANGE):
+    if changed := differences(before, after, MAY_CHANGE):
         longer = f" (--continue-from {path.parent} begins another stage with its weights and moments)"
         raise InputError(
             f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
@@ -245,8 +258,15 @@ def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Pa
 
 
 def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:
+    """`name was …, now …` of the values that differ, those within dictionaries too."""
     names = [name for name in now if name not in ignored and before.get(name) != now[name]]
-    return "; ".join(f"{name} was {before.get(name)}, now {now[name]}" for name in names)
+    return "; ".join(_difference(name, before.get(name), now[name]) for name in names)
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name} was {before}, now {now}"
+    return differences(*({f"{name}.{part}": x for part, x in values.items()} for values in (before, now)))
 
 
 @contextmanager
