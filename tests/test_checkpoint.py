@@ -143,7 +143,7 @@ def test_a_part_is_missing(tmp_path, part):
 
 
 def test_missing_or_foreign(tmp_path):
-    with pytest.raises(InputError, match="No such file"):
+    with pytest.raises(InputError, match=r"step-00000001.pt: No such file or directory; expected RUN/checkpoints/"):
         load_checkpoint(tmp_path / "step-00000001.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     with pytest.raises(InputError, match=r"list.pt"):

@@ -14,6 +14,7 @@ from vimpac.config import ModelConfig
 from vimpac.convert import from_authors, released_names
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
+from vimpac.training.checkpoint import list_checkpoints
 
 CONFIG = ModelConfig(layers=1, width=16, heads=2, grid=(2, 4, 4), head_layers=3, head_width=8, head_out=4, vocab_size=20)
 TOKENIZER = {"name": "patch-vq", "vocab_size": 20, "stride": 8, "digest": "a" * 64}
@@ -86,6 +87,18 @@ def test_save_and_load(tmp_path, make):
     assert [p.name for p in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def test_load_a_checkpoint(finished_run):
+    """Of a run that may not have ended: the same as the model of the one that has."""
+    path = list_checkpoints(finished_run)[-1]
+    model, same = convert.load(path, tokenizer_digest="d" * 64), convert.load(finished_run / "model.safetensors")
+    assert type(model) is PretrainModel and model.config == same.config and not model.training
+    for name, x in same.state_dict().items():
+        assert_close(model.state_dict()[name], x, rtol=0, atol=0)
+    assert convert.load(path, grid=(4, 8, 8)).config.grid == (4, 8, 8)
+    with pytest.raises(InputError, match="tokenizer dddddddddddd"):
+        convert.load(path, tokenizer_digest="b" * 64)
+
+
 def test_load_at_another_grid(tmp_path):
     model = PretrainModel(CONFIG)
     convert.save(model, tmp_path / "m.safetensors")
@@ -98,6 +111,8 @@ def test_bad_files(tmp_path):
     path = tmp_path / "m.safetensors"
     with pytest.raises(InputError, match=r"cannot read model .*m.safetensors"):
         convert.load(path)
+    with pytest.raises(InputError, match=r"cannot read checkpoint .*m.pt"):
+        convert.load(path.with_suffix(".pt"))
     convert.save(PretrainModel(CONFIG), path, TOKENIZER)
     with pytest.raises(InputError, match="tokenizer aaaaaaaaaaaa"):
         convert.load(path, tokenizer_digest="b" * 64)

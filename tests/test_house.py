@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "vimpac.ops": {"vimpac.kernels"},
     "vimpac.model": {"vimpac.ops"},
     "vimpac.losses": {"vimpac.model", "vimpac.ops"},
-    "vimpac.convert": {"vimpac.model"},
+    "vimpac.convert": {"vimpac.model", "vimpac.training.checkpoint"},
     "vimpac.figures": set(),
     "vimpac.evaluation": {"vimpac.data", "vimpac.model", "vimpac.ops", "vimpac.losses", "vimpac.training.step"},
 }  # training and the commands may import all

@@ -307,7 +307,17 @@ def test_continue_from_a_run_as_long(main, output, finished_run, store_folder):
 @pytest.mark.parametrize("path", ["none.safetensors", "config.json"])
 def test_init_from_what_is_no_model(main, output, finished_run, store_folder, path):
     words = arguments(store_folder, output, init_from=str(finished_run / path))
-    refused(main, words, output, f"cannot read model {finished_run / path}", "expected a model.safetensors of a run")
+    refused(main, words, output, f"cannot read model {finished_run / path}", "a model.safetensors or a checkpoint of a run")
+
+
+def test_init_from_a_checkpoint(main, output, finished_run, store_folder, foreign_store):
+    checkpoint = str(list_checkpoints(finished_run)[-1])
+    words = arguments(foreign_store, output, init_from=checkpoint)
+    refused(main, words, output, "dddddddddddd", "eeeeeeeeeeee", "--tokenizer-path")
+    folders = [output, output.with_name("same")]
+    for folder, path in zip(folders, (checkpoint, str(finished_run / "model.safetensors")), strict=True):
+        assert main(arguments(store_folder, folder, init_from=path, steps=1))[0] == 0
+    assert metrics(folders[0]) == metrics(folders[1])
 
 
 def test_init_from_another_shape(main, output, finished_run, store_folder):

@@ -1,4 +1,4 @@
-"""Weights in and out: released checkpoints in, safetensors with the config inside in and out."""
+"""Weights in and out: released checkpoints and a run's own in, safetensors with the config inside in and out."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
+from vimpac.training.checkpoint import load_checkpoint
 
 FORMAT = "vimpac-model"
 VERSION = 1
@@ -47,7 +48,8 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
 def load(
     path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
 ) -> PretrainModel | ClassificationModel:
-    """Read what `save` wrote: a model in float32, on the CPU, in evaluation mode (no dropout).
+    """Read what `save` wrote, or a checkpoint of a run (RUN/checkpoints/step-….pt, as of one that has not ended): a model in
+    float32, on the CPU, in evaluation mode (no dropout).
 
     grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
     Raises InputError for a missing or broken file, another format or version, or another tokenizer.
@@ -71,12 +73,15 @@ def load(
 
 def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`."""
+    if Path(path).suffix == ".pt":
+        checkpoint = load_checkpoint(Path(path))
+        return {"config": checkpoint["config"]["model"], "tokenizer": checkpoint["tokenizer"]}, checkpoint["model"]
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"cannot read model {path}: {error}; expected a model.safetensors of a run") from None
+        raise InputError(f"cannot read model {path}: {error}; expected a model.safetensors or a checkpoint of a run") from None
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
         raise InputError(
             f"{path} is not a model of this program: format {metadata.get('format')!r} version "

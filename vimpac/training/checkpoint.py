@@ -54,6 +54,8 @@ def load_checkpoint(path: Path) -> dict:
             if bad := archive.testzip():
                 raise zipfile.BadZipFile(f"checksum of {bad} is wrong")
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise InputError(f"cannot read checkpoint {path}: {error.strerror}; expected RUN/{FOLDER}/step-########.pt") from None
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
