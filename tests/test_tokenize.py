@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from test_video import greys, noise, write_video
+from vimpac.atomic import LOCK, locked
 from vimpac.config import TokenizeConfig
 from vimpac.data import tokenize as tokenize_module
 from vimpac.data.store import StoreWriter, TokenStore
@@ -233,6 +234,33 @@ def test_killed_and_resumed(videos, whole, tmp_path):
     assert (summary.videos, summary.present) == (2, 3)
     assert content(tmp_path / "store") == content(whole)
     assert children and wait_until(lambda: not any(os.path.exists(f"/proc/{child}") for child in children))
+
+
+def test_two_at_once(videos, whole, tmp_path):
+    """The second is refused before it touches anything; what the first wrote so far stays and is finished."""
+    (tmp_path / "run.py").write_text(KILLED)
+    command = [sys.executable, tmp_path / "run.py", videos, tmp_path / "store"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "three\n"
+    before = {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()}
+    for config in (CONFIG, replace(CONFIG, codes=16)):
+        with pytest.raises(InputError, match=f"^{tmp_path}/store is being written by another"):
+            run(videos, tmp_path / "store", config)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "store").iterdir()} == before
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    run(videos, tmp_path / "store")
+    assert content(tmp_path / "store") == content(whole)
+
+
+def test_two_at_once_while_the_tokenizer_is_fitted(videos, tmp_path):
+    with locked(tmp_path / "store", "taken"), pytest.raises(InputError, match="is being written by another"):
+        run(videos, tmp_path / "store")
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store" / LOCK).touch()  # of a killed run
+    assert run(videos, tmp_path / "store").videos == 5
+    assert {path.suffix for path in (tmp_path / "store").iterdir()} == {".json", ".bin", ".safetensors"}
 
 
 def child_processes(parent):

@@ -1,14 +1,21 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder."""
+"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder. Folders with one writer."""
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import stat
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vimpac.errors import InputError
+
 TEMPORARY = ".tmp"
+LOCK = ".lock"
+
+_WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @contextmanager
@@ -44,6 +51,54 @@ def publish(temporary: Path, path: Path) -> None:
     _fsync(temporary)
     os.replace(temporary, path)
     _fsync(path.parent)
+
+
+@contextmanager
+def locked(folder: Path, refusal: str) -> Iterator[None]:
+    """Keeps `folder` to this process; raises InputError(refusal) at once where another one (or this one) holds it.
+
+    A folder that is missing is made, and removed again if nothing was put into it. The lock is the operating system's, on a
+    file LOCK in the folder: it ends with the process, however that ends. On a file system without locks nothing is locked.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        descriptor = _lock(folder / LOCK, refusal)
+        try:
+            yield
+        finally:
+            (folder / LOCK).unlink(missing_ok=True)  # while it is locked: nobody else's file goes
+            os.close(descriptor)
+    finally:
+        with suppress(OSError):
+            for path in made:
+                path.rmdir()
+
+
+def _lock(path: Path, refusal: str) -> int:
+    """The descriptor that holds the lock."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if _is_file(path, descriptor):
+                return descriptor
+        except BlockingIOError:
+            os.close(descriptor)
+            raise InputError(refusal) from None
+        except OSError as error:
+            if error.errno in _WITHOUT_LOCKS:
+                return descriptor
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # removed by the process that held it, after it was opened here
+
+
+def _is_file(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(path.stat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
 
 
 def _fsync(path: Path) -> None:

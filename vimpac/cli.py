@@ -25,8 +25,9 @@ def tokenize(
     """Turn a folder of videos into a store of discrete tokens.
 
     Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded are
-    named at the end with the reason. Under torchrun the ranks share the videos. What is in the store already is checked
-    first: sizes, and checksums up to 1 GiB; `vimpac verify OUT` reads every checksum.
+    named at the end with the reason. Under torchrun the ranks share the videos; a second run on the same OUT is refused
+    until the first ends. What is in the store already is checked first: sizes, and checksums up to 1 GiB; `vimpac verify
+    OUT` reads every checksum.
 
     Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
 

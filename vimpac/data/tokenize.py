@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait as wait_for_handle
@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimpac.atomic import TEMPORARY
+from vimpac.atomic import LOCK, TEMPORARY, locked
 from vimpac.config import TokenizeConfig
 from vimpac.data.store import (
     INDEX,
@@ -81,14 +81,17 @@ def tokenize_videos(
 
     With world > 1, every rank calls this under torchrun and takes every world-th video; rank 0 fits the tokenizer and
     finishes the store. workers: processes of this rank (default: its share of the cores).
-    Raises InputError on bad options, an output folder of other settings, or if no video could be decoded.
+    Raises InputError on bad options, an output folder of other settings or that another run writes to, or if no video could
+    be decoded.
     """
     started = time.monotonic()
     videos, out = Path(videos), Path(out)
     workers = workers or _share_of_cores()
-    with _ranks(rank, world) as gather:
+    with _ranks(rank, world) as gather, ExitStack() as held:
         _agree(gather, partial(_check, config, out))
         names = _agree(gather, partial(find_videos, videos))
+        # From before the tokenizer is written until the store is finished; the first rank's lock stands for all.
+        _agree(gather, lambda: held.enter_context(locked(out, _taken(out))) if not rank else None)
         _agree(gather, lambda: _prepare_tokenizer(names, videos, out, config, workers, progress) if not rank else None)
         tokenizer = _agree(gather, partial(load_tokenizer, out))
         settings = StoreSettings(describe(tokenizer), config.fps, config.frame_size, _views(config))
@@ -119,10 +122,14 @@ def _check(config: TokenizeConfig, out: Path) -> None:
         raise InputError(f"{out} is a file, expected a folder for the store; choose another output")
     present = {path.name for path in out.iterdir()} if out.is_dir() else set()
     ours = INDEX in present or any(name.startswith("shard-") for name in present)
-    if present - {TOKENIZER, TOKENIZER + TEMPORARY} and not ours:
+    if present - {LOCK, TOKENIZER, TOKENIZER + TEMPORARY} and not ours:
         raise InputError(f"{out} is not empty and not a token store; choose a new folder, so that nothing is lost")
     if INDEX in present:
         read_settings(out)  # a store of another version must not be added to
+
+
+def _taken(out: Path) -> str:
+    return f"{out} is being written by another `vimpac tokenize`; wait for its end, or choose another output folder"
 
 
 def _views(config: TokenizeConfig) -> tuple[View, ...]:
@@ -131,13 +138,12 @@ def _views(config: TokenizeConfig) -> tuple[View, ...]:
 
 def _prepare_tokenizer(names: list[str], videos: Path, out: Path, config: TokenizeConfig, workers: int, progress: bool) -> None:
     """Leaves the tokenizer in `out`: the one its shards were written with, the one asked for, or a new one."""
-    settings = finished_settings(out) if out.is_dir() else None
+    settings = finished_settings(out)
     if settings is not None:
         _check_same_request(load_tokenizer(out), settings, out, config)
         return check_shards(out)
     given = config.tokenizer_path is not None
     tokenizer = _asked_for(config) if given else _fit(names, videos, config, workers, progress)
-    out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out / TOKENIZER)
 
 
@@ -227,8 +233,6 @@ def _finish(out: Path, summary: TokenizeSummary) -> None:
         return
     if finished_settings(out) is None:
         (out / TOKENIZER).unlink(missing_ok=True)
-        if not any(out.iterdir()):
-            out.rmdir()
     raise InputError(f"none of the {len(summary.failed)} videos can be decoded: {_shorten(summary.failed)}")
 
 
