@@ -22,6 +22,7 @@ from runs import (
     undrawn,
     wide_start,
 )
+from vimpac.atomic import locked
 from vimpac.errors import InputError
 from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.training.distributed import BatchPlan, World, averaging, plan_batches
@@ -278,6 +279,22 @@ def test_folders_that_are_not_shared(store_folder, whole, tmp_path):
     before = metrics(whole)
     output = run(words, tmp_path / "log", 2, hook, code=1)
     assert "processes would go on from different steps [6, 0]" in output and metrics(whole) == before
+
+
+def test_a_folder_that_another_run_holds(store_folder, whole, tmp_path):
+    """The first process finds out, all end."""
+    before = metrics(whole)
+    with locked(whole, "as another run"):
+        output = run(arguments(store_folder, whole, resume=True), tmp_path / "log", 2, code=1)
+    assert output.startswith(f"train.py: error: another run is writing to {whole}: ") and output.count("\n") == 1
+    assert metrics(whole) == before
+
+
+def test_a_folder_that_cannot_be_made(store_folder, tmp_path):
+    """An error of the system ends all processes, too."""
+    (tmp_path / "file").touch()
+    output = run(arguments(store_folder, tmp_path / "file" / "run"), tmp_path / "log", 2, code=1)
+    assert output.startswith("train.py: error: ") and "Not a directory\n" in output and output.count("\n") == 1
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,9 @@ import torch
 
 from extension import CPU_ERROR
 from runs import ROOT, arguments, files_of_at_most, metrics, train_main, write_store
+from vimpac.atomic import LOCK, locked
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
+from vimpac.errors import InputError
 from vimpac.training import launch
 from vimpac.training.checkpoint import list_checkpoints
 
@@ -244,6 +246,25 @@ def test_file_in_the_way(main, tmp_path, store_folder):
     assert status == 1 and "is not a run folder" in error and (tmp_path / "file").read_text() == "text"
     status, error = main(arguments(store_folder, tmp_path / "file" / "run"))
     assert status == 1 and "Not a directory" in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_two_runs_in_one_folder(main, output, damaged_run, store_folder, begun):
+    folder = damaged_run if begun else output
+    with locked(folder, "as another process"):
+        words = arguments(store_folder, folder, resume=begun)
+        refused(main, words, folder, f"another run is writing to {folder}: wait for its end, or give another --output")
+    assert main(words)[0] == 0 and not list(folder.glob(LOCK))
+
+
+def test_a_run_holds_its_folder_to_its_end(main, output, store_folder, monkeypatch):
+    def refused_now(*arguments):
+        with pytest.raises(InputError, match="taken"), locked(output, "taken"):
+            pass
+        return {}
+
+    monkeypatch.setattr("vimpac.training.pretrain.evaluate", refused_now)
+    assert main(arguments(store_folder, output, steps=1))[0] == 0 and metrics(output)[-1]["final"]
 
 
 @pytest.mark.parametrize(

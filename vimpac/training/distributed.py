@@ -200,12 +200,12 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def on_first_rank(work: Callable[[], None], world: World) -> None:
-    """Do `work` on the first rank while the others wait. Raises its InputError, on the others one that points there."""
+    """Do `work` on the first rank while the others wait. Raises its InputError or OSError, on others one that points there."""
     failure = None
     if world.is_first:
         try:
             work()
-        except InputError as error:
+        except (InputError, OSError) as error:
             failure = error
     if any_rank(failure is not None, world):
         raise failure or InputError("the first process failed and says why")

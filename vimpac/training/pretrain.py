@@ -16,13 +16,13 @@ import json
 import shutil
 import signal
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
 
 from vimpac import convert
-from vimpac.atomic import TEMPORARY, write_text
+from vimpac.atomic import LOCK, TEMPORARY, locked, write_text
 from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.store import TokenStore
@@ -59,11 +59,11 @@ def pretrain(config: TrainConfig) -> dict | None:
 
     Raises InputError for anything the user can mend, Stopped after SIGTERM or SIGINT.
     """
-    with distributed.join_world() as world:
-        return _pretrain(config, world)
+    with distributed.join_world() as world, ExitStack() as held:
+        return _pretrain(config, world, held)
 
 
-def _pretrain(config: TrainConfig, world: World) -> dict | None:
+def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None:
     if config.data is None:
         config = dataclasses.replace(config, data=str(synthetic_store(config, world)))
     store = TokenStore(config.data)
@@ -82,7 +82,7 @@ def _pretrain(config: TrainConfig, world: World) -> dict | None:
     checkpoint = open_run(run, config, store, world.device)
     compiled, why_not = resolve_compile(config.compile, world.device)
     trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
-    start_run(run, config, store, world, trainer.step)
+    start_run(run, config, store, world, trainer.step, held)
     log = MetricsLog(run, world, trainer.step)
     with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
         if len(trained_on) < config.contrastive_videos:
@@ -182,19 +182,41 @@ def open_run(run: Path, config: TrainConfig, store: TokenStore, device: torch.de
     if path.exists():
         if not config.resume:
             raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
-        saved = read_description(path)
-        check_same_run(saved, config, store, path, device)
+        check_same_run(read_description(path), config, store, path, device)
         checkpoints = list_checkpoints(run)
-        if not checkpoints:
-            check_none_is_missing(run, max(saved["config"].get("save_every", 1), config.save_every))
         return load_checkpoint(checkpoints[-1]) if checkpoints else None
-    if run.exists() and not (run.is_dir() and all(entry.name.endswith(TEMPORARY) for entry in run.iterdir())):
+    ours = (TEMPORARY, LOCK)  # of a run that was killed before it wrote config.json
+    if run.exists() and not (run.is_dir() and all(entry.name.endswith(ours) for entry in run.iterdir())):
         raise InputError(f"{run} is not a run folder, and there is something there: give another --output")
     return None
 
 
-def check_none_is_missing(run: Path, save_every: int) -> None:
+def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, step: int, held: ExitStack) -> None:
+    """Make the run folder, once every rank is ready to train from the same step. No other run writes there until `held` ends.
+
+    Raises InputError on all ranks where another one does, where their steps differ, or where checkpoints are missing.
+    """
+    steps = [int(x) for x in distributed.gather_rows(torch.tensor(step), world)]
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"processes would go on from different steps {steps}: {run} must be one folder on a file system that all machines "
+            "share"
+        )
+
+    def make() -> None:
+        held.enter_context(locked(run, f"another run is writing to {run}: wait for its end, or give another --output"))
+        if not (run / "config.json").exists():
+            write_text(run / "config.json", json.dumps(describe(config, store), indent=2) + "\n")
+        elif not list_checkpoints(run):
+            check_none_is_missing(run, config)
+
+    distributed.on_first_rank(make, world)
+
+
+def check_none_is_missing(run: Path, config: TrainConfig) -> None:
     """Raises InputError where a run without checkpoints has gone beyond its first: to begin again would lose it all."""
+    before = read_description(run / "config.json")["config"]
+    save_every = max(before.get("save_every", 1), config.save_every)  # it may have been raised at a restart
     lines = read_lines(run / "metrics.jsonl")
     steps = [line["step"] for line in lines]
     if lines and (lines[-1].get("final") or any(step % save_every == 0 for step in range(steps[0], steps[-1]))):
@@ -202,19 +224,6 @@ def check_none_is_missing(run: Path, save_every: int) -> None:
             f"{run} has no checkpoint, although its metrics reach step {steps[-1]}: put {run / FOLDER} back, or delete "
             f"{run / 'metrics.jsonl'} to train from the beginning"
         )
-
-
-def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, step: int) -> None:
-    """Make the run folder, once every rank is ready to train from the same step."""
-    steps = [int(x) for x in distributed.gather_rows(torch.tensor(step), world)]
-    if len(set(steps)) > 1:
-        raise InputError(
-            f"processes would go on from different steps {steps}: {run} must be one folder on a file system that all machines "
-            "share"
-        )
-    if world.is_first and not (run / "config.json").exists():
-        run.mkdir(parents=True, exist_ok=True)
-        write_text(run / "config.json", json.dumps(describe(config, store), indent=2) + "\n")
 
 
 def describe(config: TrainConfig, store: TokenStore) -> dict:
