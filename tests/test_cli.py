@@ -8,6 +8,7 @@ import sys
 import numpy as np
 import pytest
 
+from runs import train_main
 from test_video import noise, write_video
 from vimpac import __version__, cli
 from vimpac.data import store as store_module
@@ -166,6 +167,17 @@ def test_help_has_an_example(name, capsys):
     assert f"Example: vimpac {name}" in capsys.readouterr().out
 
 
+def test_train(monkeypatch, capsys, tmp_path):
+    """train.py under another name."""
+    seen = []
+    monkeypatch.setattr("vimpac.training.pretrain.pretrain", seen.append)
+    words = ["small", "--data", "store", "--output", str(tmp_path / "run"), "--alpha", "0.5"]
+    assert cli.main(["train", *words]) == train_main()(words) == 0
+    assert seen[0] == seen[1] and seen[0].alpha == 0.5
+    assert cli.main(["train", "small", "--alpha", "-1"]) == 1
+    assert capsys.readouterr().err == "vimpac train: error: alpha must be 0 or a positive number, got -1.0\n"
+
+
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vimpac {__version__}, torch {importlib.metadata.version('torch')}\n"
@@ -178,5 +190,10 @@ def test_help_names_version(capsys):
 
 
 def test_import_is_light():
-    code = "import sys, vimpac.cli; print([m for m in ('torch', 'av', 'sklearn', 'numpy') if m in sys.modules])"
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    code = """
+import atexit, sys, vimpac.cli
+atexit.register(lambda: print([m for m in ("torch", "av", "sklearn", "numpy") if m in sys.modules]))
+sys.exit(vimpac.cli.main(sys.argv[1:]))
+"""
+    for words in (["--help"], ["train", "small", "--help"]):
+        assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True).stdout.endswith("[]\n")

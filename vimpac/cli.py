@@ -123,6 +123,13 @@ def convert_dalle(
     print(f"wrote {out}")
 
 
+def train() -> None:
+    """Pre-train a model: `vimpac train --help` lists the presets, `vimpac train PRESET --help` every field.
+
+    Example: vimpac train small --data store/ --output runs/mine
+    """
+
+
 def doctor() -> None:
     """Print versions, devices, how the extension was built, and for each op which backend runs here and why not another.
 
@@ -138,16 +145,21 @@ COMMANDS = {
     "synthesize": synthesize,
     "verify": verify,
     "convert-dalle": convert_dalle,
+    "train": train,  # for the list of commands: `main` gives its words to the parser of train.py
     "doctor": doctor,
 }
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 130 after Ctrl-C."""
+    """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 128 + n after signal n."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments == ["--version"]:
         print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vimpac", "torch")))
         return 0
+    if arguments[:1] == ["train"]:
+        from vimpac.training import command as training
+
+        return training.main(arguments[1:], "vimpac train")
     command = f"vimpac {arguments[0]}" if arguments and arguments[0] in COMMANDS else "vimpac"
     description = (
         "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options, "
