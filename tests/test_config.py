@@ -48,6 +48,8 @@ def test_axis_dimensions_are_in_grid_order():
         ({"dropout": float("nan")}, "got nan"),
         ({"layers": 0}, "model.layers must be at least 1, got 0"),
         ({"mlp_width": 0}, "mlp_width must be at least 1"),
+        ({"mlp_width": 10**30}, r"model.mlp_width must be below 2\^31, got 1000"),
+        ({"head_layers": 0}, "model.head_layers must be at least 1, got 0"),
         ({"vocab_size": 0}, "vocab_size"),
     ],
 )
@@ -70,8 +72,18 @@ def test_bad_model(options, message):
         ({"mask": "iid", "mask_ratio": 0.0}, "mask_ratio must be above 0"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"d_max": -1.0}, "d_max must be 0 or more seconds"),
+        ({"d_max": float("inf")}, "d_max must be 0 or more seconds, got inf"),
+        ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
+        ({"seed": -1}, r"seed must be 0 or more, below 2\^63, got -1"),
+        ({"seed": 2**63}, "seed must be"),
+        ({"synthetic_videos": -5}, "synthetic_videos must be 0 or more, got -5"),
+        ({"n_blocks": 1281}, "n_blocks must be at most the 1280 tokens of a clip, got 1281"),
+        ({"log_every": 0}, "log_every must be at least 1, got 0"),
+        ({"save_every": 0}, "save_every must be at least 1, got 0"),
+        ({"keep_checkpoints": 0}, "keep_checkpoints must be at least 1, got 0"),
+        ({"epochs": 1.0, "schedule_epochs": float("inf")}, "schedule_epochs must be at least epochs=1.0, and finite, got inf"),
         ({"mask_task": False, "alpha": 0.0}, "nothing is learned"),
-        ({"epochs": 10.0, "schedule_epochs": 5.0}, "schedule_epochs must be at least epochs=10.0"),
+        ({"epochs": 10.0, "schedule_epochs": 5.0}, "schedule_epochs must be at least epochs=10.0, and finite, got 5.0"),
     ],
 )
 def test_bad_training(options, message):

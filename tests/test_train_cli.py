@@ -180,6 +180,20 @@ def test_bad_values(main, output, store_folder, options, parts):
     refused(main, arguments(store_folder, output, **options), output, *parts)
 
 
+@pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed with"])
+def test_a_model_that_fits_nowhere(main, output, store_folder, monkeypatch, said):
+    def too_large(config, store):
+        raise RuntimeError(said)
+
+    monkeypatch.setattr("vimpac.training.trainer.initial_model", too_large)
+    refused(
+        main, arguments(store_folder, output), output, "the model does not fit into the memory of cpu: make its --model.…", said
+    )
+    monkeypatch.setattr("vimpac.training.trainer.initial_model", lambda config, store: torch.zeros(1) @ torch.zeros(2))
+    with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # a mistake of ours keeps its traceback
+        main(arguments(store_folder, output))
+
+
 def test_a_misspelt_option(output, store_folder, capfd):
     with pytest.raises(SystemExit) as end:
         train_main()([*arguments(store_folder, output), "--lerning-rate", "1"])

@@ -131,8 +131,8 @@ class ModelConfig:
 
 
 def _at_least_one(name: str, value: int) -> None:
-    if value < 1:
-        raise InputError(f"{name} must be at least 1, got {value}")
+    _require(value >= 1, name, value, "at least 1")
+    _require(value < 2**31, name, value, "below 2^31")
 
 
 @dataclass(frozen=True)
@@ -242,7 +242,11 @@ class TrainConfig:
         _require(self.held_out > 0, "held_out", self.held_out, "above 0, since the run ends with an evaluation")
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        _require(self.d_max is None or self.d_max >= 0, "d_max", self.d_max, "0 or more seconds")
+        _require(self.d_max is None or 0 <= self.d_max < math.inf, "d_max", self.d_max, "0 or more seconds")
+        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2^63")
+        _require(self.synthetic_videos >= 0, "synthetic_videos", self.synthetic_videos, "0 or more")
+        tokens = math.prod(self.model.grid)
+        _require((self.n_blocks or 1) <= tokens, "n_blocks", self.n_blocks, f"at most the {tokens} tokens of a clip")
         _, height, width = self.model.grid
         _require(
             bool(self.data or not self.synthetic_videos) or height == width,
@@ -251,7 +255,8 @@ class TrainConfig:
             f"square to generate videos for it, such as {self.model.grid[0]} {height} {height}",
         )
         schedule = self.schedule_epochs
-        _require(schedule is None or schedule >= self.epochs, "schedule_epochs", schedule, f"at least epochs={self.epochs}")
+        fits = schedule is None or self.epochs <= schedule < math.inf
+        _require(fits, "schedule_epochs", schedule, f"at least epochs={self.epochs}, and finite")
         _require(
             self.alpha == 0 or self.contrastive_videos >= 2,
             "contrastive_videos",

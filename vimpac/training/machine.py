@@ -20,7 +20,8 @@ from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's
-NO_CPU_MEMORY = ("can't allocate memory", "not enough memory")  # torch raises a RuntimeError with either
+# torch raises a RuntimeError with one of these; the last for more bytes than there are numbers for.
+NO_CPU_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -152,6 +153,19 @@ def why_not_compile(device: torch.device) -> str | None:
     except Exception as error:  # a missing compiler, header, driver or triton: nearly anything
         return " ".join(f"{type(error).__name__}: {error}".split())[:300]
     return None
+
+
+@contextmanager
+def explained_model_size(device: torch.device) -> Iterator[None]:
+    """Memory that runs out while the model is made becomes an InputError: nothing but a smaller model helps."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and not any(words in str(error) for words in NO_CPU_MEMORY):
+            raise
+        said = str(error).strip().splitlines()[0]
+        what = f"the model does not fit into the memory of {device}"
+        raise InputError(f"{what}: make its --model.… smaller. torch said: {said}") from None
 
 
 @contextmanager

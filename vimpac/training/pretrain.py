@@ -34,6 +34,7 @@ from vimpac.training.distributed import World
 from vimpac.training.machine import (
     check_options,
     explained_memory,
+    explained_model_size,
     keep_freed_memory,
     plain_ops,
     resolve_compile,
@@ -81,7 +82,8 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
         keep_freed_memory()
     checkpoint = open_run(run, config, store, world.device)
     compiled, why_not = resolve_compile(config.compile, world.device)
-    trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
+    with explained_model_size(world.device):
+        trainer = Trainer(config, pairs, plan, schedule, world, run, store, checkpoint, compiled)
     start_run(run, config, store, world, trainer.step, held)
     log = MetricsLog(run, world, trainer.step)
     with Progress(schedule.steps, trainer.step, enabled=world.is_first) as progress:
