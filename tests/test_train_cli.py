@@ -530,6 +530,32 @@ sys.exit(launch.main())
 
 
 @pytest.mark.parametrize(
+    "codes, status, said",
+    [
+        ([1, -signal.SIGTERM], 1, ""),  # torchrun ended the second, because the first had failed
+        ([-signal.SIGTERM, 1], 1, ""),
+        ([1, -signal.SIGSEGV], 128 + signal.SIGSEGV, "rank 1 was killed by SIGSEGV\n"),
+        ([-signal.SIGTERM, -signal.SIGTERM], 128 + signal.SIGTERM, ""),
+    ],
+)
+def test_torchrun_is_no_cause_itself(monkeypatch, capsys, tmp_path, codes, status, said):
+    from torch.distributed import run
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+    from vimpac.training import launch
+
+    def fail(_):
+        failures = {rank: ProcessFailure(rank, 100 + rank, code, str(tmp_path / "none")) for rank, code in enumerate(codes)}
+        for failure in failures.values():  # who explained an error did so first
+            failure.timestamp = 1 if failure.exitcode > 0 else 2
+        raise ChildFailedError("script.py", failures)
+
+    monkeypatch.setattr(run, "run", fail)
+    assert launch.main(["--nproc-per-node=1", "script.py"]) == status
+    assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
     "processes, given, threads", [("1", None, None), ("8", "5", "5"), ("8", None, "2"), ("99", None, "1"), ("cpu", None, "1")]
 )
 def test_torchrun_threads(monkeypatch, processes, given, threads):

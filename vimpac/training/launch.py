@@ -30,9 +30,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         run.run(options)
     except ChildFailedError as error:
-        killed = [(rank, failure.exitcode) for rank, failure in error.failures.items() if failure.exitcode < 0]
-        if not killed:
-            return error.get_first_failure()[1].exitcode
+        ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+        killed = [(rank, code) for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM]
+        if not killed:  # SIGTERM is torchrun's own, to those that a failure leaves behind
+            code = error.get_first_failure()[1].exitcode
+            return code if code >= 0 else 128 - code
         rank, code = killed[0]  # who ended because it was gone has explained that
         print(f"rank {rank} was killed by {_cause(-code)}", file=sys.stderr)
         return 128 - code
