@@ -13,6 +13,7 @@ from test_video import noise, write_video
 from vimpac import __version__, cli
 from vimpac.data import store as store_module
 from vimpac.data.store import TokenStore
+from vimpac.data.tokenizer import PatchVQ
 from vimpac.errors import InputError
 
 
@@ -91,7 +92,7 @@ def test_verify(folders, capsys):
     _, store = folders
     assert cli.main(["verify", str(store)]) == 0
     output = capsys.readouterr().out
-    for part in ("every checksum is right", "1, 4 frames at 2 a second", "16 codes", "4 × 4 tokens", "empty.mp4"):
+    for part in ("every checksum and the tokenizer", "1, 4 frames at 2 a second", "16 codes", "4 × 4 tokens", "empty.mp4"):
         assert part in output
 
 
@@ -104,6 +105,34 @@ def test_verify_finds_damage(folders, tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path)]) == 1
     captured = capsys.readouterr()
     assert captured.err.startswith(f"vimpac verify: error: {shard} is damaged") and not captured.out
+
+
+@pytest.mark.parametrize(
+    "damage, said",
+    [
+        ("remove", "is missing"),
+        ("flip", "is damaged or another"),
+        ("cut", "is not a tokenizer"),
+        ("other", "or another store's"),
+    ],
+)
+@pytest.mark.parametrize("command", ["verify", "tokenize"])
+def test_damaged_tokenizer_of_a_store(copy, capsys, command, damage, said):
+    _, store, arguments = copy
+    path = store / "tokenizer.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.unlink()
+    match damage:
+        case "flip":
+            path.write_bytes(data)
+        case "cut":
+            path.write_bytes(data[:-1])
+        case "other":
+            PatchVQ.fit(noise(4, 64, 64).transpose(0, 3, 1, 2), 16).save(path)
+    assert cli.main(arguments if command == "tokenize" else ["verify", str(store)]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"vimpac {command}: error: {path} ") and said in captured.err and not captured.out
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from runs import write_store
+from vimpac.errors import InputError
+
 README = (Path(__file__).resolve().parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
@@ -14,12 +17,16 @@ def test_blocks_are_found():
     assert len(BLOCKS) == 2 and "STORE" in BLOCKS[0]
 
 
-@pytest.fixture(scope="module")
-def names(store_folder, finished_run):
+def features(store, run):
     """What the first block defines, on a store and a run that are there."""
     found = {}
-    exec(BLOCKS[0].replace("STORE", str(store_folder)).replace("runs/mine", str(finished_run)), found)
+    exec(BLOCKS[0].replace("STORE", str(store)).replace("runs/mine", str(run)), found)
     return found
+
+
+@pytest.fixture(scope="module")
+def names(store_folder, finished_run):
+    return features(store_folder, finished_run)
 
 
 def test_features(names):
@@ -27,6 +34,11 @@ def test_features(names):
     assert names["cls"].shape == (videos, model.config.width) and names["logits"].shape == (2, 10)
     again = model.backbone(torch.from_numpy(names["clips"][:3]))[0]
     torch.testing.assert_close(names["cls"][:3], again, rtol=1e-5, atol=1e-5)  # no dropout; products of other shapes
+
+
+def test_features_of_another_tokenizers_store(finished_run, tmp_path):
+    with pytest.raises(InputError, match="was trained on tokenizer dddddddddddd…, the store was made with eeeeeeeeeeee"):
+        features(write_store(tmp_path / "store", digest="e" * 64), finished_run)
 
 
 def test_parts_and_ops():

@@ -196,6 +196,13 @@ def test_flipped_byte(folder):
         store.verify()
 
 
+def test_ids_outside_the_vocabulary(folder):
+    """With the right checksum: not written by this program, or `store.json` is another store's."""
+    edit(folder / "store.json", tokenizer={"name": "patch-vq", "vocab_size": 100, "stride": 8, "digest": "ab" * 32})
+    with pytest.raises(InputError, match=r"shard.*bin holds the id \d+, expected ids below .* 100"):
+        TokenStore(folder)
+
+
 def test_large_store_is_not_verified_on_opening(folder, monkeypatch):
     monkeypatch.setattr(store_module, "VERIFY_ON_OPEN_BYTES", 100)
     shard = first_shard(folder)

@@ -61,6 +61,14 @@ def test_patch_layout(patch_vq):
     np.testing.assert_array_equal(patch_vq.encode(decoded), ids)
 
 
+@pytest.mark.parametrize("wrong", [-1, 64, 8193])
+def test_ids_that_are_not_this_tokenizers(patch_vq, wrong):
+    ids = np.full((1, 2, 2), 63)
+    ids[0, 1, 1] = wrong
+    with pytest.raises(InputError, match=rf"id {wrong} is outside the vocabulary .* expected 0\.\.63"):
+        patch_vq.decode(ids)
+
+
 def test_fit_finds_clusters_and_is_seeded():
     generator = np.random.default_rng(0)
     centres = generator.integers(20, 236, (16, 192))
@@ -163,6 +171,8 @@ def test_dalle_agrees_with_its_modules(pickles, tmp_path):
     decoded = vae.decode(ids)
     assert decoded.dtype == np.uint8 and decoded.shape == frames.shape
     assert np.abs(decoded - expected.detach().numpy()).max() <= 0.501
+    with pytest.raises(InputError, match=r"id 512 is outside the vocabulary of this dalle tokenizer"):
+        vae.decode(np.full((1, 4, 4), 512, np.uint16))
 
     vae.save(tmp_path / "again.safetensors")
     assert DalleVAE.load(tmp_path / "again.safetensors").digest == vae.digest

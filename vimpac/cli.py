@@ -79,7 +79,7 @@ def synthesize(
 
 
 def verify(store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]) -> None:
-    """Check every checksum of a token store and print what it holds.
+    """Check every checksum, id and the tokenizer of a token store, and print what it holds.
 
     Example: vimpac verify store/
 
@@ -87,11 +87,13 @@ def verify(store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="S
         store: Folder that `vimpac tokenize` wrote.
     """
     from vimpac.data.store import TokenStore
+    from vimpac.data.tokenizer import check_tokenizer_file
 
     tokens = TokenStore(store, verify=True)
+    check_tokenizer_file(store, tokens.tokenizer)
     tokenizer, (height, width) = tokens.tokenizer, tokens.grid
     frames = int(tokens.frames.sum())
-    print(f"{store}: every checksum is right")
+    print(f"{store}: every checksum and the tokenizer are right")
     print(f"  videos     {len(tokens)}, {frames} frames at {tokens.fps:g} a second, {tokens.nbytes / 1e6:.1f} MB")
     print(f"  tokenizer  {tokenizer.name}, {tokenizer.vocab_size} codes, digest {tokenizer.digest[:16]}")
     print(f"  frame      {tokens.frame_size} pixels, {height} × {width} tokens, {len(tokens.views)} views")

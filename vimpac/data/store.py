@@ -223,9 +223,12 @@ class TokenStore:
         return sum(self._sizes)
 
     def verify(self) -> None:
-        """Reads every shard and compares its checksum; raises InputError that names the first damaged one."""
+        """Reads every shard; raises InputError that names the first with another checksum, or an id outside the vocabulary.
+
+        The tokenizer's file is `vimpac.data.tokenizer.check_tokenizer_file`'s to check.
+        """
         for path, expected in zip(self._paths, self._crcs, strict=True):
-            _check_crc(path, expected)
+            _check_contents(path, expected, self.tokenizer.vocab_size)
 
     def read(self, video: int, start: int = 0, length: int | None = None, view: int = 0) -> np.ndarray:
         """uint16 [length, h, w] of one video, to its end if length is None. IndexError outside the video."""
@@ -336,7 +339,7 @@ def check_shards(folder: str | Path) -> None:
         _check_layout(path, shard, StoreSettings.from_json(shard["settings"]))
     if sum(shard["bytes"] for shard in shards.values()) <= VERIFY_ON_OPEN_BYTES:
         for path, shard in shards.items():
-            _check_crc(path, shard["crc32"])
+            _check_contents(path, shard["crc32"], shard["settings"]["tokenizer"]["vocab_size"])
 
 
 def _read_index(folder: Path) -> dict:
@@ -391,15 +394,21 @@ def _finished_shards(folder: Path) -> dict[Path, dict]:
     return {path: _read_shard(path) for path in paths}
 
 
-def _check_crc(path: str | Path, expected: int) -> None:
-    crc = 0
+def _check_contents(path: str | Path, expected: int, vocab_size: int) -> None:
+    crc, largest = 0, 0
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
             crc = zlib.crc32(chunk, crc)
+            largest = max(largest, int(np.frombuffer(chunk, _ID, len(chunk) // _ID.itemsize).max(initial=0)))
     if crc != expected:
         raise InputError(
             f"{path} is damaged: its crc32 is {crc:08x}, {expected:08x} was recorded when it was "
             "written; tokenize again into a new folder"
+        )
+    if largest >= vocab_size:
+        raise InputError(
+            f"{path} holds the id {largest}, expected ids below the tokenizer's vocabulary size {vocab_size}: the shard is "
+            "another store's, or was not written by this program; tokenize again into a new folder"
         )
 
 

@@ -39,6 +39,7 @@ from vimpac.data.tokenizer import (
     DalleVAE,
     PatchVQ,
     Tokenizer,
+    check_tokenizer_file,
     describe,
     load_tokenizer,
     to_patches,
@@ -140,6 +141,7 @@ def _prepare_tokenizer(names: list[str], videos: Path, out: Path, config: Tokeni
     """Leaves the tokenizer in `out`: the one its shards were written with, the one asked for, or a new one."""
     settings = finished_settings(out)
     if settings is not None:
+        check_tokenizer_file(out, settings.tokenizer)
         _check_same_request(load_tokenizer(out), settings, out, config)
         return check_shards(out)
     given = config.tokenizer_path is not None

@@ -40,7 +40,7 @@ class Tokenizer(Protocol):
         """uint8 [T, 3, S, S] → uint16 [T, S / stride, S / stride]; S must be a multiple of the stride."""
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
-        """Integers [T, h, w] → uint8 [T, 3, h * stride, w * stride]."""
+        """Integers [T, h, w] → uint8 [T, 3, h * stride, w * stride]; InputError for ids outside 0..vocab_size - 1."""
 
     def save(self, path: str | Path) -> None:
         """Writes a .safetensors file that `load_tokenizer` reads."""
@@ -60,6 +60,23 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
         raise InputError(f"{path} does not exist; expected a tokenizer's .safetensors file, or a token store")
     name, tensors, config = _read(path)
     return PatchVQ(tensors["codebook"], **config) if name == PatchVQ.name else DalleVAE(tensors, config)
+
+
+def check_tokenizer_file(store: str | Path, expected: TokenizerInfo) -> None:
+    """Compares the digest of the tokenizer file in the folder `store`; raises InputError if it is missing or not `expected`.
+
+    Only reads: DALL-E's modules need not be there.
+    """
+    path = Path(store) / TOKENIZER
+    if not path.is_file():
+        raise InputError(f"{path} is missing, without it the ids cannot be decoded; copy the whole store again")
+    name, tensors, _ = _read(path)
+    digest = _digest(name, tensors)
+    if digest != expected.digest:
+        raise InputError(
+            f"{path} is damaged or another store's: its digest is {digest[:16]}, the ids were made with "
+            f"{expected.digest[:16]}; copy the whole store again"
+        )
 
 
 class PatchVQ:
@@ -124,6 +141,7 @@ class PatchVQ:
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         T, h, w = ids.shape
+        _check_ids(ids, self)
         patches = self.codebook[ids].reshape(T, h, w, 3, STRIDE, STRIDE)
         return patches.transpose(0, 3, 1, 4, 2, 5).reshape(T, 3, h * STRIDE, w * STRIDE)
 
@@ -184,6 +202,7 @@ class DalleVAE:
 
     def decode(self, ids: np.ndarray) -> np.ndarray:
         _, h, w = ids.shape
+        _check_ids(ids, self)
         return self._grouped(self._decode_group, ids.astype(np.int64), (3, h * STRIDE, w * STRIDE), np.uint8)
 
     def save(self, path: str | Path) -> None:
@@ -278,6 +297,15 @@ def _check_frames(frames: np.ndarray) -> None:
         raise ValueError(f"frames are {frames.dtype} {frames.shape}, expected uint8 [T, 3, S, S], S a multiple of {STRIDE}")
 
 
+def _check_ids(ids: np.ndarray, tokenizer: Tokenizer) -> None:
+    outside = ids[(ids < 0) | (ids >= tokenizer.vocab_size)]
+    if len(outside):
+        raise InputError(
+            f"id {outside[0]} is outside the vocabulary of this {tokenizer.name} tokenizer, expected "
+            f"0..{tokenizer.vocab_size - 1}; decode ids with the tokenizer of their store, without padding"
+        )
+
+
 def _digest(name: str, tensors: dict[str, np.ndarray]) -> str:
     sha = hashlib.sha256(name.encode())
     for key, value in sorted(tensors.items()):
@@ -302,7 +330,8 @@ def _read(path: Path) -> tuple[str, dict[str, np.ndarray], dict]:
         with safe_open(path, framework="numpy") as file:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-    except (SafetensorError, OSError) as error:
+        config = json.loads(metadata.get("config", "{}"))
+    except (SafetensorError, OSError, ValueError) as error:
         raise InputError(f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store") from error
     name = metadata.get("name")
     if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name not in (PatchVQ.name, DalleVAE.name):
@@ -310,4 +339,4 @@ def _read(path: Path) -> tuple[str, dict[str, np.ndarray], dict]:
             f"{path} is a safetensors file but not a tokenizer of this program (format {metadata.get('format')!r}, "
             f"version {metadata.get('version')!r}, name {name!r}); fit one with `vimpac tokenize`"
         )
-    return name, tensors, json.loads(metadata["config"])
+    return name, tensors, config
