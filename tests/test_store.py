@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from vimpac.data import store as store_module
-from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
+from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, check_shards, finish_store
 from vimpac.data.video import View
 from vimpac.errors import InputError
 
@@ -246,6 +246,7 @@ def edit(path, **changes):
         ({"format": "other"}, "format 'other'"),
         ({"videos": 8}, "counts 8 videos"),
         ({"frame_size": 32}, "does not fit"),
+        ({"tokenizer": {"name": "patch-vq"}}, "damaged, its settings"),
     ],
 )
 def test_wrong_index(folder, changes, message):
@@ -257,6 +258,27 @@ def test_wrong_index(folder, changes, message):
 def test_index_that_lacks_a_field(folder):
     (folder / "store.json").write_text('{"format": "vimpac-tokens", "version": 1}')
     with pytest.raises(InputError, match="lacks failed, fps"):
+        TokenStore(folder)
+
+
+@pytest.mark.parametrize("field", ["crc32", "bytes", "videos", "settings"])
+def test_shard_list_that_lacks_a_field(folder, field):
+    sidecar = first_shard(folder).with_suffix(".json")
+    shard = json.loads(sidecar.read_text())
+    del shard[field]
+    sidecar.write_text(json.dumps(shard))
+    for open_store in (TokenStore, check_shards):
+        with pytest.raises(InputError, match=f"{sidecar.name} is damaged, it lacks {field}; copy"):
+            open_store(folder)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"videos": [{"name": "a.mp4", "frames": 1}]}, {"videos": [7]}, {"settings": {"fps": 2.0}}, {"videos": None}]
+)
+def test_shard_list_of_something_else(folder, changes):
+    sidecar = first_shard(folder).with_suffix(".json")
+    edit(sidecar, **changes)
+    with pytest.raises(InputError, match=f"{sidecar.name} is damaged, its settings or its videos lack a field"):
         TokenStore(folder)
 
 

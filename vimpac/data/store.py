@@ -33,6 +33,7 @@ VERIFY_ON_OPEN_BYTES = 1 << 30
 OPEN_SHARDS = 512  # half of the usual limit of 1024 descriptors a process
 
 _ID = np.dtype("<u2")
+_VIDEO = {"name", "offset", "frames"}
 
 
 @dataclass(frozen=True)
@@ -357,9 +358,7 @@ def _read_index(folder: Path) -> dict:
             f"{folder} is a store of version {index.get('version')}, this program reads version {VERSION}; "
             "tokenize the videos again, or use the program that wrote it"
         )
-    missing = {"tokenizer", "fps", "frame_size", "views", "shards", "videos", "failed"} - index.keys()
-    if missing:
-        raise InputError(f"{folder / INDEX} lacks {', '.join(sorted(missing))}; tokenize the videos again")
+    _check_fields(folder / INDEX, index, {"tokenizer", "fps", "frame_size", "views", "shards", "videos", "failed"})
     return index
 
 
@@ -370,6 +369,7 @@ def _read_shard(path: Path) -> dict:
         if not file.is_file():
             raise InputError(f"{file} is missing from the store; copy the whole store again, or tokenize into a new folder")
     shard = _read_json(sidecar)
+    _check_fields(sidecar, shard, {"settings", "bytes", "crc32", "videos"})
     if path.stat().st_size != shard["bytes"]:
         raise InputError(
             f"{path} is truncated or overwritten: it has {path.stat().st_size} bytes, {shard['bytes']} were "
@@ -386,6 +386,21 @@ def _read_json(path: Path) -> dict:
     if not isinstance(value, dict):
         raise InputError(f"{path} holds a {type(value).__name__}, expected an object; tokenize again into a new folder")
     return value
+
+
+def _check_fields(path: Path, fields: dict, expected: set[str]) -> None:
+    """Raises InputError for a store's JSON that lacks one of `expected`, a setting, or a field of a video."""
+    way_out = "copy the whole store again, or tokenize into a new folder"
+    missing = expected - fields.keys()
+    if missing:
+        raise InputError(f"{path} is damaged, it lacks {', '.join(sorted(missing))}; {way_out}")
+    try:
+        StoreSettings.from_json(fields.get("settings", fields))
+        whole = "settings" not in fields or all(video.keys() >= _VIDEO for video in fields["videos"])
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged, its settings or its videos lack a field; {way_out}")
 
 
 def _finished_shards(folder: Path) -> dict[Path, dict]:
