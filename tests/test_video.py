@@ -306,6 +306,23 @@ def test_find_videos(tmp_path):
     assert find_videos(tmp_path) == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"]
 
 
+def test_links_do_not_multiply_videos(tmp_path):
+    """Each folder counts once: under its own path if it has one, else under that of the first link to it."""
+    for name in ("videos/a.mp4", "videos/sub/deep/b.mp4", "elsewhere/c.mp4", "elsewhere/more/d.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    videos = tmp_path / "videos"
+    (videos / "sub" / "deep" / "up").symlink_to(videos)
+    (videos / "sub" / "self").symlink_to(".")
+    (videos / "a-link-to-sub").symlink_to("sub")
+    (videos / "linked").symlink_to(tmp_path / "elsewhere")
+    (videos / "linked-too").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
+    assert find_videos(videos) == ["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"]
+    (tmp_path / "link").symlink_to(videos)
+    assert find_videos(tmp_path / "link") == find_videos(videos)
+
+
 def test_find_videos_bad_folder(tmp_path):
     with pytest.raises(InputError, match="does not exist"):
         find_videos(tmp_path / "missing")

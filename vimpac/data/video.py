@@ -62,23 +62,34 @@ def view_set(name: Literal["center", "train", "test"], flip: bool = True) -> tup
 def find_videos(folder: str | Path) -> list[str]:
     """Paths of all video files below `folder`, relative to it with forward slashes, sorted.
 
-    Files are videos by their extension. Raises InputError if the folder is missing, not a folder, or has none.
+    Files are videos by their extension; links to folders are followed. Raises InputError if the folder is missing, not a
+    folder, or has none.
     """
     folder = Path(folder)
     if not folder.exists():
         raise InputError(f"video folder {folder} does not exist; give a folder that holds video files")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder of videos; give the folder it lies in")
-    names = [
-        (Path(parent) / file).relative_to(folder).as_posix()
-        for parent, _, files in os.walk(folder, followlinks=True)
-        for file in files
-        if Path(file).suffix.lower() in EXTENSIONS
-    ]
+    names = [file.relative_to(folder).as_posix() for file in _files(folder) if file.suffix.lower() in EXTENSIONS]
     if not names:
         known = " ".join(EXTENSIONS)
         raise InputError(f"{folder} holds no video file; expected files that end in one of: {known}")
     return sorted(names)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below `folder`, each folder once, however many links lead to it: under its own path if that lies below."""
+    seen, waiting = set(), deque([folder])
+    while waiting:
+        for parent, folders, files in os.walk(waiting.popleft()):
+            status = os.stat(parent)
+            if (status.st_dev, status.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.sort()  # which of two links is followed must not depend on the file system's order
+            waiting += (Path(parent) / name for name in folders if os.path.islink(os.path.join(parent, name)))
+            yield from (Path(parent) / file for file in files)
 
 
 def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (View(),), chunk: int = 64) -> Iterator[np.ndarray]:
