@@ -53,6 +53,16 @@ def test_tokenize_points_to_verify(copy, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"`vimpac verify {store}` checks every checksum")
 
 
+def test_tokenize_names_changed_files(copy, tmp_path, capsys):
+    _, _, (command, videos, *arguments) = copy
+    changed = shutil.copytree(videos, tmp_path / "videos")
+    with open(changed / "good.mp4", "ab") as file:
+        file.write(b"more")
+    assert cli.main([command, str(changed), *arguments]) == 0
+    assert "\n1 files changed since, the store keeps their old contents" in (out := capsys.readouterr().out)
+    assert "\n  good.mp4\n" in out
+
+
 @pytest.mark.parametrize(
     "damage, said", [("flip", "is damaged"), ("cut", "is truncated"), ("remove", "is missing"), ("list", "does not fit")]
 )

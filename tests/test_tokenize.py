@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -100,6 +101,24 @@ def test_corrupt_among_good(videos, whole, tmp_path):
     again = run(mixed, tmp_path / "store", replace(CONFIG, tokenizer_path=str(whole)))
     assert (again.videos, again.present, set(again.failed)) == (1, 5, {"text.mp4", "cut.avi"})
     assert "empty.mp4" in TokenStore(tmp_path / "store").names
+
+
+def test_replaced_files_are_named(videos, whole, tmp_path):
+    """A copy with other times is the same; a store that does not know its files' sizes says nothing."""
+    copied, store = shutil.copytree(videos, tmp_path / "videos"), shutil.copytree(whole, tmp_path / "store")
+    for path in copied.rglob("*.*"):
+        os.utime(path, (0, 0))
+    assert run(copied, store).changed == []
+    for name in ("c.mkv", "sub/d.mp4"):
+        (copied / name).write_bytes((copied / "a.mp4").read_bytes() + bytes(8))
+    (copied / "a.mp4").unlink()
+    (copied / "a.mp4").symlink_to("nowhere")
+    summary = run(copied, store)
+    assert (summary.changed, summary.present, summary.failed) == (["c.mkv", "sub/d.mp4"], 5, {})
+    assert content(store) == content(whole)
+    (sidecar,) = store.glob("shard*.json")
+    sidecar.write_text(re.sub(r', "file_bytes": \d+', "", sidecar.read_text()))
+    assert run(copied, store).changed == []
 
 
 def test_fit_passes_over_corrupt_videos(videos, tmp_path):
@@ -205,8 +224,8 @@ class Slow(tokenize.StoreWriter):
     def __init__(self, *arguments):
         super().__init__(*arguments, shard_seconds=0.0)  # every video a shard
 
-    def add(self, name, ids):
-        super().add(name, ids)
+    def add(self, *arguments):
+        super().add(*arguments)
         if len(self.done) == 3:
             print("three", flush=True)
             import time
@@ -322,7 +341,7 @@ def stall(name):
 
 
 def test_full_disk_leaves_no_store(videos, tmp_path, monkeypatch):
-    def full(self, name, ids):
+    def full(self, *arguments):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(StoreWriter, "add", full)

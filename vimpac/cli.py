@@ -25,9 +25,9 @@ def tokenize(
     """Turn a folder of videos into a store of discrete tokens.
 
     Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded are
-    named at the end with the reason. Under torchrun the ranks share the videos; a second run on the same OUT is refused
-    until the first ends. What is in the store already is checked first: sizes, and checksums up to 1 GiB; `vimpac verify
-    OUT` reads every checksum.
+    named at the end with the reason, and those that have another size than when they were tokenized. Under torchrun the
+    ranks share the videos; a second run on the same OUT is refused until the first ends. What is in the store already is
+    checked first: sizes, and checksums up to 1 GiB; `vimpac verify OUT` reads every checksum.
 
     Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
 
@@ -48,6 +48,10 @@ def tokenize(
     )
     if summary.present:
         print(f"{summary.present} videos were in the store already" + (", it is complete" * (not summary.videos)))
+    if summary.changed:
+        print(f"{len(summary.changed)} files changed since, the store keeps their old contents; a new OUT would hold the new:")
+    for name in summary.changed:
+        print(f"  {name}")
     if summary.failed:
         print(f"{len(summary.failed)} videos failed:")
     for name, reason in sorted(summary.failed.items()):

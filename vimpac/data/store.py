@@ -3,8 +3,9 @@
 store.json              format, version, settings, shards, failed videos; written last: a folder that has it is complete
 tokenizer.safetensors   the tokenizer, so that the ids can be decoded
 shard-RRRRR-KKKKK.bin   number K of rank R: per video the ids [views, frames, h, w], nothing between videos
-shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids, frames); renamed after its .bin,
-                        so its presence means the shard is whole and a killed run resumes behind it
+shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids, frames, bytes of the video's file if
+                        known); renamed after its .bin, so its presence means the shard is whole and a killed run
+                        resumes behind it
 """
 
 from __future__ import annotations
@@ -89,7 +90,8 @@ class StoreWriter:
     """Appends videos to one rank's shards. Any number of ranks may write into one folder at the same time.
 
     A shard closes at `shard_bytes`, or after `shard_seconds` so that a killed run loses little; what is in finished
-    shards (of any rank) is in `done`. Raises InputError if the folder's shards were written with other settings.
+    shards (of any rank) is in `done`, and the size of its file, where that is known, in `file_bytes`. Raises InputError if
+    the folder's shards were written with other settings.
     """
 
     def __init__(
@@ -107,11 +109,12 @@ class StoreWriter:
         for path, shard in shards.items():
             _check_settings(path, shard, settings)
         self.done = {video["name"] for shard in shards.values() for video in shard["videos"]}
+        self.file_bytes = {v["name"]: v["file_bytes"] for s in shards.values() for v in s["videos"] if "file_bytes" in v}
         numbers = [int(path.stem.split("-")[2]) for path in shards if path.stem.startswith(f"shard-{rank:05d}-")]
         self._number = max(numbers, default=-1) + 1
         self._file = None
 
-    def add(self, name: str, ids: np.ndarray) -> None:
+    def add(self, name: str, ids: np.ndarray, file_bytes: int | None = None) -> None:
         """Writes one video. ids: [views, frames, h, w] integers below the vocabulary size, frames ≥ 1."""
         expected = (len(self.settings.views), *self.settings.grid)
         if ids.ndim != 4 or (len(ids), *ids.shape[2:]) != expected or not ids.shape[1]:
@@ -125,7 +128,8 @@ class StoreWriter:
         data = _bytes_of(np.ascontiguousarray(ids, _ID))
         self._file.write(data)
         self._crc = zlib.crc32(data, self._crc)
-        self._videos.append({"name": name, "offset": self._bytes // _ID.itemsize, "frames": ids.shape[1]})
+        video = {"name": name, "offset": self._bytes // _ID.itemsize, "frames": ids.shape[1]}
+        self._videos.append(video if file_bytes is None else video | {"file_bytes": file_bytes})
         self._bytes += len(data)
         self.done.add(name)
         if self._bytes >= self.shard_bytes or time.monotonic() - self._opened >= self.shard_seconds:

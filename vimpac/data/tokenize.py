@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from multiprocessing.connection import wait as wait_for_handle
@@ -64,6 +64,8 @@ class TokenizeSummary:
     tokens: int = 0
     present: int = 0
     """Videos that finished shards held already when the run started."""
+    changed: list[str] = field(default_factory=list)
+    """Of those, sorted, the ones whose file has another size than the one that was tokenized."""
     seconds: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
     """Reason by video name."""
@@ -98,9 +100,10 @@ def tokenize_videos(
         settings = StoreSettings(describe(tokenizer), config.fps, config.frame_size, _views(config))
         writer = _agree(gather, partial(StoreWriter, out, settings, rank))
         # Shares are cut before the finished videos are taken out, so that they do not overlap.
+        sizes = _file_sizes(videos, names[rank::world])
         todo = [name for name in names[rank::world] if name not in writer.done]
-        mine = TokenizeSummary(present=len(names[rank::world]) - len(todo))
-        _write_videos(writer, todo, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
+        mine = TokenizeSummary(present=len(names[rank::world]) - len(todo), changed=_changed(sizes, writer.file_bytes))
+        _write_videos(writer, todo, sizes, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
         summary = _merge(gather(mine))
         _agree(gather, lambda: _finish(out, summary) if not rank else None)
     summary.seconds = time.monotonic() - started
@@ -127,6 +130,20 @@ def _check(config: TokenizeConfig, out: Path) -> None:
         raise InputError(f"{out} is not empty and not a token store; choose a new folder, so that nothing is lost")
     if INDEX in present:
         read_settings(out)  # a store of another version must not be added to
+
+
+def _file_sizes(videos: Path, names: Iterable[str]) -> dict[str, int]:
+    """Bytes of each file, without those that cannot be asked: decoding them says why."""
+    sizes = {}
+    for name in names:
+        with suppress(OSError):
+            sizes[name] = os.stat(videos / name).st_size
+    return sizes
+
+
+def _changed(now: dict[str, int], tokenized: dict[str, int]) -> list[str]:
+    """By size alone: a copy of the same videos on another disk may have other times, and contents take too long to read."""
+    return [name for name, size in now.items() if tokenized.get(name, size) != size]
 
 
 def _taken(out: Path) -> str:
@@ -201,6 +218,7 @@ def _why_fewer_codes(codes: int, requested: int, patches: np.ndarray) -> str:
 def _write_videos(
     writer: StoreWriter,
     names: list[str],
+    sizes: dict[str, int],
     videos: Path,
     tokenizer: Tokenizer,
     workers: int,
@@ -219,7 +237,7 @@ def _write_videos(
                 report(0)
                 continue
             ids = _encode_views(tokenizer, result) if on_gpu else result
-            writer.add(name, ids)
+            writer.add(name, ids, sizes.get(name))
             summary.videos += 1
             summary.frames += ids.shape[1]
             summary.tokens += ids.size
@@ -249,6 +267,7 @@ def _merge(parts: list[TokenizeSummary]) -> TokenizeSummary:
         frames=sum(part.frames for part in parts),
         tokens=sum(part.tokens for part in parts),
         present=sum(part.present for part in parts),
+        changed=sorted(name for part in parts for name in part.changed),
         failed={name: reason for part in parts for name, reason in part.failed.items()},
     )
 
