@@ -154,6 +154,14 @@ def test_resumes_behind_finished_shards(tmp_path, folder, videos):
     assert "shard-00000-00099.bin" not in left and not any(name.endswith(".tmp") for name in left)
 
 
+def test_failures_stay_until_they_are_mended(folder):
+    finish_store(folder, {"worse.mp4": "is not a video"})
+    assert TokenStore(folder).failed == {"bad.mp4": "is an empty file", "worse.mp4": "is not a video"}
+    write(folder, {"bad.mp4": np.zeros((2, 1, 3, 3), np.uint16)})
+    finish_store(folder, {"worse.mp4": "is truncated"})
+    assert TokenStore(folder).failed == {"worse.mp4": "is truncated"}
+
+
 @pytest.mark.parametrize(
     "change, message",
     [

@@ -157,22 +157,26 @@ class StoreWriter:
 def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) -> None:
     """Turns the finished shards of all ranks into a store by writing `store.json`; failed: reason by video name.
 
-    Call it once, after every rank has closed its writer. Raises InputError if there is no shard.
+    What an earlier `store.json` lists as failed stays so, unless it is in a shard by now: this run may have seen other
+    videos. Call it once, after every rank has closed its writer. Raises InputError if there is no shard.
     """
-    folder, failed = Path(folder), failed or {}
+    folder = Path(folder)
+    before = _read_index(folder)["failed"] if (folder / INDEX).is_file() else []
+    failed = {entry["name"]: entry["reason"] for entry in before} | dict(failed or {})
     shards = _finished_shards(folder)
     if not shards:
         raise InputError(f"{folder} has no finished shard, so there is nothing to make a store of")
     settings = StoreSettings.from_json(next(iter(shards.values()))["settings"])
     for path, shard in shards.items():
         _check_settings(path, shard, settings)
+    stored = {video["name"] for shard in shards.values() for video in shard["videos"]}
     index = {
         "format": FORMAT,
         "version": VERSION,
         **settings.to_json(),
         "shards": sorted(path.stem for path in shards),
         "videos": sum(len(shard["videos"]) for shard in shards.values()),
-        "failed": [{"name": name, "reason": reason} for name, reason in sorted(failed.items())],
+        "failed": [{"name": name, "reason": reason} for name, reason in sorted(failed.items()) if name not in stored],
     }
     write_text(folder / INDEX, json.dumps(index, indent=1))
     _remove_leftovers(folder)
