@@ -53,6 +53,17 @@ def test_tokenize_points_to_verify(copy, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"`vimpac verify {store}` checks every checksum")
 
 
+def test_tokenize_counts_what_it_passes_over(copy, tmp_path, capsys):
+    _, _, (command, videos, *arguments) = copy
+    more = shutil.copytree(videos, tmp_path / "videos")
+    for name in ("a.gif", "b.GIF", "labels.csv"):
+        (more / name).touch()
+    assert cli.main([command, str(more), *arguments]) == 0
+    assert "\n3 files were passed over for their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
+    assert cli.main([command, videos, *arguments]) == 0
+    assert "passed over" not in capsys.readouterr().out
+
+
 def test_tokenize_names_changed_files(copy, tmp_path, capsys):
     _, _, (command, videos, *arguments) = copy
     changed = shutil.copytree(videos, tmp_path / "videos")

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from vimpac.data import video as video_module
-from vimpac.data.video import CorruptVideo, View, decode, find_videos, view_set
+from vimpac.data.video import CorruptVideo, View, count_extensions, decode, find_videos, view_set
 from vimpac.errors import InputError
 
 CONTAINERS = {
@@ -300,10 +300,13 @@ def test_colon_in_a_name(tmp_path, monkeypatch):
 
 
 def test_find_videos(tmp_path):
-    for name in ("b.mp4", "a/c.AVI", "a/b/d.webm", "a/notes.txt", "z.MKV", ".x/e.mpg"):
+    for name in ("b.mp4", "a/c.AVI", "a/b/d.webm", "a/notes.TXT", "b.txt", "z.MKV", ".x/e.mpg", "README"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    assert find_videos(tmp_path) == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"]
+    names, others = find_videos(tmp_path)
+    assert names == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"] and others == {".txt": 2, "": 1}
+    assert count_extensions(others) == "2 .txt, 1 without an extension"
+    assert count_extensions(others, 1) == "2 .txt and 1 more"
 
 
 def test_links_do_not_multiply_videos(tmp_path):
@@ -318,7 +321,7 @@ def test_links_do_not_multiply_videos(tmp_path):
     (videos / "linked").symlink_to(tmp_path / "elsewhere")
     (videos / "linked-too").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
-    assert find_videos(videos) == ["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"]
+    assert find_videos(videos) == (["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"], {})
     (tmp_path / "link").symlink_to(videos)
     assert find_videos(tmp_path / "link") == find_videos(videos)
 
@@ -329,7 +332,7 @@ def test_find_videos_bad_folder(tmp_path):
     (tmp_path / "notes.txt").touch()
     with pytest.raises(InputError, match="is a file, expected a folder"):
         find_videos(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match="holds no video file"):
+    with pytest.raises(InputError, match=r"holds 1 \.txt, but no video file; expected files that end in one of: \.mp4"):
         find_videos(tmp_path)
 
 

@@ -32,10 +32,11 @@ def tokenize(
     Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
 
     Args:
-        videos: Folder that is searched, with its subfolders, for video files.
+        videos: Folder that is searched, with its subfolders, for video files; what else is there is counted.
         out: Folder of the token store to write.
     """
     from vimpac.data.tokenize import tokenize_videos
+    from vimpac.data.video import count_extensions
 
     rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
     summary = tokenize_videos(videos, out, config, rank, world)
@@ -48,6 +49,8 @@ def tokenize(
     )
     if summary.present:
         print(f"{summary.present} videos were in the store already" + (", it is complete" * (not summary.videos)))
+    if others := summary.passed_over:
+        print(f"{sum(others.values())} files were passed over for their extension: {count_extensions(others)}")
     if summary.changed:
         print(f"{len(summary.changed)} files changed since, the store keeps their old contents; a new OUT would hold the new:")
     for name in summary.changed:

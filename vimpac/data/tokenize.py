@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -69,6 +70,8 @@ class TokenizeSummary:
     seconds: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
     """Reason by video name."""
+    passed_over: Counter[str] = field(default_factory=Counter)
+    """How many files have no video's extension, by theirs."""
 
 
 def tokenize_videos(
@@ -92,7 +95,7 @@ def tokenize_videos(
     workers = workers or _share_of_cores()
     with _ranks(rank, world) as gather, ExitStack() as held:
         _agree(gather, partial(_check, config, out))
-        names = _agree(gather, partial(find_videos, videos))
+        names, others = _agree(gather, partial(find_videos, videos))
         # From before the tokenizer is written until the store is finished; the first rank's lock stands for all.
         _agree(gather, lambda: held.enter_context(locked(out, _taken(out))) if not rank else None)
         _agree(gather, lambda: _prepare_tokenizer(names, videos, out, config, workers, progress) if not rank else None)
@@ -104,7 +107,7 @@ def tokenize_videos(
         todo = [name for name in names[rank::world] if name not in writer.done]
         mine = TokenizeSummary(present=len(names[rank::world]) - len(todo), changed=_changed(sizes, writer.file_bytes))
         _write_videos(writer, todo, sizes, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
-        summary = _merge(gather(mine))
+        summary = _merge(gather(mine), others)
         _agree(gather, lambda: _finish(out, summary) if not rank else None)
     summary.seconds = time.monotonic() - started
     return summary
@@ -261,8 +264,9 @@ def _shorten(failed: dict[str, str], limit: int = 3) -> str:
     return "; ".join(shown) + (f"; and {len(failed) - limit} more" if len(failed) > limit else "")
 
 
-def _merge(parts: list[TokenizeSummary]) -> TokenizeSummary:
+def _merge(parts: list[TokenizeSummary], others: Counter[str]) -> TokenizeSummary:
     return TokenizeSummary(
+        passed_over=others,
         videos=sum(part.videos for part in parts),
         frames=sum(part.frames for part in parts),
         tokens=sum(part.tokens for part in parts),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -59,22 +59,35 @@ def view_set(name: Literal["center", "train", "test"], flip: bool = True) -> tup
     return tuple(View(resize, crop, mirrored) for resize in (1.0, 1.25) for crop in CROPS for mirrored in flips)
 
 
-def find_videos(folder: str | Path) -> list[str]:
-    """Paths of all video files below `folder`, relative to it with forward slashes, sorted.
+def find_videos(folder: str | Path) -> tuple[list[str], Counter[str]]:
+    """Paths of all video files below `folder`, relative to it with forward slashes, sorted; other files by extension.
 
-    Files are videos by their extension; links to folders are followed. Raises InputError if the folder is missing, not a
-    folder, or has none.
+    Files are videos by their extension (lower case, "" where there is none); links to folders are followed. Raises
+    InputError if the folder is missing, not a folder, or has none.
     """
     folder = Path(folder)
     if not folder.exists():
         raise InputError(f"video folder {folder} does not exist; give a folder that holds video files")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder of videos; give the folder it lies in")
-    names = [file.relative_to(folder).as_posix() for file in _files(folder) if file.suffix.lower() in EXTENSIONS]
+    names, others = [], Counter()
+    for file in _files(folder):
+        if (extension := file.suffix.lower()) in EXTENSIONS:
+            names.append(file.relative_to(folder).as_posix())
+        else:
+            others[extension] += 1
     if not names:
         known = " ".join(EXTENSIONS)
-        raise InputError(f"{folder} holds no video file; expected files that end in one of: {known}")
-    return sorted(names)
+        but = f"{count_extensions(others)}, but " * bool(others)
+        raise InputError(f"{folder} holds {but}no video file; expected files that end in one of: {known}")
+    return sorted(names), others
+
+
+def count_extensions(files: Counter[str], limit: int = 5) -> str:
+    """`12 .txt, 3 .gif, 1 without an extension`, the most frequent first."""
+    shown = [f"{count} {extension or 'without an extension'}" for extension, count in files.most_common(limit)]
+    more = sum(files.values()) - sum(count for _, count in files.most_common(limit))
+    return ", ".join(shown) + f" and {more} more" * bool(more)
 
 
 def _files(folder: Path) -> Iterator[Path]:
