@@ -67,6 +67,8 @@ def test_bad_model(options, message):
         ({"alpha": float("nan")}, "alpha"),
         ({"temperature": 0.0}, "temperature must be a positive number"),
         ({"learning_rate": float("inf")}, "learning_rate"),
+        ({"seed": -1}, "seed must be 0 to 2⁶³ - 2, got -1"),
+        ({"seed": 2**63 - 1}, "seed must be"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"held_out": 0.0}, "held_out must be above 0"),
         ({"mask": "iid", "mask_ratio": 0.0}, "mask_ratio must be above 0"),

@@ -177,6 +177,8 @@ def test_other_tokenizer_than_the_store(videos, whole, tmp_path):
         ({"fps": float("nan")}, "fps is nan"),
         ({"codes": 1}, "codes is 1, expected 2 to 8192"),
         ({"codes": 8193}, "codes is 8193"),
+        ({"seed": -1}, "seed is -1, expected 0 to 4294967295"),
+        ({"seed": 2**32}, "seed is 4294967296"),
         ({"tokenizer": "dalle"}, "dalle needs tokenizer-path"),
         ({"tokenizer_path": "missing.safetensors"}, "does not exist"),
     ],

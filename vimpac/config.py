@@ -29,7 +29,7 @@ class TokenizeConfig:
     flip: bool = True
     """Whether the train views include horizontal flips; --no-flip where left and right matter (SSV2)."""
     seed: int = 0
-    """Seed of the k-means fit."""
+    """Seed of the k-means fit, 0 to 2³² - 1."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SynthesizeConfig:
     size: int = 96
     """Side of the square frames in pixels, even."""
     seed: int = 0
-    """Seed of everything drawn: the same seed writes the same frames."""
+    """Seed of everything drawn, 0 or more: the same seed writes the same frames."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class TrainConfig:
     init_from: str | None = None
     """A model.safetensors or checkpoint to start from: its weights only, positions interpolated. Not with continue_from."""
     seed: int = 0
-    """Seed of initialisation, data order, masks and dropout."""
+    """Seed of initialisation, data order, masks and dropout, 0 or more."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model (Tables 3, 13, 14). The vocabulary size is taken from the store."""
     fit_frame_size: bool = False
@@ -239,6 +239,7 @@ class TrainConfig:
             _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or a positive number")
         for name in ("warmup", "mask_ratio", "held_out"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
+        _require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2⁶³ - 2")
         _require(self.held_out > 0, "held_out", self.held_out, "above 0, since the run ends with an evaluation")
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")

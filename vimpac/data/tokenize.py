@@ -121,6 +121,8 @@ def _check(config: TokenizeConfig, out: Path) -> None:
         raise InputError(f"fps is {fps}, expected a positive number of frames a second, such as 2")
     if not 2 <= codes <= MAX_CODES:
         raise InputError(f"codes is {codes}, expected 2 to {MAX_CODES}")
+    if not 0 <= config.seed < 2**32:
+        raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
     if config.tokenizer == "dalle" and config.tokenizer_path is None:
         raise InputError(
             "tokenizer dalle needs tokenizer-path, the file that `vimpac convert-dalle ENCODER DECODER OUT` writes"
