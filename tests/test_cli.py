@@ -163,6 +163,9 @@ def test_damaged_tokenizer_of_a_store(copy, capsys, command, damage, said):
         (["tokenize", "missing", "store", "--frame-size", "12"], "vimpac tokenize: error: frame size is 12"),
         (["verify", "missing"], "vimpac verify: error: missing is not a folder"),
         (["convert-dalle", "missing.pkl", "missing.pkl", "out"], "vimpac convert-dalle: error: "),
+        (["verify", ""], "vimpac verify: error: an argument is empty"),
+        (["tokenize", "", "store"], "vimpac tokenize: error: an argument is empty"),
+        (["tokenize", "missing", "store", "--tokenizer-path="], "vimpac tokenize: error: an argument is empty"),
         (["synthesize", "out", "--videos", "0"], "vimpac synthesize: error: videos is 0"),
     ],
 )
@@ -172,6 +175,32 @@ def test_mistakes_are_one_line(arguments, message, tmp_path):
     assert result.returncode == 1
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
     assert result.stdout == "" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("command", ["tokenize", "synthesize"])
+@pytest.mark.parametrize(
+    "out, said",
+    [
+        ("/proc/x/y", "cannot make the folder /proc/x/y: No such file or directory"),
+        ("dangling", "cannot make the folder dangling: a file or a link that leads nowhere is in its place"),
+        ("dangling/x", "cannot make the folder dangling/x: a file or a link that leads nowhere is in its place"),
+        ("loop", "cannot make the folder loop: a file or a link that leads nowhere is in its place"),
+        ("loop/x", "loop/x: Too many levels of symbolic links"),
+        ("n" * 300, "n: File name too long"),
+        ("file/x", "file/x: Not a directory"),
+    ],
+)
+def test_unusable_out(command, out, said, folders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    videos = [str(folders[0])] * (command == "tokenize")
+    assert cli.main([command, *videos, out]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith(f"vimpac {command}: error: ") and captured.err.count("\n") == 1 and not captured.out
+    assert said in captured.err
+    assert {path.name for path in tmp_path.iterdir()} == {"dangling", "loop", "file"}
 
 
 @pytest.mark.parametrize(

@@ -243,6 +243,23 @@ def test_loss_that_is_not_finite(main, output, store_folder):
 # --- run folders ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", ["/proc/x/y", "dangling", "loop/x", "n" * 300, "file/x"])
+def test_unusable_output(main, tmp_path, store_folder, name):
+    (tmp_path / "dangling").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "file").touch()
+    status, error = main(arguments(store_folder, tmp_path / name))
+    assert status == 1 and error.startswith("train.py: error: ") and name[:7] in error and "Traceback" not in error
+    assert {path.name for path in tmp_path.iterdir()} == {"dangling", "loop", "file"}
+
+
+def test_empty_output(main, store_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, error = main(arguments(store_folder, ""))
+    assert status == 1 and error.count("\n") == 1 and not list(tmp_path.iterdir())
+    assert error.startswith("train.py: error: output must be a path")
+
+
 def test_run_folder_that_exists(main, finished_run, store_folder):
     refused(main, arguments(store_folder, finished_run), finished_run, f"run folder {finished_run} exists: add --resume")
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from vimpac.errors import InputError
+from vimpac.errors import FIXABLE, InputError
 
 TEMPORARY = ".tmp"
 LOCK = ".lock"
@@ -53,6 +53,17 @@ def publish(temporary: Path, path: Path) -> None:
     _fsync(path.parent)
 
 
+def make_folder(path: Path) -> None:
+    """Makes `path` and its parents where they are missing; raises InputError with the reason where the user can mend it."""
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        if error.errno not in FIXABLE:
+            raise
+        reason = "a file or a link that leads nowhere is in its place" if error.errno == errno.EEXIST else error.strerror
+        raise InputError(f"cannot make the folder {path}: {reason}; choose another folder") from error
+
+
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
     """Keeps `folder` to this process; raises InputError(refusal) at once where another one (or this one) holds it.
@@ -61,7 +72,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
     file LOCK in the folder: it ends with the process, however that ends. On a file system without locks nothing is locked.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     try:
         descriptor = _lock(folder / LOCK, refusal)
         try:

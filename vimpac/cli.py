@@ -175,6 +175,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "`vimpac --version` the versions of vimpac and torch."
     )
     try:
+        if any(not word or (word.startswith("--") and word.endswith("=")) for word in arguments):
+            raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
         tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
     except InputError as error:
         print(f"{command}: error: {error}", file=sys.stderr)

@@ -228,6 +228,8 @@ class TrainConfig:
     """Profile a few updates near the start: RUN/profile.json (a trace for Perfetto) and a table of where the time goes."""
 
     def __post_init__(self):
+        for name in ("data", "output", "continue_from", "init_from"):
+            _require(getattr(self, name) != "", name, "''", "a path (is a variable of the shell unset?)")
         for name in ("batch_size", "contrastive_videos", "log_every", "save_every", "keep_checkpoints", "eval_batches"):
             _at_least_one(name, getattr(self, name))
         for name in ("steps", "micro_batch", "n_blocks"):

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimpac.atomic import replacing
+from vimpac.atomic import make_folder, replacing
 from vimpac.config import SynthesizeConfig
 from vimpac.errors import InputError
 
@@ -165,7 +165,9 @@ def synthesize(out: Path, config: SynthesizeConfig, report: Callable[[int, int],
     """
     out = Path(out)
     _check(config)
-    _make_folder(out)
+    make_folder(out)
+    if any(out.iterdir()):
+        raise InputError(f"{out} is not empty, expected a new or empty folder; remove its files or choose another OUT")
     codec = _codec()
     labels = []
     for label in _in_parallel(lambda index: _write(out, index, config, codec), config):
@@ -189,16 +191,6 @@ def _check(config: SynthesizeConfig) -> None:
         raise InputError(f"size is {config.size}, expected an even number of pixels, at least 32")
     if round(config.seconds * config.fps) < 1:
         raise InputError(f"{config.seconds} seconds at {config.fps} fps hold no frame; give more seconds or a higher fps")
-
-
-def _make_folder(out: Path) -> None:
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        occupied = any(out.iterdir())
-    except OSError as error:
-        raise InputError(f"cannot make the folder {out}: {error.strerror}; choose another OUT") from error
-    if occupied:
-        raise InputError(f"{out} is not empty, expected a new or empty folder; remove its files or choose another OUT")
 
 
 def _in_parallel(write: Callable[[int], Label], config: SynthesizeConfig) -> Iterator[Label]:
