@@ -1,6 +1,7 @@
 """The command: exit status, one-line errors, true help."""
 
 import importlib.metadata
+import os
 import shutil
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from runs import train_main
+from runs import ROOT, train_main
 from test_video import noise, write_video
 from vimpac import __version__, cli
 from vimpac.data import store as store_module
@@ -170,7 +171,7 @@ def test_damaged_tokenizer_of_a_store(copy, capsys, command, damage, said):
     ],
 )
 def test_mistakes_are_one_line(arguments, message, tmp_path):
-    command = [sys.executable, "-m", "vimpac.cli", *arguments]
+    command = [sys.executable, "-m", "vimpac", *arguments]
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 1
     assert result.stderr.startswith(message) and result.stderr.count("\n") == 1
@@ -260,6 +261,19 @@ def test_train(monkeypatch, capsys, tmp_path):
 def test_version(capsys):
     assert cli.main(["--version"]) == 0
     assert capsys.readouterr().out == f"vimpac {__version__}, torch {importlib.metadata.version('torch')}\n"
+
+
+@pytest.mark.parametrize(
+    "words", ["-m vimpac --version", "-m vimpac --help", "-m vimpac verify --help", "train.py demo --help"]
+)
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_nobody_reads_the_output(words, unbuffered):
+    """As with `| head -1`."""
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": {**os.environ, "PYTHONUNBUFFERED": unbuffered}}
+    process = subprocess.Popen([sys.executable, *words.split()], cwd=ROOT, **pipes)
+    process.stdout.close()
+    assert process.stderr.read() == b"" and process.wait() == 141
+    process.stderr.close()
 
 
 def test_help_names_version(capsys):

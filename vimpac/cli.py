@@ -12,7 +12,7 @@ from typing import Annotated
 import tyro
 
 from vimpac.config import SynthesizeConfig, TokenizeConfig
-from vimpac.errors import FIXABLE, InputError
+from vimpac.errors import FIXABLE, InputError, reader_left
 
 Flat = tyro.conf.arg(name="")
 
@@ -159,25 +159,37 @@ COMMANDS = {
 }
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit status: 0, 1 after a mistake that the user can fix, 128 + n after signal n."""
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
+def _run(arguments: list[str]) -> None:
     if arguments == ["--version"]:
         print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vimpac", "torch")))
-        return 0
+        return
+    if any(not word or (word.startswith("--") and word.endswith("=")) for word in arguments):
+        raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
+    description = (
+        "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options, "
+        "`vimpac --version` the versions of vimpac and torch."
+    )
+    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status.
+
+    0; 1 after a mistake that the user can fix; 128 + n after signal n; 141 where what reads the output has ended.
+    """
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
     if arguments[:1] == ["train"]:
         from vimpac.training import command as training
 
         return training.main(arguments[1:], "vimpac train")
     command = f"vimpac {arguments[0]}" if arguments and arguments[0] in COMMANDS else "vimpac"
-    description = (
-        "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options, "
-        "`vimpac --version` the versions of vimpac and torch."
-    )
     try:
-        if any(not word or (word.startswith("--") and word.endswith("=")) for word in arguments):
-            raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
-        tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
+        try:
+            _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        return reader_left()
     except InputError as error:
         print(f"{command}: error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,9 @@
-"""The one exception that means 'the user can fix this': commands print it as one line and exit with status 1."""
+"""What ends a command without a traceback: mistakes that the user can fix, one line and exit status 1; a reader that left."""
 
 import errno
+import os
+import signal
+import sys
 
 
 class InputError(ValueError):
@@ -12,3 +15,9 @@ FIXABLE = (
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
 )
 """Numbers of an OSError that the user can fix as well: no room, a folder that is not theirs, a path that leads nowhere."""
+
+
+def reader_left() -> int:
+    """The exit status after a BrokenPipeError of standard output (`--help | head`); what is left of it goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends and writes the rest
+    return 128 + signal.SIGPIPE

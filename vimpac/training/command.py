@@ -13,7 +13,7 @@ from io import StringIO
 import tyro
 
 from vimpac.config import PRESETS, TrainConfig
-from vimpac.errors import FIXABLE, InputError
+from vimpac.errors import FIXABLE, InputError, reader_left
 
 DESCRIPTION = """Pre-train a model.
 
@@ -37,10 +37,13 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
         try:
             pretrain(config)
+            sys.stdout.flush()
         except Stopped as stopped:
             if speaks:
                 print(f"{prog}: {stopped}", file=sys.stderr)
             return 128 + stopped.signal
+    except BrokenPipeError:
+        return reader_left()
     except InputError as error:
         if speaks:
             print(f"{prog}: error: {error}", file=sys.stderr)

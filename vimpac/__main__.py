@@ -1,0 +1,8 @@
+"""`python -m vimpac` is the command `vimpac`, where that is not on PATH."""
+
+import sys
+
+from vimpac.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())
