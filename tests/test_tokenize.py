@@ -289,6 +289,29 @@ def child_processes(parent):
         return file.read().split()
 
 
+def test_ctrl_c_while_the_workers_start(videos, tmp_path):
+    command = [sys.executable, "-m", "vimpac", "tokenize", videos, tmp_path / "store", "--codes=32", "--frame-size=32"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+    def workers():
+        return [child for child in child_processes(process.pid) if "spawn_main" in process_file(child, "cmdline")]
+
+    assert wait_until(workers, 60)
+    for worker in workers():
+        (blocked,) = re.findall(r"SigBlk:\s(\w+)", process_file(worker, "status"))
+        assert int(blocked, 16) & 1 << signal.SIGINT - 1, "it hears Ctrl-C from its start"
+    time.sleep(0.1)  # they import
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does
+    output, error = process.communicate(timeout=60)
+    assert (process.returncode, output, error) == (130, "", "vimpac tokenize: interrupted\n")
+    assert not (tmp_path / "store").exists()
+
+
+def process_file(process, name):
+    with open(f"/proc/{process}/{name}") as file:
+        return file.read()
+
+
 def wait_until(condition, seconds=10):
     deadline = time.monotonic() + seconds
     while not condition() and time.monotonic() < deadline:

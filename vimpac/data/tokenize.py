@@ -335,7 +335,6 @@ def _watched(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
 
 
 def _start_worker() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to handle
     threading.Thread(target=_end_with_parent, daemon=True).start()
     from threadpoolctl import threadpool_limits
 
@@ -377,7 +376,8 @@ def _run_pool(job, waiting: Iterator[str], workers: int, suspects: list[str]) ->
             # A short queue bounds the memory of finished results, and the names to repeat when a worker dies.
             while not suspects and len(running) < 2 * workers and (name := next(waiting, None)) is not None:
                 try:
-                    running[pool.submit(job, name)] = name
+                    with _sigint_blocked():
+                        running[pool.submit(job, name)] = name
                 except BrokenProcessPool:
                     suspects.append(name)
             if not running:
@@ -392,6 +392,16 @@ def _run_pool(job, waiting: Iterator[str], workers: int, suspects: list[str]) ->
                 yield name, result
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
+
+
+@contextmanager
+def _sigint_blocked() -> Iterator[None]:
+    """Processes that are started in here never see Ctrl-C, which is the parent's to handle, not even while they import."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _share_of_cores() -> int:
