@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import pickle
 import threading
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -81,6 +82,20 @@ def test_clips_equal_slices(folder, videos, length):
         expected = videos[store.names[video]][view, start : start + length]
         np.testing.assert_array_equal(row[: len(expected)], expected)
         assert (row[len(expected) :] == FILL).all()
+
+
+def test_memory_of_the_index(tmp_path):
+    """A little more than the names is kept, and opening takes little more than that: a process a GPU opens the store."""
+    count = 20_000
+    write(tmp_path, {f"video-{i:05d}.mp4": np.zeros((2, 1, 3, 3), np.uint16) for i in range(count)}, shard_bytes=36_000)
+    finish_store(tmp_path)
+    tracemalloc.start()
+    try:
+        store = TokenStore(tmp_path, verify=False)
+        kept, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert len(store) == count and kept < 110 * count and peak < 300 * count
 
 
 def test_no_clips(folder):

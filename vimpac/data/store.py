@@ -209,19 +209,26 @@ class TokenStore:
             self.verify()
 
     def _load(self, index: dict) -> None:
-        shards = [_read_shard(Path(path)) for path in self._paths]
-        for path, shard in zip(self._paths, shards, strict=True):
+        """Shard by shard: what JSON makes of all of them would take several times the memory of what is kept."""
+        names, tables, self._sizes, self._crcs = [], [np.empty((0, 3), np.int64)], [], []
+        for number, path in enumerate(self._paths):
+            shard = _read_shard(Path(path))
             _check_layout(path, shard, self.settings)
-        videos = sorted((v["name"], n, v["offset"], v["frames"]) for n, s in enumerate(shards) for v in s["videos"])
-        if len(videos) != index["videos"]:
+            names += (video["name"] for video in shard["videos"])
+            rows = [(number, video["offset"], video["frames"]) for video in shard["videos"]]
+            tables.append(np.array(rows, np.int64).reshape(-1, 3))
+            self._sizes.append(shard["bytes"])
+            self._crcs.append(shard["crc32"])
+        if len(names) != index["videos"]:
             raise InputError(
-                f"{self.folder / INDEX} counts {index['videos']} videos, but its shards hold {len(videos)}; "
+                f"{self.folder / INDEX} counts {index['videos']} videos, but its shards hold {len(names)}; "
                 "tokenize again into a new folder"
             )
-        self.names = [video[0] for video in videos]
-        table = np.array([video[1:] for video in videos], np.int64).reshape(-1, 3)
-        self._shard, self._offset, self.frames = table[:, 0], table[:, 1], table[:, 2].astype(np.int32)
-        self._sizes, self._crcs = [s["bytes"] for s in shards], [s["crc32"] for s in shards]
+        order = sorted(range(len(names)), key=names.__getitem__)
+        self.names = [names[i] for i in order]
+        table = np.concatenate(tables)[order]
+        self._shard, self.frames = (table[:, column].astype(np.int32) for column in (0, 2))
+        self._offset = table[:, 1].copy()
 
     def __len__(self) -> int:
         return len(self.names)
