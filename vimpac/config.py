@@ -246,7 +246,6 @@ class TrainConfig:
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         _require(self.d_max is None or 0 <= self.d_max < math.inf, "d_max", self.d_max, "0 or more seconds")
-        _require(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, below 2^63")
         _require(self.synthetic_videos >= 0, "synthetic_videos", self.synthetic_videos, "0 or more")
         tokens = math.prod(self.model.grid)
         _require((self.n_blocks or 1) <= tokens, "n_blocks", self.n_blocks, f"at most the {tokens} tokens of a clip")

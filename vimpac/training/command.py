@@ -21,7 +21,7 @@ Presets are the configurations of the paper, and demo; `PRESET --help` lists eve
 
 Example: vimpac train small --data store/ --output runs/mine
 
-On several GPUs: torchrun train.py PRESET …, or torchrun -m vimpac.cli train PRESET …"""
+On several GPUs: torchrun train.py PRESET …, or torchrun -m vimpac train PRESET …"""
 
 
 def main(arguments: Sequence[str], prog: str) -> int:
