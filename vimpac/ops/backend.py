@@ -339,8 +339,9 @@ class _NoDerivative(torch.autograd.Function):
 
 
 def anchors(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Parts without elements, to save in ctx where the tensors themselves need not outlive the forward pass."""
-    return [torch.slice_copy(x, 0, 0, 0) for x in tensors]
+    """Parts without elements, to save in ctx where the tensors themselves need not outlive the forward pass. None of a compiled
+    function's, whose backward torch refuses to differentiate anyway."""
+    return [] if torch.compiler.is_compiling() else [torch.slice_copy(x, 0, 0, 0) for x in tensors]
 
 
 def always(*_args) -> list[str]:
