@@ -14,7 +14,20 @@ import numpy as np
 import pytest
 import torch
 
-from runs import MODEL, VOCABULARY, Run, arguments, make_trainer, metrics, model_bytes, on_call, run, tiny_config, write_store
+from runs import (
+    MODEL,
+    VOCABULARY,
+    Run,
+    arguments,
+    files_of_at_most,
+    make_trainer,
+    metrics,
+    model_bytes,
+    on_call,
+    run,
+    tiny_config,
+    write_store,
+)
 from vimpac import convert
 from vimpac.errors import InputError
 from vimpac.training import pretrain as pretrain_module
@@ -329,6 +342,13 @@ def test_looks_at_several_updates_at_once(tmp_path):
     with pytest.raises(InputError, match="step 4: loss=nan"):
         log.flush(Progress(5, enabled=False), 4, False)
     assert [line["loss"] for line in metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_a_full_disk_names_the_file(tmp_path):
+    log = MetricsLog(tmp_path, CPU, 0)
+    with files_of_at_most(100), pytest.raises(OSError) as error:
+        log.write([{"step": step} for step in range(100)])
+    assert error.value.filename == str(tmp_path / "metrics.jsonl")
 
 
 def test_share_of_time_spent_waiting_for_data(tmp_path, monkeypatch):

@@ -27,18 +27,26 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     temporary = path.with_name(path.name + TEMPORARY)
     try:
+        with naming(path):
+            temporary.unlink(missing_ok=True)
+            temporary.touch()
+            mode = stat.S_IMODE(temporary.stat().st_mode)
+            yield temporary
+            temporary.chmod(mode)
+            publish(temporary, path)
+    finally:
         temporary.unlink(missing_ok=True)
-        temporary.touch()
-        mode = stat.S_IMODE(temporary.stat().st_mode)
-        yield temporary
-        temporary.chmod(mode)
-        publish(temporary, path)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Gives an OSError of the body that names no file, as a full disk's, the name of `path`."""
+    try:
+        yield
     except OSError as error:
         if error.filename is None:
             error.filename = str(path)
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from vimpac.atomic import write_text
+from vimpac.atomic import naming, write_text
 from vimpac.errors import InputError
 from vimpac.training import distributed
 from vimpac.training.checkpoint import list_checkpoints
@@ -77,7 +77,7 @@ class MetricsLog:
             )
 
     def write(self, lines: list[dict]) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
+        with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.events is not None:
             for line in lines:
