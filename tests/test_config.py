@@ -79,7 +79,6 @@ def test_bad_model(options, message):
         ({"d_max": -1.0}, "d_max must be 0 or more seconds"),
         ({"d_max": float("inf")}, "d_max must be 0 or more seconds, got inf"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive number, got nan"),
-        ({"seed": -1}, r"seed must be 0 or more, below 2\^63, got -1"),
         ({"seed": 2**63}, "seed must be"),
         ({"synthetic_videos": -5}, "synthetic_videos must be 0 or more, got -5"),
         ({"n_blocks": 1281}, "n_blocks must be at most the 1280 tokens of a clip, got 1281"),

@@ -44,7 +44,7 @@ def naming(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.filename is None:
+        if error.errno is not None and error.filename is None:  # without a number Python shows the message alone
             error.filename = str(path)
         raise
 
