@@ -24,7 +24,7 @@ train: $(VENV)/run-$(STAMP)
 test: $(VENV)/test-$(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 gpu:
 	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \

@@ -11,9 +11,14 @@ def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
 
 
+SLOW = ("_triton", "_cuda", "test_predicted", "test_long_runs", "test_train_cli", "test_benchmarks")
+
+
 @pytest.hookimpl(trylast=True)  # after -m and -k
 def pytest_collection_modifyitems(config, items):
-    """Parts of a file that is slow to compile run side by side (benchmarks/gpu.py)."""
+    """Files that compile, interpret or train begin first, so that none of them is left to one process at the end; and parts of
+    a file that is slow to compile run side by side (benchmarks/gpu.py)."""
+    items.sort(key=lambda item: next((i for i, name in enumerate(SLOW) if name in item.path.stem), len(SLOW)))
     index, count = map(int, config.getoption("shard").split("/"))
     if not 1 <= index <= count:
         raise pytest.UsageError(f"--shard {index}/{count}: expected I/N with I from 1 to N")

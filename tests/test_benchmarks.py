@@ -7,9 +7,12 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+
+import conftest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import harness
@@ -54,15 +57,28 @@ def test_script(script, tmp_path):
 
 
 def test_shards_of_a_file_are_all_of_it():
-    def collected(shard):
-        command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "not house", "tests/test_atomic.py"]
-        ended = subprocess.run([*command, f"--shard={shard}"], cwd=ROOT, capture_output=True, text=True)
-        return ended, [line for line in ended.stdout.splitlines() if "::" in line]
+    items = [SimpleNamespace(path=Path("test_one.py"), name=f"test_{i}") for i in range(7)]
 
-    whole, parts = collected("1/1")[1], [collected(f"{i}/3")[1] for i in (1, 2, 3)]
-    assert len(whole) > 3 and sorted(whole) == sorted(x for part in parts for x in part) and all(parts)
-    ended, _ = collected("4/3")
-    assert ended.returncode != 0 and "--shard 4/3: expected I/N with I from 1 to N" in ended.stderr + ended.stdout
+    def shard(which):
+        kept, left = list(items), []
+        hook = SimpleNamespace(pytest_deselected=lambda items: left.extend(items))
+        conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda _: which, hook=hook), kept)
+        return [item.name for item in kept], [item.name for item in left]
+
+    names = [item.name for item in items]
+    parts = [shard(f"{i}/3") for i in (1, 2, 3)]
+    assert sorted(name for kept, _ in parts for name in kept) == names and all(kept for kept, _ in parts)
+    assert all(sorted(kept + left) == names for kept, left in parts) and shard("1/1") == (names, [])
+    with pytest.raises(pytest.UsageError, match=r"--shard 4/3: expected I/N with I from 1 to N"):
+        shard("4/3")
+
+
+def test_slow_files_begin_first():
+    stems = ["test_atomic", "test_update", "test_dropout_add_triton", "test_benchmarks", "test_block_mask_cuda", "test_video"]
+    items = [SimpleNamespace(path=Path(f"{stem}.py"), name=f"{stem}{i}") for stem in stems for i in range(2)]
+    conftest.pytest_collection_modifyitems(SimpleNamespace(getoption=lambda _: "1/1"), items)
+    order = ["test_dropout_add_triton", "test_block_mask_cuda", "test_benchmarks", "test_atomic", "test_update", "test_video"]
+    assert [item.name for item in items] == [f"{stem}{i}" for stem in order for i in range(2)]
 
 
 def test_everything_for_a_gpu_fits_into_eight_minutes():

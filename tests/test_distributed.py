@@ -294,7 +294,11 @@ def test_a_folder_that_cannot_be_made(store_folder, tmp_path):
     """An error of the system ends all processes, too."""
     (tmp_path / "file").touch()
     output = run(arguments(store_folder, tmp_path / "file" / "run"), tmp_path / "log", 2, code=1)
-    assert output.startswith("train.py: error: ") and "Not a directory; choose another folder\n" in output and output.count("\n") == 1
+    assert (
+        output.startswith("train.py: error: ")
+        and "Not a directory; choose another folder\n" in output
+        and output.count("\n") == 1
+    )
 
 
 # --- plans ----------------------------------------------------------------------------------------------------------------
