@@ -527,7 +527,7 @@ def test_torchrun_says_who_was_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text("""
 import os, signal, time
-print(os.environ["OMP_NUM_THREADS"], flush=True)
+os.write(1, os.environ["OMP_NUM_THREADS"].encode() + b"\\n")  # at once: two processes write to one pipe
 if os.environ["LOCAL_RANK"] == "1":
     os.kill(os.getpid(), signal.SIGKILL)
 time.sleep(60)
