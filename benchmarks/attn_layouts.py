@@ -104,7 +104,7 @@ def main(argv: list[str] | None = None) -> int:
         norms={"nargs": "+", "choices": ("post", "pre"), "default": ["post", "pre"]},
         videos={"type": int, "help": "videos a step; default: 32 on a GPU, 2 on a CPU"},
     )
-    bench = Benchmark("attn_layouts", options, budget=165.0, skip_ours=True)
+    bench = Benchmark("attn_layouts", options, budget=145.0, skip_ours=True)
     shape = TINY if bench.quick else {} if bench.on_gpu else CPU
     videos = options.videos or (32 if bench.on_gpu else 2)
     with tempfile.TemporaryDirectory() as folder:
