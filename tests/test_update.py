@@ -649,7 +649,9 @@ def test_ops_without_kernels_are_said(monkeypatch, tmp_path):
         "axial_attention, info_nce run as plain PyTorch, several times slower than their kernels: vimpac was"
     )
     assert "installed without _ops_cpu.so, which takes a C++ compiler, ninja" in said
-    monkeypatch.setenv("VIMPAC_BACKEND", "reference")  # asked for
+    monkeypatch.setenv("VIMPAC_BACKEND", "axial_attention=reference")  # asked for
+    assert machine.plain_ops(tiny_config(), CPU).startswith("info_nce run as plain PyTorch")
+    monkeypatch.setenv("VIMPAC_BACKEND", "reference")
     assert machine.plain_ops(tiny_config(), CPU) is None
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import colorsys
 import csv
 import math
-import os
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ import numpy as np
 
 from vimpac.atomic import make_folder, replacing
 from vimpac.config import SynthesizeConfig
+from vimpac.cores import share_of_cores
 from vimpac.errors import InputError
 
 PAIRS = (
@@ -198,7 +198,7 @@ def _in_parallel(write: Callable[[int], Label], config: SynthesizeConfig) -> Ite
     if config.videos * round(config.seconds * config.fps) < THREAD_FRAMES:
         yield from map(write, range(config.videos))
         return
-    pool = ThreadPoolExecutor(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
+    pool = ThreadPoolExecutor(share_of_cores())
     try:
         yield from pool.map(write, range(config.videos))
     finally:

@@ -24,6 +24,7 @@ import numpy as np
 
 from vimpac.atomic import LOCK, TEMPORARY, locked
 from vimpac.config import TokenizeConfig
+from vimpac.cores import share_of_cores
 from vimpac.data.store import (
     INDEX,
     TOKENIZER,
@@ -92,7 +93,7 @@ def tokenize_videos(
     """
     started = time.monotonic()
     videos, out = Path(videos), Path(out)
-    workers = workers or _share_of_cores()
+    workers = workers or share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with _ranks(rank, world) as gather, ExitStack() as held:
         _agree(gather, partial(_check, config, out))
         names, others = _agree(gather, partial(find_videos, videos))
@@ -402,11 +403,6 @@ def _sigint_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _share_of_cores() -> int:
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
 
 
 @contextmanager

@@ -13,6 +13,8 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vimpac.cores import share_of_cores
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun with these arguments; returns 128 + n after signal n to it or a process, else the first failure's status."""
@@ -25,8 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = run.parse_args(arguments)
     processes = run.determine_local_world_size(options.nproc_per_node)
     if processes > 1:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // processes)))
+        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
     try:
         run.run(options)
     except ChildFailedError as error:

@@ -15,7 +15,7 @@ from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model.calls import Call, op_calls
-from vimpac.ops.backend import check_environment, choose, why_not
+from vimpac.ops.backend import check_environment, choose, named_by_environment, why_not
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -73,11 +73,9 @@ def device_calls(config: TrainConfig, device: torch.device) -> list[Call]:
 
 def plain_ops(config: TrainConfig, device: torch.device) -> str | None:
     """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
-    if os.environ.get("VIMPAC_BACKEND"):
-        return None
     found: dict[str, list[str]] = {}  # reasons → ops
     for op, preference, call in device_calls(config, device):
-        if choose(op, None, preference, *call) == "reference":
+        if named_by_environment(op) is None and choose(op, None, preference, *call) == "reference":
             reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
             found.setdefault(reasons, []).append(op)
     slow = "run as plain PyTorch, several times slower than their kernels"
