@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from runs import ROOT, train_main
-from test_video import noise, write_video
+from test_video import close_folder, noise, write_video
 from vimpac import __version__, cli
 from vimpac.data import store as store_module
 from vimpac.data.store import TokenStore
@@ -63,6 +63,36 @@ def test_tokenize_counts_what_it_passes_over(copy, tmp_path, capsys):
     assert "\n3 files were passed over for their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
     assert cli.main([command, videos, *arguments]) == 0
     assert "passed over" not in capsys.readouterr().out
+
+
+def test_tokenize_names_folders_that_it_cannot_look_into(copy, tmp_path, monkeypatch, capsys):
+    _, _, (command, videos, *arguments) = copy
+    more = shutil.copytree(videos, tmp_path / "videos")
+    (more / "private").mkdir()
+    close_folder(monkeypatch, more / "private")
+    assert cli.main([command, str(more), *arguments]) == 0
+    said = "\n1 folders could not be looked into, the store lacks what they hold:\n  private: Permission denied\n"
+    assert said in capsys.readouterr().out
+
+
+def test_names_that_are_no_text(folders, tmp_path):
+    """On Linux a name is bytes. Such a video is tokenized, listed and reported like any other, whatever the terminal prints."""
+    videos = os.fsencode(tmp_path / "videos")
+    os.mkdir(videos)
+    try:
+        shutil.copyfile(os.fsencode(folders[0] / "good.mp4"), os.path.join(videos, b"caf\xe9.mp4"))
+    except OSError:
+        pytest.skip("this file system takes text only")
+    open(os.path.join(videos, b"\xff.mp4"), "wb").close()
+    store, vimpac = str(tmp_path / "store"), [sys.executable, "-m", "vimpac"]
+    options = ["--frame-size", "32", "--codes", "16"]
+    for encoding in ("utf-8", "ascii"):
+        environment = {**os.environ, "PYTHONIOENCODING": encoding}
+        for command in (["tokenize", videos, store, *options], ["verify", store]):
+            ended = subprocess.run([*vimpac, *command], env=environment, capture_output=True, text=True)
+            assert ended.returncode == 0, ended.stderr
+            assert "  \\udcff.mp4: is an empty file\n" in ended.stdout
+    assert TokenStore(store).names == ["caf\udce9.mp4"]
 
 
 def test_tokenize_names_changed_files(copy, tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Decoding: right frames at right times from every container, and damage reported instead of a shorter video."""
 
+import errno
 import importlib.util
+import os
 import struct
 from fractions import Fraction
 from itertools import pairwise
@@ -303,8 +305,8 @@ def test_find_videos(tmp_path):
     for name in ("b.mp4", "a/c.AVI", "a/b/d.webm", "a/notes.TXT", "b.txt", "z.MKV", ".x/e.mpg", "README"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
-    names, others = find_videos(tmp_path)
-    assert names == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"] and others == {".txt": 2, "": 1}
+    names, others, unlisted = find_videos(tmp_path)
+    assert not unlisted and names == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"] and others == {".txt": 2, "": 1}
     assert count_extensions(others) == "2 .txt, 1 without an extension"
     assert count_extensions(others, 1) == "2 .txt and 1 more"
 
@@ -321,9 +323,32 @@ def test_links_do_not_multiply_videos(tmp_path):
     (videos / "linked").symlink_to(tmp_path / "elsewhere")
     (videos / "linked-too").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
-    assert find_videos(videos) == (["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"], {})
+    assert find_videos(videos) == (["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"], {}, {})
     (tmp_path / "link").symlink_to(videos)
     assert find_videos(tmp_path / "link") == find_videos(videos)
+
+
+def close_folder(monkeypatch, *closed):
+    """As chmod 0 does to everybody but root."""
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+
+
+def test_find_videos_says_what_it_cannot_look_into(tmp_path, monkeypatch):
+    for name in ("a/b.mp4", "c/d/e.mp4", "c/f.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    close_folder(monkeypatch, tmp_path / "c" / "d")
+    assert find_videos(tmp_path) == (["a/b.mp4", "c/f.mp4"], {}, {"c/d": "Permission denied"})
+    close_folder(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=f"; {tmp_path} cannot be listed: Permission denied$"):
+        find_videos(tmp_path)
 
 
 def test_find_videos_bad_folder(tmp_path):

@@ -24,10 +24,11 @@ def tokenize(
 ) -> None:
     """Turn a folder of videos into a store of discrete tokens.
 
-    Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded are
-    named at the end with the reason, and those that have another size than when they were tokenized. Under torchrun the
-    ranks share the videos; a second run on the same OUT is refused until the first ends. What is in the store already is
-    checked first: sizes, and checksums up to 1 GiB; `vimpac verify OUT` reads every checksum.
+    Run again after an interruption or with more videos, it adds what is missing. Files that cannot be decoded and folders
+    that cannot be listed are named at the end with the reason, as are files of another size than when they were
+    tokenized. Under torchrun the ranks share the videos; a second run on the same OUT is refused until the first ends.
+    What is in the store already is checked first: sizes, and checksums up to 1 GiB; `vimpac verify OUT` reads every
+    checksum.
 
     Example: vimpac tokenize videos/ store/ --frame-size 128 --fps 2
 
@@ -55,6 +56,10 @@ def tokenize(
         print(f"{len(summary.changed)} files changed since, the store keeps their old contents; a new OUT would hold the new:")
     for name in summary.changed:
         print(f"  {name}")
+    if summary.unlisted:
+        print(f"{len(summary.unlisted)} folders could not be looked into, the store lacks what they hold:")
+    for name, reason in sorted(summary.unlisted.items()):
+        print(f"  {name}: {reason}")
     if summary.failed:
         print(f"{len(summary.failed)} videos failed:")
     for name, reason in sorted(summary.failed.items()):
@@ -178,6 +183,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 after a mistake that the user can fix; 128 + n after signal n; 141 where what reads the output has ended.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may be no text in the terminal's encoding
     if arguments[:1] == ["train"]:
         from vimpac.training import command as training
 

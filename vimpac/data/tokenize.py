@@ -46,7 +46,7 @@ from vimpac.data.tokenizer import (
     load_tokenizer,
     to_patches,
 )
-from vimpac.data.video import CorruptVideo, View, decode, find_videos, view_set
+from vimpac.data.video import CorruptVideo, Found, View, decode, find_videos, view_set
 from vimpac.errors import InputError
 
 FIT_VIDEOS = 256
@@ -73,6 +73,8 @@ class TokenizeSummary:
     """Reason by video name."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """How many files have no video's extension, by theirs."""
+    unlisted: dict[str, str] = field(default_factory=dict)
+    """Why a folder could not be looked into, by its name: what it holds is neither in the store nor among the failed."""
 
 
 def tokenize_videos(
@@ -96,19 +98,20 @@ def tokenize_videos(
     workers = workers or share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     with _ranks(rank, world) as gather, ExitStack() as held:
         _agree(gather, partial(_check, config, out))
-        names, others = _agree(gather, partial(find_videos, videos))
+        found = _agree(gather, partial(find_videos, videos))
         # From before the tokenizer is written until the store is finished; the first rank's lock stands for all.
         _agree(gather, lambda: held.enter_context(locked(out, _taken(out))) if not rank else None)
-        _agree(gather, lambda: _prepare_tokenizer(names, videos, out, config, workers, progress) if not rank else None)
+        _agree(gather, lambda: _prepare_tokenizer(found.names, videos, out, config, workers, progress) if not rank else None)
         tokenizer = _agree(gather, partial(load_tokenizer, out))
         settings = StoreSettings(describe(tokenizer), config.fps, config.frame_size, _views(config))
         writer = _agree(gather, partial(StoreWriter, out, settings, rank))
         # Shares are cut before the finished videos are taken out, so that they do not overlap.
-        sizes = _file_sizes(videos, names[rank::world])
-        todo = [name for name in names[rank::world] if name not in writer.done]
-        mine = TokenizeSummary(present=len(names[rank::world]) - len(todo), changed=_changed(sizes, writer.file_bytes))
+        share = found.names[rank::world]
+        sizes = _file_sizes(videos, share)
+        todo = [name for name in share if name not in writer.done]
+        mine = TokenizeSummary(present=len(share) - len(todo), changed=_changed(sizes, writer.file_bytes))
         _write_videos(writer, todo, sizes, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
-        summary = _merge(gather(mine), others)
+        summary = _merge(gather(mine), found)
         _agree(gather, lambda: _finish(out, summary) if not rank else None)
     summary.seconds = time.monotonic() - started
     return summary
@@ -267,9 +270,10 @@ def _shorten(failed: dict[str, str], limit: int = 3) -> str:
     return "; ".join(shown) + (f"; and {len(failed) - limit} more" if len(failed) > limit else "")
 
 
-def _merge(parts: list[TokenizeSummary], others: Counter[str]) -> TokenizeSummary:
+def _merge(parts: list[TokenizeSummary], found: Found) -> TokenizeSummary:
     return TokenizeSummary(
-        passed_over=others,
+        passed_over=found.others,
+        unlisted=found.unlisted,
         videos=sum(part.videos for part in parts),
         frames=sum(part.frames for part in parts),
         tokens=sum(part.tokens for part in parts),
@@ -289,7 +293,7 @@ def _sample_patches(videos: Path, fps: float, size: int, count: int, name: str) 
     except (CorruptVideo, MemoryError) as error:
         return str(error) or "does not fit into memory"
     patches = to_patches(frames)
-    generator = np.random.default_rng(list(name.encode()))
+    generator = np.random.default_rng(list(os.fsencode(name)))  # a name may hold bytes that are no text
     return patches[generator.permutation(len(patches))[:count]]
 
 

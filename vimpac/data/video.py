@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -59,28 +59,40 @@ def view_set(name: Literal["center", "train", "test"], flip: bool = True) -> tup
     return tuple(View(resize, crop, mirrored) for resize in (1.0, 1.25) for crop in CROPS for mirrored in flips)
 
 
-def find_videos(folder: str | Path) -> tuple[list[str], Counter[str]]:
-    """Paths of all video files below `folder`, relative to it with forward slashes, sorted; other files by extension.
+class Found(NamedTuple):
+    """What lies below a folder of videos."""
 
-    Files are videos by their extension (lower case, "" where there is none); links to folders are followed. Raises
-    InputError if the folder is missing, not a folder, or has none.
+    names: list[str]
+    """Paths of all video files, relative to the folder with forward slashes, sorted."""
+    others: Counter[str]
+    """How many other files there are, by extension in lower case, "" where there is none."""
+    unlisted: dict[str, str]
+    """Why a folder could not be looked into, by its path as in `names`."""
+
+
+def find_videos(folder: str | Path) -> Found:
+    """All video files below `folder`, by their extension; links to folders are followed.
+
+    Raises InputError if the folder is missing, not a folder, cannot be listed or holds no video.
     """
     folder = Path(folder)
     if not folder.exists():
         raise InputError(f"video folder {folder} does not exist; give a folder that holds video files")
     if not folder.is_dir():
         raise InputError(f"{folder} is a file, expected a folder of videos; give the folder it lies in")
-    names, others = [], Counter()
-    for file in _files(folder):
+    names, others, failed = [], Counter(), []
+    for file in _files(folder, failed.append):
         if (extension := file.suffix.lower()) in EXTENSIONS:
             names.append(file.relative_to(folder).as_posix())
         else:
             others[extension] += 1
+    unlisted = {Path(error.filename).relative_to(folder).as_posix(): error.strerror for error in failed}
     if not names:
         known = " ".join(EXTENSIONS)
         but = f"{count_extensions(others)}, but " * bool(others)
-        raise InputError(f"{folder} holds {but}no video file; expected files that end in one of: {known}")
-    return sorted(names), others
+        closed = "".join(f"; {folder / name} cannot be listed: {reason}" for name, reason in sorted(unlisted.items())[:3])
+        raise InputError(f"{folder} holds {but}no video file; expected files that end in one of: {known}{closed}")
+    return Found(sorted(names), others, unlisted)
 
 
 def count_extensions(files: Counter[str], limit: int = 5) -> str:
@@ -90,11 +102,14 @@ def count_extensions(files: Counter[str], limit: int = 5) -> str:
     return ", ".join(shown) + f" and {more} more" * bool(more)
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below `folder`, each folder once, however many links lead to it: under its own path if that lies below."""
+def _files(folder: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
+    """All files below `folder`, each folder once, however many links lead to it: under its own path if that lies below.
+
+    failed: is told of each folder that cannot be listed.
+    """
     seen, waiting = set(), deque([folder])
     while waiting:
-        for parent, folders, files in os.walk(waiting.popleft()):
+        for parent, folders, files in os.walk(waiting.popleft(), onerror=failed):
             status = os.stat(parent)
             if (status.st_dev, status.st_ino) in seen:
                 folders.clear()
