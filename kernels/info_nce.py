@@ -11,7 +11,8 @@ over columns and no gradient of the columns: with p_ij = exp(s_ij - lse_i), g_r 
     d loss / d unit_i = Σ_{j ≠ i} (g_i p_ij + g_j p_ji - 2 g_i [j is i's partner]) unit_j / (m γ)
 
 Where rows alone would not fill the GPU, the columns are split over programs too, whose partial sums are added in a fixed order
-by the kernel that follows. No atomics. Memory beyond the features and their gradient: 2 floats a row, and the partial sums.
+by the kernel that follows. No float is added by atomics: the same inputs give the same bits. Memory beyond the features and
+their gradient: 2 floats a row, and the partial sums.
 
 Tensor cores do not round their sums but cut them off, so an error grows with every step, always towards zero. In float32 no sum
 runs on for long: scores are added up every BK of d, gradients every 2048 columns, by ordinary additions.
@@ -63,6 +64,7 @@ BACKWARD = {
 MAX_SPLITS = 16
 COLUMNS = 2048  # that one sum on tensor cores runs over, float32 backward: they cut off, 1e-7 a step at worst, in one direction
 ROWS_PER_PROGRAM = 8  # of the kernels that only read and write
+ROWS_COMBINED = 64  # by a program: 1024 videos have 400 KB of parts, at 64 bytes a clock 4 µs of one multiprocessor alone
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 
@@ -149,6 +151,7 @@ def _forward(
     features,
     inverse,
     part,
+    count,
     N,
     rows,
     offset,
@@ -160,7 +163,8 @@ def _forward(
     BK: tl.constexpr,
     TF32: tl.constexpr,
 ):
-    """part [3, splits, rows]: maximum, sum of 2^(score - maximum), partner's score; scores times log2(e)."""
+    """part [3, splits, rows]: maximum, sum of 2^(score - maximum), partner's score; scores times log2(e). count: zero."""
+    tl.store(count, 0, mask=tl.program_id(0) == 0)
     tiles = tl.cdiv(rows, BM)
     split = tl.program_id(0) // tiles
     first = tl.program_id(0) % tiles * BM
@@ -192,24 +196,28 @@ def _forward(
 
 
 @triton.jit(do_not_specialize=["rows", "splits"])
-def _combine(part, lse, loss, rows, splits, R: tl.constexpr, SPLITS: tl.constexpr):
-    """One program for all rows, so that the mean has one order: 1 of 256 rows' steps a time, little beside n² scores."""
+def _combine(part, sums, count, lse, loss, rows, splits, R: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr):
+    """Logsumexp of R rows a program, and its sum of their losses; whichever program ends last adds these up, in their order."""
     s = tl.arange(0, SPLITS)
     size = splits.to(tl.int64) * rows
-    sums = tl.zeros((R,), tl.float32)
-    for first in range(0, rows, R):
-        r = first + tl.arange(0, R)
-        mask = (s < splits)[:, None] & (r < rows)[None, :]
-        p_part = part + s[:, None].to(tl.int64) * rows + r[None, :]
-        b_top = tl.load(p_part, mask=mask, other=float("-inf"))
-        b_total = tl.load(p_part + size, mask=mask, other=0.0)
-        b_hit = tl.load(p_part + 2 * size, mask=mask, other=0.0)
-        top = tl.where(r < rows, tl.max(b_top, 0), 0.0)
-        total = tl.sum(b_total * tl.exp2(b_top - top[None, :]), 0)
-        log = top + tl.log2(tl.where(r < rows, total, 1.0))
-        tl.store(lse + r, log * LN_2, mask=r < rows)
-        sums += log - tl.sum(b_hit, 0)
-    tl.store(loss, tl.sum(sums, 0) * LN_2 / (rows // 2))
+    r = tl.program_id(0) * R + tl.arange(0, R)
+    mask = (s < splits)[:, None] & (r < rows)[None, :]
+    p_part = part + s[:, None].to(tl.int64) * rows + r[None, :]
+    b_top = tl.load(p_part, mask=mask, other=float("-inf"))
+    b_total = tl.load(p_part + size, mask=mask, other=0.0)
+    b_hit = tl.load(p_part + 2 * size, mask=mask, other=0.0)
+    top = tl.where(r < rows, tl.max(b_top, 0), 0.0)
+    total = tl.sum(b_total * tl.exp2(b_top - top[None, :]), 0)
+    log = top + tl.log2(tl.where(r < rows, total, 1.0))
+    tl.store(lse + r, log * LN_2, mask=r < rows)
+    tl.store(sums + tl.program_id(0), tl.sum(log - tl.sum(b_hit, 0), 0))
+    programs = tl.num_programs(0)
+    if tl.atomic_add(count, 1) == programs - 1:  # acquire and release: the others' sums are there
+        o_s = tl.arange(0, BS)
+        totals = tl.zeros((BS,), tl.float32)
+        for first in range(0, programs, BS):  # .cg: from the cache that all multiprocessors share
+            totals += tl.load(sums + first + o_s, mask=first + o_s < programs, other=0.0, cache_modifier=".cg")
+        tl.store(loss, tl.sum(totals, 0) * LN_2 / (rows // 2))
 
 
 @triton.jit
@@ -359,9 +367,13 @@ def forward(features, inverse, offset, rows, temperature):
     part = torch.empty(3, splits, rows, dtype=torch.float32, device=features.device)
     lse = torch.empty(rows, dtype=torch.float32, device=features.device)
     loss = torch.empty((), dtype=torch.float32, device=features.device)
-    arguments = (features, inverse, part, N, rows, offset, splits, LOG2_E.value / temperature)
+    programs = triton.cdiv(rows, ROWS_COMBINED)
+    sums = torch.empty(programs, dtype=torch.float32, device=features.device)
+    count = torch.empty((), dtype=torch.int32, device=features.device)
+    arguments = (features, inverse, part, count, N, rows, offset, splits, LOG2_E.value / temperature)
     _forward[(tiles * splits,)](*arguments, **options(launch, D))
-    _combine[(1,)](part, lse, loss, rows, splits, R=256, SPLITS=MAX_SPLITS, num_warps=8, **FUSED)
+    arguments = (part, sums, count, lse, loss, rows, splits)
+    _combine[(programs,)](*arguments, R=ROWS_COMBINED, SPLITS=MAX_SPLITS, BS=256, num_warps=4, **FUSED)
     return loss, lse
 
 

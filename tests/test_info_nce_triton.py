@@ -156,6 +156,27 @@ def test_one_program_or_several(monkeypatch):
             assert_close(a, b, rtol=1e-5, atol=1e-7)  # as above; a gradient's elements are around 1e-3
 
 
+@runs_kernels
+def test_parts_of_many_programs_add_up(monkeypatch):
+    """Logsumexp and mean loss of parts, more programs than the last one adds in a step; again with the same counter."""
+    from vimpac.kernels import info_nce as kernels
+
+    poison_new_tensors(monkeypatch)
+    rows, splits = 38, 3  # 10 programs of 4 rows, the last one half empty
+    part = torch.randn(3, splits, rows, generator=torch.Generator().manual_seed(0))
+    part[1] = part[1].abs() + 0.1
+    log = torch.logsumexp((part[0] + part[1].log2()) * math.log(2), 0)
+    expected = (log - part[2].sum(0) * math.log(2)).sum() / (rows // 2)
+    lse, loss, sums = (torch.empty(n, device=DEVICE) for n in (rows, 1, 10))
+    for _ in range(2):
+        count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
+        arguments = (part.to(DEVICE), sums, count, lse, loss, rows, splits)
+        kernels._combine[(10,)](*arguments, R=4, SPLITS=4, BS=4, num_warps=1)
+        assert_close(lse.cpu(), log, rtol=1e-5, atol=1e-6)  # float32's exp2 and log2
+        assert_close(loss.cpu()[0], expected, rtol=1e-5, atol=1e-6)
+        assert count.item() == 10
+
+
 # --- the gathered form ------------------------------------------------------------------------------------------------
 
 
@@ -440,6 +461,20 @@ def test_compiles_to_tensor_cores_without_spills(architecture, kernel, dtype, d)
 
     launch = (kernels.FORWARD if kernel == "_forward" else kernels.BACKWARD)[architecture // 10, dtype.itemsize]
     assert launch.resident <= resident_programs(binary, architecture, launch.num_warps)
+
+
+@not_interpreted
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_sums_are_read_after_those_of_all_programs(architecture):
+    """The counter's atomic acquires and releases over the whole GPU; what the last program adds up comes from the L2 cache."""
+    from vimpac.kernels import info_nce as kernels
+
+    types = {name: "*fp32" for name in kernels._combine.arg_names} | {"count": "*i32", "rows": "i32", "splits": "i32"}
+    constants = {"R": kernels.ROWS_COMBINED, "SPLITS": kernels.MAX_SPLITS, "BS": 256}
+    binary = compile_kernel(kernels._combine, architecture, types, constants, {"num_warps": 4})
+    check_binary(binary, architecture, matrix=False, wide_loads=False)  # a row of parts need not be aligned
+    assert "atom.global.gpu.acq_rel" in binary.ptx or "atom.acq_rel.gpu.global" in binary.ptx
+    assert "ld.global.cg" in binary.ptx.split("atom.")[1]
 
 
 @not_interpreted
