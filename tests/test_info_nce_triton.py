@@ -167,7 +167,7 @@ def test_parts_of_many_programs_add_up(monkeypatch):
     part[1] = part[1].abs() + 0.1
     log = torch.logsumexp((part[0] + part[1].log2()) * math.log(2), 0)
     expected = (log - part[2].sum(0) * math.log(2)).sum() / (rows // 2)
-    lse, loss, sums = (torch.empty(n, device=DEVICE) for n in (rows, 1, 10))
+    lse, loss, sums = (torch.empty(n, device=DEVICE) for n in (rows, 1, 12))
     for _ in range(2):
         count = torch.zeros(1, dtype=torch.int32, device=DEVICE)
         arguments = (part.to(DEVICE), sums, count, lse, loss, rows, splits)
