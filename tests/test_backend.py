@@ -23,6 +23,14 @@ OPS = {
 }
 
 
+def test_constants_are_marked_as_torch_marks_them():
+    def asks():
+        return 1
+
+    theirs = torch.compiler.assume_constant_result(lambda: 1)
+    assert vars(backends.constant_when_compiled(asks)) == vars(theirs) and asks() == 1
+
+
 @pytest.fixture
 def registry(monkeypatch):
     """An op "add" whose backends are "fast" (positive arguments only), "small" (arguments below 10) and "any"."""

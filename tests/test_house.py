@@ -74,11 +74,13 @@ def test_no_catch_all_module():
 
 
 def test_import_does_no_work():
-    """No device is asked for, no logging set up, no output."""
+    """No device is asked for, no logging set up, no output; torch's compiler stays out, unless torch imports it itself."""
     code = """
-import logging, torch
+import logging, sys, torch
 torch.cuda.is_available = torch.cuda._lazy_init = lambda *a: (_ for _ in ()).throw(AssertionError("asked for CUDA"))
+before = "torch._dynamo" in sys.modules
 import vimpac.ops, vimpac.model, vimpac.convert, vimpac.losses, vimpac.config, vimpac.cli, vimpac.training.pretrain
+assert ("torch._dynamo" in sys.modules) == before
 assert not logging.getLogger().handlers
 """
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -38,6 +38,12 @@ _LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
 _REGISTRY: dict[str, dict[str, WhyNot]] = {}
 
 
+def constant_when_compiled(function: Callable) -> Callable:
+    """torch.compiler.assume_constant_result, without importing the compiler: that takes longer than torch itself does."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 def define(name: str, schema: str, fake: Callable) -> None:
     """Declare `vimpac::NAME.BACKEND SCHEMA` and its fake for every compiled backend."""
     for overload in COMPILED:
@@ -86,7 +92,7 @@ def unfit_dtype(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
     return [] if x.dtype in dtypes else [f"{x.dtype}, it takes {names}"]
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _unfit_for_triton(device: torch.device) -> str:
     """Why the Triton kernels cannot run on a device, "" if they can."""
     if device.type != "cuda":
@@ -120,7 +126,7 @@ def triton_error() -> str:
     return ""
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def shared_memory(device: torch.device) -> int:
     """Bytes of shared memory that a block may have on a CUDA device."""
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
@@ -199,7 +205,7 @@ def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]
     return reasons + unfit_dtype(x, dtypes)
 
 
-@torch.compiler.assume_constant_result
+@constant_when_compiled
 def _unfit_for_library(device: torch.device, backend: str) -> str:
     """Why a library's kernels cannot run on a device, "" if they can."""
     if device.type != backend:
