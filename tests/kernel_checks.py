@@ -6,6 +6,7 @@ own: it has one `test_in_the_interpreter` that calls `run_in_interpreter(__file_
 
 from __future__ import annotations
 
+import functools
 import math
 import multiprocessing
 import os
@@ -29,6 +30,28 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED el
 NATIVE = DEVICE.type == "cuda"
 ARCHITECTURES = [80, 90, 100]
 SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one program may have (CUDA programming guide)
+
+
+def _interpret_faster() -> None:
+    """Triton's interpreter prepares all of triton.language anew whenever a kernel calls another function, though the kernel's
+    launch or an earlier call has done so: a third of its time."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def languages(function):
+        return [module for module in (tl, tl.core) if any(value is module for value in function.__globals__.values())]
+
+    def call(function, *arguments, **named):
+        if any(tl.core.is_builtin(language.arange) for language in languages(function.fn)):  # not prepared
+            interpreter._patch_lang(function.fn)
+        return function.rewrite()(*arguments, **named)
+
+    interpreter.InterpretedFunction.__call__ = call
+
+
+if INTERPRETED:
+    _interpret_faster()
 
 
 def runs_kernels(test):
