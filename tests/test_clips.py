@@ -142,7 +142,7 @@ def test_no_video(store):
         clip_pairs(store, videos=np.array([], int))
 
 
-@pytest.mark.parametrize("share, count", [(0.25, 6), (0.001, 1), (0.999, 24), (0.5, 12)])
+@pytest.mark.parametrize("share, count", [(0.25, 6), (0.001, 2), (0.999, 24), (0.5, 12)])
 def test_split(store, share, count):
     trained_on, held_out = split_videos(store, share)
     assert len(held_out) == count
@@ -160,6 +160,19 @@ def test_split_follows_names(store, tmp_path):
     before, after = held_names(store), held_names(grown) & set(store.names)
     assert before <= after or after <= before  # one order of all names, cut at the share
     assert len(moved) <= 3 < len(before)
+
+
+@pytest.mark.parametrize("videos, count", [(2, 1), (3, 1), (4, 2), (20, 2)])
+def test_split_of_few_videos(tmp_path, videos, count):
+    """With one video a clip's only candidate would be its partner."""
+    trained_on, held_out = split_videos(TokenStore(write_store(tmp_path / "few", frames=(5,) * videos)), 0.0625)
+    assert (len(trained_on), len(held_out)) == (videos - count, count)
+
+
+def test_split_takes_names_that_are_no_text(store, monkeypatch):
+    """As on a disk whose names are in Latin-1."""
+    monkeypatch.setattr(store, "names", [f"{name}\udcff" for name in store.names])
+    assert len(split_videos(store, 0.25)[1]) == 6
 
 
 def test_split_needs_two_videos(tmp_path):

@@ -11,7 +11,7 @@ from torch.testing import assert_close
 from runs import files_of_at_most
 from vimpac import convert
 from vimpac.config import ModelConfig
-from vimpac.convert import from_authors, released_names
+from vimpac.convert import from_authors, released_names, released_statistics
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.training.checkpoint import list_checkpoints
@@ -57,6 +57,21 @@ def test_tied_decoder_in_the_checkpoint_is_accepted():
         "mlm_head.decoder.bias": model.token_head.bias,
     }
     from_authors(state, CONFIG)
+
+
+@pytest.mark.parametrize("lacks", [(), ("num_batches_tracked",), ("running_mean", "running_var", "num_batches_tracked")])
+def test_statistics_of_batch_norm_are_taken_where_they_are(lacks):
+    """A module's state dict holds them (the count since PyTorch 0.4.1), a list of its parameters does not."""
+    model, fresh = PretrainModel(CONFIG), PretrainModel(CONFIG).state_dict()
+    state = released(model)
+    for ours, (theirs,) in released_statistics(model).items():
+        kept = model.state_dict()[ours]
+        kept.fill_(3) if kept.ndim == 0 else kept.uniform_(1, 2)
+        if not theirs.endswith(lacks):
+            state[theirs] = kept.clone()
+    again = from_authors(state, CONFIG).state_dict()
+    for name, x in model.state_dict().items():
+        assert_close(again[name], fresh[name] if lacks and name.endswith(lacks) else x, rtol=0, atol=0)
 
 
 def test_released_positions_of_another_grid_are_interpolated():

@@ -131,6 +131,22 @@ def test_evaluate_counts(pairs):
     assert result["retrieval_accuracy"] == found / 24 and result["retrieval_chance"] == 1 / 7
 
 
+def test_one_video_has_no_retrieval(pairs):
+    """A clip's only candidate would be its partner."""
+    result = evaluate(make_step(), pairs, 2, 1, 1, 0)
+    assert result["mask_accuracy"] is not None and result["retrieval_clips"] == 4
+    assert all(result[name] is None for name in ("retrieval_accuracy", "histogram_retrieval_accuracy", "retrieval_chance"))
+
+
+def test_no_answer_is_shown(pairs, monkeypatch):
+    """Under noisy masks a model that copies its input would have every tenth masked token right."""
+    given = []
+    step = make_step(noisy_mask=True)
+    step.model.backbone.register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
+    masked = evaluate(step, pairs, 3, 4, 4, 0)["masked_tokens"]
+    assert sum(int((tokens == VOCABULARY + 4).sum()) for tokens in given) == masked > 100
+
+
 def test_masks_are_not_those_of_training(pairs):
     step, batch = make_step(), pairs.batch(0, 4)
     tokens, ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample_ids)

@@ -191,6 +191,23 @@ def test_contrastive_head_shape():
     assert features.shape == (6, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_contrastive_head_is_exact_under_autocast(dtype):
+    """States that differ little, which half precision would round alike and batch norm magnifies."""
+    head = PretrainModel(tiny(head_layers=3)).cls_head
+    cls = (torch.randn(16) + 1e-3 * torch.randn(6, 16)).requires_grad_()
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype, enabled=enabled):
+            features = head(cls)
+        assert features.dtype == torch.float32
+        results.append([features, *torch.autograd.grad(features.square().sum(), [cls, *head.parameters()])])
+    for plain, mixed in zip(*results, strict=True):
+        assert torch.equal(plain, mixed)
+    with torch.autocast("cpu", dtype):
+        assert head(cls.to(dtype)).dtype == torch.float32
+
+
 def test_classification_starts_at_zero():
     model = ClassificationModel(TINY, classes=3)
     assert not model(tokens()).any()

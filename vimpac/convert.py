@@ -95,13 +95,15 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
 
     state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
-    Positions of another grid are interpolated to config.grid.
+    Positions of another grid are interpolated to config.grid. Batch-norm statistics that it lacks keep their start values: then
+    cls_head's features are meaningful in training mode only.
     Raises InputError when names or shapes do not fit the config.
     """
     released = {name.removeprefix("module."): x for name, x in state_dict.items()}
     classes = len(released["cls_fc.bias"]) if "cls_fc.bias" in released else None
     model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
     names = released_names(model)
+    names |= {ours: parts for ours, parts in released_statistics(model).items() if parts[0] in released}
     missing = sorted({r for parts in names.values() for r in parts} - released.keys())
     unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - IGNORED)
     if missing or unknown:
@@ -109,7 +111,10 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
             f"checkpoint does not fit {config.layout=} {config.layers=}: missing {missing[:5]}, unexpected {unknown[:5]} "
             f"({len(missing)} and {len(unknown)} in all)"
         )
-    state = {ours: torch.cat([released[name] for name in parts]) for ours, parts in names.items()}
+    state = {}
+    for ours, parts in names.items():
+        tensors = [released[name] for name in parts]
+        state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # a number of batches has no dimension
     state[IN_BACKBONE + "cls"] = state[IN_BACKBONE + "cls"].reshape(-1)
     state = interpolate_state(state, config.grid, IN_BACKBONE)
     own = model.state_dict()
@@ -120,7 +125,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     ]
     if wrong:
         raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])}")
-    model.load_state_dict({**own, **state})  # batch-norm statistics that a checkpoint lacks keep their start values
+    model.load_state_dict({**own, **state})
     return model.eval()
 
 
@@ -162,6 +167,13 @@ def released_names(model: nn.Module) -> dict[str, list[str]]:
         names |= _both(f"cls_head.hidden.{i}.linear", f"cls_head.mlp.linear_{i}")
         names |= _both(f"cls_head.hidden.{i}.norm", f"cls_head.mlp.bn_{i}")
     return names | {"cls_head.out.weight": [f"cls_head.mlp.linear_{last}.weight"]}
+
+
+def released_statistics(model: nn.Module) -> dict[str, list[str]]:
+    """The same for the batch norms' statistics, which a list of parameters does not hold."""
+    statistics = ("running_mean", "running_var", "num_batches_tracked")
+    norms = range(0 if isinstance(model, ClassificationModel) else len(model.cls_head.hidden))
+    return {f"cls_head.hidden.{i}.norm.{name}": [f"cls_head.mlp.bn_{i}.{name}"] for i in norms for name in statistics}
 
 
 def _both(ours: str, theirs: str) -> dict[str, list[str]]:

@@ -1,7 +1,7 @@
 """Store → pairs of clips (section 3.2): which video, which frames, for sample number k of a run.
 
 A run's samples are numbered 0, 1, 2, …, whatever the batch size, accumulation or number of processes. What sample k is
-depends on (seed, k) alone, so the sampler's whole state is one number.
+depends on (seed, k) alone, given the videos and `distinct`, so the sampler's whole state is one number.
 """
 
 from __future__ import annotations
@@ -92,14 +92,17 @@ class ClipPairs:
 def split_videos(store: TokenStore, held_out: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the held-out videos, int [n] each, a function of the videos' names alone.
 
-    held_out: share of the videos to hold out, at least one. Raises InputError for a store of fewer than two videos.
+    held_out: share of the videos to hold out, at least two (of two or three videos one), so that a clip's partner can be told
+    from another video's clips. Raises InputError for a store of fewer than two videos.
     """
     if len(store) < 2:
         raise InputError(
             f"{store.folder} holds {len(store)} video, expected at least 2: one to train on and one to evaluate on"
         )
-    order = sorted(range(len(store)), key=lambda i: (zlib.crc32(store.names[i].encode()), store.names[i]))
-    count = min(max(1, round(held_out * len(store))), len(store) - 1)
+    order = sorted(
+        range(len(store)), key=lambda i: (zlib.crc32(store.names[i].encode("utf-8", "surrogateescape")), store.names[i])
+    )
+    count = min(max(min(2, len(store) // 2), round(held_out * len(store))), len(store) - 1)
     return np.sort(order[count:]), np.sort(order[:count])
 
 

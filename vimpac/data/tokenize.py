@@ -293,7 +293,7 @@ def _sample_patches(videos: Path, fps: float, size: int, count: int, name: str) 
     except (CorruptVideo, MemoryError) as error:
         return str(error) or "does not fit into memory"
     patches = to_patches(frames)
-    generator = np.random.default_rng(list(os.fsencode(name)))  # a name may hold bytes that are no text
+    generator = np.random.default_rng(list(name.encode("utf-8", "surrogateescape")))  # a name may hold bytes that are no text
     return patches[generator.permutation(len(patches))[:count]]
 
 

@@ -24,7 +24,8 @@ def evaluate(step: PretrainStep, pairs: ClipPairs, batches: int, videos: int, mi
     masked tokens, None without the mask task; retrieval_accuracy: share of clips whose nearest neighbour among the batch's
     other clips (by cosine of the contrastive features, or of [CLS] without the contrastive task) is the other clip of the
     same video, histogram_retrieval_accuracy (by cosine of how often each token occurs in what the model sees) and
-    retrieval_chance; masked_tokens and retrieval_clips that these are shares of.
+    retrieval_chance, None for one video, whose clips have no other candidate; masked_tokens and retrieval_clips that these
+    are shares of. Every masked token is hidden, where training leaves some visible (section G.3), too.
     """
     device = next(step.parameters()).device
     training = step.training
@@ -47,11 +48,10 @@ def evaluate(step: PretrainStep, pairs: ClipPairs, batches: int, videos: int, mi
         clips_seen += 2 * videos
     step.train(training)
     shares = {name: count / max(tokens_seen, 1) if step.config.mask_task else None for name, count in hits.items()}
+    found = (retrieved / clips_seen, by_histogram / clips_seen, 1 / (2 * videos - 1)) if videos > 1 else (None, None, None)
     return {
         **shares,
-        "retrieval_accuracy": retrieved / clips_seen,
-        "histogram_retrieval_accuracy": by_histogram / clips_seen,
-        "retrieval_chance": 1 / (2 * videos - 1),
+        **dict(zip(("retrieval_accuracy", "histogram_retrieval_accuracy", "retrieval_chance"), found, strict=True)),
         "masked_tokens": tokens_seen,
         "retrieval_clips": clips_seen,
     }
@@ -61,7 +61,7 @@ def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) 
     """Right answers of the model and of the two predictors, number of masked tokens, features and histograms of these clips."""
     model, config = step.model, step.config
     with torch.autocast(tokens.device.type, step.autocast, enabled=step.autocast is not None):
-        masked = step.mask(tokens, ids)
+        masked = step.mask(tokens, ids, noisy=False)
         right, cls = [0, 0, 0], None
         if config.mask_task or config.contrastive_masked:
             cls, hidden = model.backbone(masked.tokens, step.padded)

@@ -46,7 +46,8 @@ from vimpac.training.schedule import plan_steps
 from vimpac.training.trainer import Trainer
 
 # What changes neither samples nor masks, nor losses beyond rounding and the draws of dropout. (A micro-batch of several
-# contrastive groups is also what batch norm spans; restarts with another number of processes may need another one.)
+# contrastive groups is also what batch norm spans, and what the mask loss is a mean over the masked tokens of; restarts with
+# another number of processes may need another one.)
 MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),

@@ -95,11 +95,14 @@ class PretrainStep(nn.Module):
             return Batch(tokens, None, None, None, None, 0)
         return pack(tokens, self.mask(tokens, sample_ids, ANY), multiple)
 
-    def mask(self, tokens: Tensor, sample_ids: Tensor, backend: str | None = None) -> BlockMask:
-        """The masks of these samples, a function of the run's seed and the sample ids."""
+    def mask(self, tokens: Tensor, sample_ids: Tensor, backend: str | None = None, noisy: bool | None = None) -> BlockMask:
+        """The masks of these samples, a function of the run's seed and the sample ids.
+
+        noisy: replace only 80 % of the masked tokens by MASK (section G.3), None = as the run does.
+        """
         config = self.config
         ratio = config.mask_ratio if config.mask == "iid" else None
-        options = (self.n_blocks, ratio, config.noisy_mask, config.model.vocab_size)
+        options = (self.n_blocks, ratio, config.noisy_mask if noisy is None else noisy, config.model.vocab_size)
         return block_mask(tokens, sample_ids, config.seed, *options, backend)
 
     @property
