@@ -49,6 +49,13 @@ def _dot(a, b, total=None):
 
 
 @triton.jit
+def _product(a, b):
+    """a · b, rounded, for sums over lanes: the compiler would make a product and its sum with a neighbour's one instruction, in
+    which the lane's own is not rounded, so that lanes that should hold the same sum differ in its last bit."""
+    return tl.fma(a, b, tl.zeros_like(a))
+
+
+@triton.jit
 def _halves(w):
     """[R, 4] words → [R, 8]: low half, high half, …"""
     return tl.reshape(tl.join(w & 0xFFFF, w >> 16), (w.shape[0], 8))
@@ -252,7 +259,7 @@ def _forward_axis(
     c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)  # q, k, v
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
     k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
-    itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
+    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
     i = tl.arange(0, LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
     on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
@@ -408,8 +415,8 @@ def _backward_axis(
     k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
     v_cls = tl.load(p_cls + c_3 + c_3, mask=m_kv, other=0.0).to(tl.float32)
     g_cls = tl.load(p_grad, mask=m_d, other=0.0).to(tl.float32)
-    itself = tl.sum(q_cls * k_cls, 0) * LOG2 + tl.zeros((Q,), tl.float32)
-    dp_itself = tl.sum(g_cls * v_cls, 0) + tl.zeros((Q,), tl.float32)
+    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
+    dp_itself = tl.sum(_product(g_cls, v_cls), 0) + tl.zeros((Q,), tl.float32)
     i = tl.arange(0, LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
     on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
@@ -463,8 +470,8 @@ def _backward_axis(
             cls_dp, cls_dp_itself = tl.where(cls_keep, cls_dp * KEPT, 0.0), tl.where(cls_keep_itself, dp_itself * KEPT, 0.0)
         delta = tl.sum(probs * dp, 1) + prob_cls * dp_cls
         ds = (probs * (dp - delta[:, None]) * SCALE).to(kind)
-        cls_delta = tl.sum(cls_probs * cls_dp, 1) + cls_prob * cls_dp_itself
-        cls_ds = tl.sum(cls_probs * (cls_dp - cls_delta[:, None]), 0) * SCALE  # [LP]: a key is on one line
+        cls_delta = tl.sum(_product(cls_probs, cls_dp), 1) + cls_prob * cls_dp_itself
+        cls_ds = tl.sum(_product(cls_probs, cls_dp - cls_delta[:, None]), 0) * SCALE  # [LP]: a key is on one line
         dq = _dot(ds, k)
         dk = _dot(tl.trans(ds), q)
         dk = _dot(_place(cls_ds / S, 0, kind), c, dk)

@@ -177,11 +177,36 @@ def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bo
     """No spill and no local memory, shared memory within the chip, 16-byte global loads, and matrix instructions."""
     assert " STACK:0 " in binary.usage and " LOCAL:0 " in binary.usage, binary.usage
     assert "LDL" not in binary.sass and "STL" not in binary.sass
+    assert not uneven_sums(binary.sass)
     assert binary.shared <= SHARED_BYTES[architecture]
     if wide_loads:
         assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.sass.splitlines())
     if matrix:
         assert any(name in binary.ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
+
+
+def uneven_sums(sass: str) -> list[str]:
+    """Machine code that adds a product to the same product of another lane in one instruction.
+
+    That rounds the other lane's product and not its own, so lanes that should end up with the same sum differ in its last bit,
+    and what a program stores, or hands on through shared memory, depends on which lane comes last.
+    """
+    product, sent, found = {}, {}, []  # register → factors of the product that it holds, or that it got from another lane
+    pattern = r"/\*[0-9a-f]{4,}\*/ +(?:@\S+ +)?([A-Z0-9]+)\S* +([^;]*);"
+    for name, text in re.findall(pattern, sass):
+        words = [re.sub(r"\.reuse|[-|]", "", word.strip()) for word in text.split(",")]
+        factors = frozenset(words[1:3])
+        if name == "FFMA" and sent.get(words[3]) == factors:
+            found.append(f"{name} {text}")
+        target, exchanged = (words[1], product.get(words[2])) if name == "SHFL" else (words[0], None)
+        for table in (product, sent):
+            for register in [r for r, held in table.items() if r == target or target in held]:
+                del table[register]
+        if name == "FMUL" and target not in factors:
+            product[target] = factors
+        if exchanged:
+            sent[target] = exchanged
+    return found
 
 
 def resident_programs(binary: Binary, architecture: int, warps: int) -> int:

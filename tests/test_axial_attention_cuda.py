@@ -13,6 +13,7 @@ import torch
 
 import nvcc
 from extension import needs_gpu
+from kernel_checks import uneven_sums
 from vimpac.ops import axial_attention, axial_attention_packed
 from vimpac.ops.axial_attention import axial_attention_reference, pack, unpack
 
@@ -295,6 +296,7 @@ def test_compiles_to_tensor_cores(architecture):
             assert f"HMMA.16816.{kind} " in code and f"HMMA.1688.{kind} " in code
             assert "LDG.E.128" in code and "STG.E.128" in code
             assert not re.search(r"\b(LDL|STL|LDS|STS|ATOM|RED)\b", code)
+            assert not uneven_sums(code)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from kernel_checks import (
     run_in_interpreter,
     runs_in_interpreter,
     runs_kernels,
+    uneven_sums,
 )
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
@@ -323,6 +324,27 @@ def test_shared_memory_of_long_lines():
 
 GRIDS = [(5, 16, 16), (5, 32, 32), (10, 16, 16), (10, 32, 32)]  # Table 2
 HEADS = [(8, 64), (12, 64), (16, 32)]  # Table 3: Small, Base, Large-Half
+
+
+@not_interpreted
+@pytest.mark.parametrize(
+    "third, found",
+    [
+        ("FFMA R4, R2, R3, R5", 1),  # R2 · R3, unrounded, to what another lane made of its own R2 · R3
+        ("FFMA.FTZ R4, -R3.reuse, R2, R5", 1),
+        ("FFMA R4, R2, R6, R5", 0),  # another product
+        ("FADD R4, R0, R5", 0),
+        ("IMAD.MOV.U32 R5, RZ, RZ, R7 ;\n        /*0130*/                   FFMA R4, R2, R3, R5", 0),  # R5 is another number
+        ("IMAD.MOV.U32 R2, RZ, RZ, R7 ;\n        /*0130*/                   FFMA R4, R2, R3, R5", 0),  # so is R2
+    ],
+)
+def test_sums_that_differ_by_lane_are_found(third, found):
+    sass = f"""
+        /*0100*/                   FMUL R0, R2, R3 ;
+        /*0110*/              @!P0 SHFL.BFLY PT, R5, R0, 0x10, 0x1f ;
+        /*0120*/                   {third} ;
+    """
+    assert len(uneven_sums(sass)) == found
 
 
 def check_compiled(architecture, *kind):
