@@ -42,20 +42,24 @@ TESTS = [  # the slowest first: they run side by side
     "test_dropout_add.py",
     "test_philox.py",
 ]
-SHARDS = {"test_axial_attention_triton.py": 8}  # compiles for some four minutes on one core
+SHARDS = {  # by what they compile on one core: some four minutes, and one or more
+    "test_axial_attention_triton.py": 8,
+    "test_block_mask_triton.py": 3,
+    "test_info_nce_triton.py": 2,
+}
 SANITIZED_PARTS = 6  # what compute-sanitizer watches compiles for some 50 s on one core, a quarter of it in the slowest part
 COMPILED_PARTS = 4  # of what benchmarks/axial_attention.py times: some 80 s on one core
 SECONDS = 480
-BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 60, 120, 40
-BENCHMARKS = {  # name → seconds; what a compiled peer needs at least is in harness.py
-    "train_step": 80,
-    "axial_attention": 50,
-    "attn_layouts": 35,
-    "info_nce": 25,
-    "masked_cross_entropy": 25,
-    "data": 15,
+BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 60, 120, 60
+BENCHMARKS = {  # name → seconds; what a compiled peer needs at least is in harness.py. The last two leave out what is too much
     "block_mask": 15,
     "dropout_add": 15,
+    "axial_attention": 50,
+    "info_nce": 25,
+    "masked_cross_entropy": 25,
+    "data": 10,
+    "attn_layouts": 30,
+    "train_step": 70,
 }
 
 
@@ -146,8 +150,11 @@ def sanitizers() -> dict[str, list[str]]:
     if tool is None:
         print("compute-sanitizer is not installed: skipped", flush=True)
         return {}
-    command = [tool, "--error-exitcode", "99", "--tool"]
-    return {name: [*command, name, sys.executable, "tests/sanitize.py"] for name in ("memcheck", "racecheck")}
+    # Libraries ask CUDA for what need not be there: such refusals are no errors of a kernel. racecheck watches csrc/ alone:
+    # what it makes of Triton's own exchanges through shared memory is not the kernels' doing.
+    command = [tool, "--error-exitcode", "99", "--report-api-errors", "no", "--tool"]
+    watched = {"memcheck": [], "racecheck": ["--only=cuda"]}
+    return {name: [*command, name, sys.executable, "tests/sanitize.py", *words] for name, words in watched.items()}
 
 
 def run_together(commands: dict[str, list[str]], seconds: float, folder: Path) -> list[dict]:

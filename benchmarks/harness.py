@@ -3,10 +3,11 @@
 Check: outputs and gradients against float64 before anything is timed, ‖out − expected‖ / ‖expected‖, the worst of them; above
 BOUNDS of the dtype a row is "failed" and has no time. A failed row of ours makes the exit status 1.
 
-Time, on a GPU: CUDA events around one call, 256 MiB written before each to flush the L2 cache; a call under a millisecond is
-captured in a CUDA graph 20 times over and its replays are timed, so that launch gaps do not count (its inputs then stay in
-L2). On a CPU: the wall clock. Median, 20th and 80th percentile; rows say which in "timing". GB/s counts the bytes that must
-move, copy_share relates it to a copy between two large tensors in the same run (bytes read plus bytes written).
+Time, on a GPU: CUDA events around one call, 256 MiB read before each to flush the L2 cache (written ones would be written back
+during the call); a call under a millisecond is captured in a CUDA graph 20 times over and its replays are timed, so that launch
+gaps do not count (its inputs then stay in L2). On a CPU: the wall clock. Median, 20th and 80th percentile; rows say which in
+"timing". GB/s counts the bytes that must move, copy_share relates it to a copy between two large tensors in the same run (bytes
+read plus bytes written), timed in the same way.
 
 Memory: the peak above what was allocated before the call, from torch's allocator (on a CPU: the profiler's record of it).
 
@@ -118,6 +119,7 @@ class Benchmark:
         self.started, self.budget = time.monotonic(), budget if options.budget is None else options.budget
         self.compile_seconds, self.eager_seconds = 8.0 if self.on_gpu else 40.0, 0.0  # a row's, until one was seen
         self.copy_gb_per_s = copy_bandwidth(self.device, self.quick)
+        self.copy_graph_gb_per_s = copy_bandwidth(self.device, self.quick, graph=True) if self.on_gpu else None
         print(f"{title} on {device_name(self.device)}, torch {torch.__version__}, copy {self.copy_gb_per_s:.1f} GB/s")
 
     def left(self) -> float:
@@ -180,7 +182,8 @@ class Benchmark:
         row["ms"], row["ms_p20"], row["ms_p80"] = times
         if which in case.bytes:
             row["gb_per_s"] = case.bytes[which] / times[0] / 1e6
-            row["copy_share"] = row["gb_per_s"] / self.copy_gb_per_s
+            by_graph = self.on_gpu and row["timing"].startswith("graph")
+            row["copy_share"] = row["gb_per_s"] / (self.copy_graph_gb_per_s if by_graph else self.copy_gb_per_s)
         if which in case.flops:
             row["tflop_per_s"] = case.flops[which] / times[0] / 1e9
         return row
@@ -201,6 +204,7 @@ class Benchmark:
             "triton": triton_version(),
             "threads": None if self.on_gpu else torch.get_num_threads(),
             "copy_gb_per_s": self.copy_gb_per_s,
+            "copy_graph_gb_per_s": self.copy_graph_gb_per_s,
             "quick": self.quick,
             "seconds": round(time.monotonic() - self.started, 1),
             "small": small,
@@ -354,11 +358,11 @@ def time_gpu(prepare: Callable, run: Callable, graph: bool, milliseconds: float 
 
 def events(prepare: Callable, run: Callable, repeats: int) -> list[float]:
     """Milliseconds on the device of each of several calls, with a cold L2 cache."""
-    cache = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    cache = torch.zeros(L2_BYTES // 4, dtype=torch.int32, device="cuda")
     marks = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(repeats)]
     for start, end in marks:
         state = prepare()
-        cache.zero_()
+        cache.amax()
         start.record()
         run(state)
         end.record()
@@ -387,8 +391,8 @@ def spread(times: Sequence[float]) -> tuple[float, float, float]:
     return statistics.median(times), times[int(0.2 * (len(times) - 1))], times[math.ceil(0.8 * (len(times) - 1))]
 
 
-def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
-    """GB/s of a copy between two tensors, bytes read plus bytes written."""
+def copy_bandwidth(device: torch.device, quick: bool = False, graph: bool = False) -> float:
+    """GB/s of a copy between two tensors, bytes read plus bytes written. graph: copies that follow one another, on a GPU."""
     size = (512 << 20) if device.type == "cuda" else (4 << 20) if quick else (64 << 20)
     source = torch.randint(100, (size,), dtype=torch.int8, device=device)
     target = source.clone()
@@ -396,7 +400,7 @@ def copy_bandwidth(device: torch.device, quick: bool = False) -> float:
     def copy(_):
         target.copy_(source)
 
-    times, _ = time_gpu(lambda: None, copy, False) if device.type == "cuda" else time_cpu(lambda: None, copy, quick)
+    times, _ = time_gpu(lambda: None, copy, graph) if device.type == "cuda" else time_cpu(lambda: None, copy, quick)
     return 2 * size / times[0] / 1e6
 
 

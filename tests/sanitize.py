@@ -1,9 +1,9 @@
 """Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. It asserts nothing.
 
-`make gpu` runs it plainly first, in parts beside the tests, since compiling takes a minute on one core; then whole, under
-memcheck and under racecheck, which find everything compiled.
+`make gpu` runs it plainly first, in parts beside the tests, since compiling takes a minute on one core; then whole under
+memcheck, which finds everything compiled, and the extension's kernels under racecheck.
 
-    python tests/sanitize.py [--part=I/N]
+    python tests/sanitize.py [--part=I/N] [--only=triton|cuda]
 """
 
 import argparse
@@ -15,16 +15,16 @@ from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, maske
 from vimpac.ops import backend as backends
 
 
-def attention(dtype, axes, device):
-    qkv = torch.randn(2, 5, 6, 17, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
+def attention(dtype, grid, axes, device):
+    qkv = torch.randn(2, *grid, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
     cls = torch.randn(2, 3, 2, 20, device=device, dtype=dtype, requires_grad=True)
-    pad = torch.rand(2, 5, 6, 17, device=device) < 0.3
+    pad = torch.rand(2, *grid, device=device) < 0.3
     out, cls_out = axial_attention(qkv, cls, axes, pad, 0.1, 3, backend="triton")
     (out.sum() + cls_out.sum()).backward()
 
 
 def contrast(dtype, device):
-    z1, z2 = (torch.randn(33, 40, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
+    z1, z2 = (torch.randn(33, 200, device=device, dtype=dtype, requires_grad=True) for _ in range(2))
     info_nce(z1, z2, backend="triton").backward()
 
 
@@ -40,18 +40,17 @@ def the_rest(dtype, device):
         dropout_add(x, y, 0.1, 3, "triton").sum().backward()
 
 
-def masks(device):
+def masks(backend, device):
     for ratio in (None, 0.3):
         tokens = torch.randint(100, (9, 3, 5, 7), device=device)
-        block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="triton")
-        if backends.library_path("cuda").exists():
-            block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend="cuda")
+        block_mask(tokens, torch.arange(9, device=device), 1, 5, ratio, True, 100, backend)
 
 
 def library(device):
-    """The extension's attention: lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
+    """The extension's: masks; attention's lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
     if not backends.library_path("cuda").exists():
         return
+    masks("cuda", device)
     bf16, fp16 = torch.bfloat16, torch.float16
     for grid, width, dtype, context in (
         ((5, 6, 17), 32, bf16, True),
@@ -68,20 +67,26 @@ def library(device):
 
 
 DTYPES = (torch.float32, torch.bfloat16)
-PARTS = [  # the slowest to compile first
-    *(partial(attention, dtype, axes) for axes in (("H", "W"), ("T",)) for dtype in DTYPES),
-    *(partial(part, dtype) for part in (contrast, the_rest) for dtype in DTYPES),
-    masks,
-    library,
-]
+LINES = [((5, 6, 17), ("H", "W")), ((2, 64, 3), ("H",)), ((5, 6, 17), ("T",))]  # on Hopper those of 64 tokens take wgmma
+PARTS = {  # the slowest to compile first
+    "triton": [
+        *(partial(attention, dtype, *lines) for lines in LINES for dtype in DTYPES),
+        *(partial(part, dtype) for part in (contrast, the_rest) for dtype in DTYPES),
+        partial(masks, "triton"),
+    ],
+    "cuda": [library],
+}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="1/1", help="I/N: every N-th part from the I-th on")
-    first, count = map(int, parser.parse_args().part.split("/"))
+    parser.add_argument("--only", choices=PARTS, help="the kernels of one backend (default: all)")
+    options = parser.parse_args()
+    first, count = map(int, options.part.split("/"))
+    parts = [part for backend, parts in PARTS.items() if options.only in (None, backend) for part in parts]
     device = torch.device("cuda")
-    for run in PARTS[first - 1 :: count]:
+    for run in parts[first - 1 :: count]:
         run(device)
     torch.cuda.synchronize()
 
