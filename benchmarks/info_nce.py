@@ -1,6 +1,8 @@
 """InfoNCE over two views of n videos, forward and forward + backward: ours beside the dense loss and inf-cl.
 
-n = 1024, the paper's largest contrastive batch, and 65,536, where one dense score matrix takes 64 GiB (on a CPU 4096); d = 256.
+n = 1024, the paper's largest contrastive batch, and 65,536, where one dense score matrix takes 64 GiB (on a CPU 4096); d = 256;
+float32 and, on a GPU, bfloat16. In float32 ours takes three TF32 products for one, inf-cl a single one: "ours (TF32)", a GPU's
+too, is ours where torch allows that.
 Checked against the float64 loss and gradients, computed in row blocks; how it is timed: harness.py. TFLOP/s count one dense
 2n × 2n product forward and two backward, whatever an implementation really does.
 
@@ -10,6 +12,8 @@ Checked against the float64 loss and gradients, computed in row blocks; how it i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -52,6 +56,33 @@ def with_itself(rows: list[Tensor], columns: list[Tensor], start: int) -> Tensor
     return F.cross_entropy(scores[0], own + n) + F.cross_entropy(scores[1], own)
 
 
+class WithTF32(torch.autograd.Function):
+    """Our loss, forward and backward, as where torch's own float32 products may be TF32 ones."""
+
+    @staticmethod
+    def forward(ctx, z1, z2):
+        with torch.enable_grad(), tf32():
+            ctx.leaves = [z.detach().requires_grad_() for z in (z1, z2)]
+            ctx.loss = info_nce(*ctx.leaves, temperature=TEMPERATURE)
+        return ctx.loss.detach()
+
+    @staticmethod
+    def backward(ctx, grad):
+        with tf32():
+            return torch.autograd.grad(ctx.loss, ctx.leaves, grad)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = "tf32"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
+
+
 def inf_cl(z1: Tensor, z2: Tensor) -> Tensor:
     from inf_cl import cal_inf_loss
 
@@ -60,9 +91,9 @@ def inf_cl(z1: Tensor, z2: Tensor) -> Tensor:
     return 2 * cal_inf_loss(z / TEMPERATURE, z, labels=partner, head_dim=D)
 
 
-def case(bench: Benchmark, n: int) -> tuple[Case, list[Impl]]:
+def case(bench: Benchmark, n: int, dtype: torch.dtype) -> tuple[Case, list[Impl]]:
     torch.manual_seed(0)
-    inputs = [torch.randn(n, D, device=bench.device, dtype=bench.dtype, requires_grad=True) for _ in range(2)]
+    inputs = [torch.randn(n, D, device=bench.device, dtype=dtype, requires_grad=True) for _ in range(2)]
     expected = exact(*inputs, itself=False)
 
     def check(function, expected=expected):
@@ -71,7 +102,8 @@ def case(bench: Benchmark, n: int) -> tuple[Case, list[Impl]]:
     def check_inf_cl(function):
         return check(function, exact(*inputs, itself=True))
 
-    own = {"check": check_inf_cl, "bound": harness.BOUNDS[torch.float16], "graph": False}  # its products are TF32 ones
+    bound = max(harness.BOUNDS[dtype], harness.BOUNDS[torch.float16])  # of TF32 products
+    own = {"check": check_inf_cl, "bound": bound, "graph": False}
     note = "a row is also its own negative: its formula; TF32 products"
     moved, product = 2 * n * D * inputs[0].element_size(), 2.0 * (2 * n) ** 2 * D
     impls = [
@@ -79,11 +111,13 @@ def case(bench: Benchmark, n: int) -> tuple[Case, list[Impl]]:
         *harness.reference(dense),
         Impl("inf-cl", lambda: inf_cl, note=note, **own),
     ]
+    if bench.on_gpu and dtype == torch.float32:
+        impls.insert(1, Impl("ours (TF32)", lambda: WithTF32.apply, bound=bound, ours=True, note="TF32 products"))
     return (
         Case(
             "info_nce",
             f"n={n} d={D}",
-            bench.dtype,
+            dtype,
             inputs,
             check,
             PASSES,
@@ -98,8 +132,10 @@ def main(argv: list[str] | None = None) -> int:
     options = harness.arguments(__doc__, argv)
     bench = Benchmark("info_nce", options, dtype=torch.float32)
     sizes = (64,) if bench.quick else (1024, 65536) if bench.on_gpu else (1024, 4096)
+    dtypes = (bench.dtype,) if options.dtype or not bench.on_gpu else (torch.float32, torch.bfloat16)
     for n in sizes:
-        bench.add(*case(bench, n))
+        for dtype in dtypes:
+            bench.add(*case(bench, n, dtype))
     return bench.finish(small=not bench.on_gpu)
 
 

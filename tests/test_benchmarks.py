@@ -230,6 +230,32 @@ def test_what_a_sanitizer_watches_is_compiled_before(monkeypatch):
     assert ran(*watched["memcheck"]) == every and ran(*watched["racecheck"]) == [x for x in every if "cuda" in x] != []
 
 
+def test_tf32_is_allowed_in_both_passes(monkeypatch):
+    import info_nce as script
+
+    seen, switch = [], torch.backends.cuda.matmul
+
+    class Loss(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z1, z2):
+            seen.append(switch.fp32_precision)
+            ctx.save_for_backward(z1, z2)
+            return (z1 * z2).sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            seen.append(switch.fp32_precision)
+            z1, z2 = ctx.saved_tensors
+            return grad * z2, grad * z1
+
+    monkeypatch.setattr(script, "info_nce", lambda z1, z2, temperature: Loss.apply(z1, z2))
+    before = switch.fp32_precision
+    z1, z2 = (torch.randn(3, 4, requires_grad=True) for _ in range(2))
+    grads = torch.autograd.grad(3 * script.WithTF32.apply(z1, z2), (z1, z2))
+    assert torch.equal(grads[0], 3 * z2) and torch.equal(grads[1], 3 * z1)
+    assert seen == ["tf32", "tf32"] and switch.fp32_precision == before != "tf32"
+
+
 def test_every_op_has_a_benchmark():
     ops = {path.stem for path in (ROOT / "vimpac" / "ops").glob("*.py")} - {"__init__", "backend", "choice", "philox"}
     assert {path.stem for path in (ROOT / "benchmarks").glob("*.py")} >= ops
