@@ -323,7 +323,7 @@ def test_garbage_from_an_op_is_caught(bench, monkeypatch):
     monkeypatch.setenv("VIMPAC_BACKEND", "reference")
     right = info_nce.info_nce_reference
     monkeypatch.setattr(sys.modules["vimpac.ops.info_nce"], "info_nce_reference", lambda *call: right(*call[:5], 1.0))
-    bench.add(*info_nce.case(bench, 16))
+    bench.add(*info_nce.case(bench, 16, torch.float32))
     ours = [row for row in bench.rows if row["impl"] == "ours"]
     assert [row["status"] for row in ours] == ["failed"] * 2 and all(row["ms"] is None for row in ours)
     assert bench.finish() == 1

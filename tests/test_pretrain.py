@@ -492,7 +492,7 @@ def test_held_out_videos_shorter_than_the_clip(tmp_path, undrawn):
     from vimpac.data.store import TokenStore
 
     names = TokenStore(write_store(tmp_path / "probe", frames=(5,) * 8))
-    (held_out,) = split_videos(names, 0.01)[1]
-    store = write_store(tmp_path / "tokens", frames=[2 if i == held_out else 5 for i in range(8)])
+    held_out = split_videos(names, 0.01)[1]
+    store = write_store(tmp_path / "tokens", frames=[2 if i in held_out else 5 for i in range(8)])
     result = pretrain(tiny_config(data=str(store), output=str(tmp_path / "run"), held_out=0.01, steps=1))
-    assert result["held_out_videos"] == 1 and result["masked_tokens"] > 0
+    assert result["held_out_videos"] == len(held_out) == 2 and result["masked_tokens"] > 0

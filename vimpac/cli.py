@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import sys
 from collections.abc import Sequence
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
 
@@ -183,7 +184,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0; 1 after a mistake that the user can fix; 128 + n after signal n; 141 where what reads the output has ended.
     """
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: a file's name may be no text in the terminal's encoding
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr's: a file's name may be no text in its encoding
     if arguments[:1] == ["train"]:
         from vimpac.training import command as training
 
