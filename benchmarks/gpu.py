@@ -47,7 +47,7 @@ SHARDS = {  # by what they compile on one core: some four minutes, and one or mo
     "test_block_mask_triton.py": 3,
     "test_info_nce_triton.py": 2,
 }
-SANITIZED_PARTS = 6  # what compute-sanitizer watches compiles for some 50 s on one core, a quarter of it in the slowest part
+SANITIZED_PARTS = 8  # what compute-sanitizer watches compiles for some 80 s on one core, a fifth of it in the slowest part
 COMPILED_PARTS = 4  # of what benchmarks/axial_attention.py times: some 80 s on one core
 SECONDS = 480
 BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 60, 120, 60
