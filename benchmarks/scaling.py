@@ -42,7 +42,7 @@ START = re.compile(r"<!-- scaling: (\S+) -->")
 GPUS = tuple(2**k for k in range(11))
 BATCH = 1024  # videos an update
 BUCKETS = (1 << 20, 25 << 20)  # DistributedDataParallel's: the first, all others
-DOUBLE, FLOAT, MOMENTS, HALF = 8, 4, 8, 2  # bytes: a float64, a float32, AdamW's two moments, a bfloat16
+DOUBLE, FLOAT, MOMENTS = 8, 4, 8  # bytes: a float64, a float32, AdamW's two moments
 ADAMW_BYTES = 28  # a parameter: reads weight, gradient and two moments, writes weight and moments
 CLIP_BYTES = 12  # a parameter: reads the gradient for its norm, reads and writes it to scale it
 CAST_BYTES = 6  # a parameter: reads the weight, writes its bfloat16 copy
@@ -256,11 +256,11 @@ def small_collectives(model: ModelConfig, contrastive: int, group_ranks: int = 2
     """What a contrastive batch sends in forward and backward (heads.py, info_nce.py, trainer.py)."""
     norms, rows = model.head_layers - 1, CLIPS * contrastive
     moments = 2 * DOUBLE * model.head_width
-    features, sums = rows * (HALF * model.head_out + FLOAT), FLOAT * (rows + group_ranks)
+    features, sums = rows * FLOAT * (model.head_out + 1), FLOAT * (rows + group_ranks)
     return [
         Collective("batch norm: both moments, forward", "all_reduce", norms, moments, "all"),
         Collective("batch norm: their gradients, backward", "all_reduce", norms, moments, "all"),
-        Collective("InfoNCE: features (bfloat16) and lengths, forward", "all_gather", 1, features, "contrast"),
+        Collective("InfoNCE: features (float32) and lengths, forward", "all_gather", 1, features, "contrast"),
         Collective("InfoNCE: logsumexps and upstream gradients, backward", "all_gather", 1, sums, "contrast"),
         Collective("number of masked tokens", "all_reduce", 1, FLOAT, "all"),
     ]

@@ -271,7 +271,7 @@ def test_a_step_by_hand(inputs):
     assert s.compute == pytest.approx(64 * (1e-3 - optimizer / 128)) and s.second_pass == 0
     assert s.launches == pytest.approx((6 * 50 + 150 + 130) * 6e-6) and s.flag == pytest.approx(30 * 50e-6 / 10)
     reduce, gather = 60e-6, 10e-6
-    moved = 4 * 65536 * 2 * (7 / 8 / 450e9 + 1 / 2 / 400e9) + (2 * 128 * 256 * 2 + 2 * 2 * 128 * 4 + 8) / 2 / 450e9
+    moved = 4 * 65536 * 2 * (7 / 8 / 450e9 + 1 / 2 / 400e9) + (2 * 128 * 256 * 4 + 2 * 2 * 128 * 4 + 8) / 2 / 450e9
     assert s.small == pytest.approx(5 * reduce + 2 * gather + moved, rel=1e-4)
     assert s.seconds == pytest.approx(s.compute + s.small + s.exposed + s.optimizer) and s.efficiency == s.ideal / s.seconds
     assert s.norm_videos == 1024 and s.exposed < s.gradients
