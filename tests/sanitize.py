@@ -1,9 +1,9 @@
 """Every GPU kernel once on small, odd shapes: what compute-sanitizer watches. It asserts nothing.
 
-`make gpu` runs it plainly first, in parts beside the tests, since compiling takes a minute on one core; then whole under
-memcheck, which finds everything compiled, and the extension's kernels under racecheck.
+`make gpu` runs it plainly first, in parts beside the tests, since compiling takes a minute on one core; then whole, under
+memcheck and under racecheck, which find everything compiled.
 
-    python tests/sanitize.py [--part=I/N] [--only=triton|cuda]
+    python tests/sanitize.py [--part=I/N]
 """
 
 import argparse
@@ -68,25 +68,20 @@ def library(device):
 
 DTYPES = (torch.float32, torch.bfloat16)
 LINES = [((5, 6, 17), ("H", "W")), ((2, 64, 3), ("H",)), ((5, 6, 17), ("T",))]  # on Hopper those of 64 tokens take wgmma
-PARTS = {  # the slowest to compile first
-    "triton": [
-        *(partial(attention, dtype, *lines) for lines in LINES for dtype in DTYPES),
-        *(partial(part, dtype) for part in (contrast, the_rest) for dtype in DTYPES),
-        partial(masks, "triton"),
-    ],
-    "cuda": [library],
-}
+PARTS = [  # the slowest to compile first
+    *(partial(attention, dtype, *lines) for lines in LINES for dtype in DTYPES),
+    *(partial(part, dtype) for part in (contrast, the_rest) for dtype in DTYPES),
+    partial(masks, "triton"),
+    library,
+]
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--part", default="1/1", help="I/N: every N-th part from the I-th on")
-    parser.add_argument("--only", choices=PARTS, help="the kernels of one backend (default: all)")
-    options = parser.parse_args()
-    first, count = map(int, options.part.split("/"))
-    parts = [part for backend, parts in PARTS.items() if options.only in (None, backend) for part in parts]
+    first, count = map(int, parser.parse_args().part.split("/"))
     device = torch.device("cuda")
-    for run in parts[first - 1 :: count]:
+    for run in PARTS[first - 1 :: count]:
         run(device)
     torch.cuda.synchronize()
 

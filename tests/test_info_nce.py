@@ -197,8 +197,8 @@ def test_half_errors(dtype, device):
     usual = value_and_gradients(plain, z1, z2)
     exact = value_and_gradients(info_nce, *(z.detach().double().requires_grad_() for z in (z1, z2)))
     for mine, theirs, true in zip(ours, usual, exact, strict=True):
-        # + roundings of float32 sums: plain PyTorch's error is luck at that size, and a GPU's tensor cores cut sums off
-        assert (mine.double() - true).norm() <= 2 * (theirs.double() - true).norm() + 1e-6 * true.norm()
+        # + a rounding of the float32 sums: the loss's error is luck at that size
+        assert (mine.double() - true).norm() <= 2 * (theirs.double() - true).norm() + 2e-7 * true.norm()
     assert [x.dtype for x in ours] == [torch.float32, dtype, dtype]
 
 
