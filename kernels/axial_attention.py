@@ -102,14 +102,43 @@ def _keep_long(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, THRESHOLD: 
 
 
 @triton.jit
-def _coordinates(line, place, AXIS: tl.constexpr, T: tl.constexpr, H: tl.constexpr, W: tl.constexpr):
-    """t, h, w of the token at `place` on `line` of an axis (0, 1, 2 for T, H, W)."""
+def _outer_inner_along(AXIS: tl.constexpr, t, h, w):
+    """What belongs to T, H and W, in the order of a line's number, outer and inner, and then of a place on the line."""
     if AXIS == 0:
-        return place, line // W, line % W
+        return h, w, t
     elif AXIS == 1:
-        return line // W, place, line % W
+        return t, w, h
     else:
-        return line // H, line % H, place
+        return t, h, w
+
+
+@triton.jit
+def _steps(group, G: tl.constexpr, AXES: tl.constexpr, FIRST: tl.constexpr, t, h, w):
+    """The same for the axis of a group of heads, which is only known at run time among those that share G's code."""
+    outer, inner, along = _outer_inner_along(AXES[G], t, h, w)
+    for other in tl.static_range(G + 1, len(AXES)):
+        if FIRST[other] == G:
+            steps = _outer_inner_along(AXES[other], t, h, w)
+            outer = tl.where(group == other, steps[0], outer)
+            inner = tl.where(group == other, steps[1], inner)
+            along = tl.where(group == other, steps[2], along)
+    return outer, inner, along
+
+
+@triton.jit
+def _shares_code(group, G: tl.constexpr, FIRST: tl.constexpr):
+    """Whether a group of heads is G, or has lines like G's: as long, and numbered alike."""
+    found = group == G
+    for other in tl.static_range(G + 1, len(FIRST)):
+        if FIRST[other] == G:
+            found = found | (group == other)
+    return found
+
+
+@triton.jit
+def _distance(line, place, steps, INNER: tl.constexpr, index: tl.constexpr):
+    """From the clip's first token to the one at `place` on `line`."""
+    return (line // INNER).to(index) * steps[0] + (line % INNER).to(index) * steps[1] + place.to(index) * steps[2]
 
 
 @triton.jit
@@ -117,8 +146,9 @@ def _keep_short(
     block,
     name,
     seed,
-    AXIS: tl.constexpr,
-    GRID: tl.constexpr,
+    steps,
+    L: tl.constexpr,
+    INNER: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
     PACK: tl.constexpr,
@@ -129,12 +159,11 @@ def _keep_short(
     A row is a call of Philox. In the layouts of probabilities a lane would draw three of them, each four times over; here it
     draws one, and what changes hands is a word of bits: its keys' at the columns of its line, [CLS]'s at 16.
     """
-    L: tl.constexpr = GRID[AXIS]
     i = tl.arange(0, 32)
     of_cls = i >= 16
     line = tl.where(of_cls, i % Q, i // L)
-    t, h, w = _coordinates(block * PACK + line, tl.where(of_cls, 0, i % L), AXIS, GRID[0], GRID[1], GRID[2])
-    w0, w1, w2, w3 = philox(name + ((t * GRID[1] + h) * GRID[2] + w) * N, 0, of_cls.to(tl.uint32), seed, 7)
+    token = _distance(block * PACK + line, tl.where(of_cls, 0, i % L), steps, INNER, tl.int32)
+    w0, w1, w2, w3 = philox(name + token * N, 0, of_cls.to(tl.uint32), seed, 7)
     keys = _kept(w0, 0, THRESHOLD) | _kept(w1, 2, THRESHOLD) | _kept(w2, 4, THRESHOLD) | _kept(w3, 6, THRESHOLD)
     bits = ((keys << (line * L)) & 0xFFFF) | ((keys >> L & 1) << 16)
     column = tl.arange(0, 16)[None, :]
@@ -157,30 +186,21 @@ def _kept(word, key: tl.constexpr, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def _rows(block, AXIS: tl.constexpr, GRID: tl.constexpr, LP: tl.constexpr, PACK: tl.constexpr):
-    """The rows of a block: coordinates t, h, w, raster index in the clip, whether there is such a token."""
-    T: tl.constexpr = GRID[0]
-    H: tl.constexpr = GRID[1]
-    W: tl.constexpr = GRID[2]
-    L: tl.constexpr = GRID[AXIS]
+def _rows(block, L: tl.constexpr, S: tl.constexpr, LP: tl.constexpr, PACK: tl.constexpr):
+    """The rows of a block: line, place on it, whether there is such a token (line 0 where not)."""
     i = tl.arange(0, LP)
     line = block * PACK + i // L
-    m_row = (i < PACK * L) & (line < T * H * W // L)
-    t, h, w = _coordinates(tl.where(m_row, line, 0), i % L, AXIS, T, H, W)
-    return t, h, w, (t * H + h) * W + w, m_row
+    m_row = (i < PACK * L) & (line < S)
+    return tl.where(m_row, line, 0), i % L, m_row
 
 
 @triton.jit
-def _lines(block, AXIS: tl.constexpr, GRID: tl.constexpr, Q: tl.constexpr, PACK: tl.constexpr):
-    """The lines of a block: raster index of the first token in the clip, whether there is such a line."""
-    T: tl.constexpr = GRID[0]
-    H: tl.constexpr = GRID[1]
-    W: tl.constexpr = GRID[2]
+def _lines(block, S: tl.constexpr, Q: tl.constexpr, PACK: tl.constexpr):
+    """The lines of a block: number, whether there is such a line (0 where not)."""
     i = tl.arange(0, Q)
     line = block * PACK + i
-    m_line = (i < PACK) & (line < T * H * W // GRID[AXIS])
-    t, h, w = _coordinates(tl.where(m_line, line, 0), tl.zeros((Q,), tl.int32), AXIS, T, H, W)
-    return (t * H + h) * W + w, m_line
+    m_line = (i < PACK) & (line < S)
+    return tl.where(m_line, line, 0), m_line
 
 
 @triton.jit
@@ -223,7 +243,10 @@ def _forward_axis(
     split,
     strides,
     cls_strides,
-    AXIS: tl.constexpr,
+    group,
+    G: tl.constexpr,
+    AXES: tl.constexpr,
+    FIRST: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -236,7 +259,8 @@ def _forward_axis(
     PAD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    L: tl.constexpr = GRID[AXIS]
+    L: tl.constexpr = GRID[AXES[G]]
+    INNER: tl.constexpr = GRID[1] if AXES[G] == 2 else GRID[2]
     TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
     S: tl.constexpr = TOKENS // L
     PACK: tl.constexpr = 16 // L if L <= 7 else 1
@@ -247,6 +271,8 @@ def _forward_axis(
     index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
+    strides_of_line = _steps(group, G, AXES, FIRST, s_t, s_h, s_w)
+    steps = _steps(group, G, AXES, FIRST, GRID[1] * GRID[2], GRID[2], 1)  # in the clip's tokens
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
@@ -266,21 +292,25 @@ def _forward_axis(
     collected = tl.zeros((16, BD), tl.float32)  # row 0: [CLS]'s output from the lines' values
     from_itself = tl.zeros((Q,), tl.float32)
     for block in range(split, tl.cdiv(S, PACK), SPLITS):
-        t, h, w, token, m_row = _rows(block, AXIS, GRID, LP, PACK)
-        first, m_line = _lines(block, AXIS, GRID, Q, PACK)
-        offset = t.to(index) * s_t + h.to(index) * s_h + w.to(index) * s_w
+        line, place, m_row = _rows(block, L, S, LP, PACK)
+        token = _distance(line, place, steps, INNER, tl.int32)
+        offset = _distance(line, place, strides_of_line, INNER, index)
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
         v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
+        its_line, m_line = _lines(block, S, Q, PACK)
         m_key = m_row
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
         if THRESHOLD > 0:  # while the loads are under way
             if L + CONTEXT <= 8:
-                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(block, name, value, AXIS, GRID, N, Q, PACK, THRESHOLD)
+                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(
+                    block, name, value, steps, L, INNER, N, Q, PACK, THRESHOLD
+                )
             else:
+                first = _distance(its_line, tl.zeros((Q,), tl.int32), steps, INNER, tl.int32)
                 keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
                 cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
         scores = _dot(q, tl.trans(k)) * LOG2
@@ -315,6 +345,7 @@ def _forward(
     strides,
     cls_strides,
     AXES: tl.constexpr,
+    FIRST: tl.constexpr,
     LPS: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
@@ -331,8 +362,9 @@ def _forward(
     head = program % N  # neighbouring programs take neighbouring heads: their rows share memory pages
     split = program // N % SPLITS
     b = (program // (N * SPLITS)).to(tl.int64)
+    group = head // (N // len(AXES))
     for g in tl.static_range(len(AXES)):
-        if head // (N // len(AXES)) == g:
+        if FIRST[g] == g and _shares_code(group, g, FIRST):
             _forward_axis(
                 qkv,
                 cls_qkv,
@@ -345,7 +377,10 @@ def _forward(
                 split,
                 strides,
                 cls_strides,
-                AXES[g],
+                group,
+                g,
+                AXES,
+                FIRST,
                 GRID,
                 N,
                 D,
@@ -375,7 +410,10 @@ def _backward_axis(
     B,
     strides,
     cls_strides,
-    AXIS: tl.constexpr,
+    group,
+    G: tl.constexpr,
+    AXES: tl.constexpr,
+    FIRST: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
     D: tl.constexpr,
@@ -388,7 +426,8 @@ def _backward_axis(
     PAD: tl.constexpr,
     WIDE: tl.constexpr,
 ):
-    L: tl.constexpr = GRID[AXIS]
+    L: tl.constexpr = GRID[AXES[G]]
+    INNER: tl.constexpr = GRID[1] if AXES[G] == 2 else GRID[2]
     TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
     S: tl.constexpr = TOKENS // L
     PACK: tl.constexpr = 16 // L if L <= 7 else 1
@@ -399,6 +438,8 @@ def _backward_axis(
     index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
+    strides_of_line = _steps(group, G, AXES, FIRST, s_t, s_h, s_w)
+    steps = _steps(group, G, AXES, FIRST, GRID[1] * GRID[2], GRID[2], 1)  # in the clip's tokens
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
@@ -424,22 +465,26 @@ def _backward_axis(
     ds_itself = tl.zeros((Q,), tl.float32)
     from_itself = tl.zeros((Q,), tl.float32)
     for block in range(split, tl.cdiv(S, PACK), SPLITS):
-        t, h, w, token, m_row = _rows(block, AXIS, GRID, LP, PACK)
-        first, m_line = _lines(block, AXIS, GRID, Q, PACK)
-        offset = t.to(index) * s_t + h.to(index) * s_h + w.to(index) * s_w
+        line, place, m_row = _rows(block, L, S, LP, PACK)
+        token = _distance(line, place, steps, INNER, tl.int32)
+        offset = _distance(line, place, strides_of_line, INNER, index)
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
         v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
         g = tl.load(grad + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], mask=mask, other=0.0)
+        its_line, m_line = _lines(block, S, Q, PACK)
         m_key = m_row
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
         if THRESHOLD > 0:  # while the loads are under way
             if L + CONTEXT <= 8:
-                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(block, name, value, AXIS, GRID, N, Q, PACK, THRESHOLD)
+                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(
+                    block, name, value, steps, L, INNER, N, Q, PACK, THRESHOLD
+                )
             else:
+                first = _distance(its_line, tl.zeros((Q,), tl.int32), steps, INNER, tl.int32)
                 keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
                 cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
         scores = _dot(q, tl.trans(k)) * LOG2
@@ -504,6 +549,7 @@ def _backward(
     strides,
     cls_strides,
     AXES: tl.constexpr,
+    FIRST: tl.constexpr,
     LPS: tl.constexpr,
     GRID: tl.constexpr,
     N: tl.constexpr,
@@ -520,8 +566,9 @@ def _backward(
     head = program % N
     split = program // N % SPLITS
     b = (program // (N * SPLITS)).to(tl.int64)
+    group = head // (N // len(AXES))
     for g in tl.static_range(len(AXES)):
-        if head // (N // len(AXES)) == g:
+        if FIRST[g] == g and _shares_code(group, g, FIRST):
             _backward_axis(
                 grad,
                 qkv,
@@ -536,7 +583,10 @@ def _backward(
                 B,
                 strides,
                 cls_strides,
-                AXES[g],
+                group,
+                g,
+                AXES,
+                FIRST,
                 GRID,
                 N,
                 D,
@@ -606,10 +656,12 @@ def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
     T, H, W, _, N, D = shape
     codes = tuple("THW".index(axis) for axis in axes)
     lengths = [(T, H, W)[code] for code in codes]
+    lines = [(length, (W, W, H)[code]) for length, code in zip(lengths, codes, strict=True)]  # and how they are numbered
     blocks = max(triton.cdiv(T * H * W // length, lines_of_block(length)) for length in lengths)
     extent = sum((size - 1) * stride for size, stride in zip((T, H, W), strides, strict=True))
     return {
         "AXES": codes,
+        "FIRST": tuple(lines.index(line) for line in lines),  # of those groups of heads that share code
         "LPS": tuple(max(16, triton.next_power_of_2(length)) for length in lengths),
         "GRID": (T, H, W),
         "N": N,
