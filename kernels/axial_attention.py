@@ -114,7 +114,7 @@ def _outer_inner_along(AXIS: tl.constexpr, t, h, w):
 
 @triton.jit
 def _steps(group, G: tl.constexpr, AXES: tl.constexpr, FIRST: tl.constexpr, t, h, w):
-    """The same for the axis of a group of heads, which is only known at run time among those that share G's code."""
+    """`_outer_inner_along` for the axis of a group of heads, known at run time only among those that share G's code."""
     outer, inner, along = _outer_inner_along(AXES[G], t, h, w)
     for other in tl.static_range(G + 1, len(AXES)):
         if FIRST[other] == G:
@@ -154,7 +154,7 @@ def _keep_short(
     PACK: tl.constexpr,
     THRESHOLD: tl.constexpr,
 ):
-    """The same for rows of at most 8 keys, the block's 16 rows of tokens and Q of [CLS] in one draw.
+    """`_keep_long` for rows of at most 8 keys: the block's 16 rows of tokens and Q of [CLS] in one draw.
 
     A row is a call of Philox. In the layouts of probabilities a lane would draw three of them, each four times over; here it
     draws one, and what changes hands is a word of bits: its keys' at the columns of its line, [CLS]'s at 16.
@@ -661,7 +661,7 @@ def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
     extent = sum((size - 1) * stride for size, stride in zip((T, H, W), strides, strict=True))
     return {
         "AXES": codes,
-        "FIRST": tuple(lines.index(line) for line in lines),  # of those groups of heads that share code
+        "FIRST": tuple(lines.index(line) for line in lines),  # of each group of heads: the first that runs the same code
         "LPS": tuple(max(16, triton.next_power_of_2(length)) for length in lengths),
         "GRID": (T, H, W),
         "N": N,

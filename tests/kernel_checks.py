@@ -33,9 +33,11 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one progra
 
 
 def _interpret_faster() -> None:
-    """What Triton's interpreter does anew all the time, done once: half of its time. It prepares all of triton.language whenever
-    a kernel calls another function, though the kernel's launch or an earlier call has done so, lists every dtype to find one,
-    and checks the shape of every value."""
+    """What Triton's interpreter does anew all the time, done once: half of its time.
+
+    It prepares all of triton.language whenever a kernel calls another function, though the kernel's launch or an earlier call
+    has done so, lists every dtype to find one, and checks and builds the shape of every value.
+    """
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -44,7 +44,8 @@ CASES = [  # grid, axes, heads, head width, cls_in_context, dropout
     ((1, 64, 2), ("H",), 1, 16, True, 0.2),
     ((2, 7, 2), ("H",), 1, 16, True, 0.3),  # 8 keys, with [CLS] and without
     ((2, 8, 2), ("H",), 1, 16, False, 0.3),
-    ((4, 4, 4), ("T", "H", "W"), 3, 16, True, 0.3),  # one code for all axes
+    ((1, 8, 8), ("H", "W"), 4, 16, True, 0.3),  # one code for both axes, 9 keys, two heads each
+    ((4, 4, 4), ("T", "H", "W"), 3, 16, True, 0.3),  # one for all
     ((5, 3, 3), ("W", "T", "H"), 3, 16, True, 0.2),  # one for the first and the last
     ((3, 2, 3), ("T", "W"), 2, 16, True, 0.3),  # equally long, numbered differently: two
 ]
@@ -176,21 +177,28 @@ def test_more_lines_than_65535(clips):
 
 
 @runs_kernels
-@pytest.mark.parametrize("far", ["clips", "frames", "heads", "kinds"])
-def test_offsets_past_two_to_the_31(far):
+@pytest.mark.parametrize(
+    "far, shape, axes",
+    [
+        ("clips", (3, 1, 2, 1, 3, 1, 16), ("T",)),
+        ("frames", (1, 3, 2, 1, 3, 1, 16), ("T",)),
+        ("rows", (1, 1, 3, 3, 3, 2, 16), ("H", "W")),  # whose code is one
+        ("kinds", (1, 1, 2, 1, 3, 1, 16), ("T",)),
+        ("heads", (1, 1, 2, 1, 3, 3, 16), ("T",)),
+    ],
+)
+def test_offsets_past_two_to_the_31(far, shape, axes):
     """Strides below 2^31 whose products are above: a clip's own offset, and (WIDE) offsets within a clip, need 64 bits."""
     step = 2**30 + 2**28
     whole = torch.empty(2 * step + 10_000, dtype=torch.float16, device=DEVICE)  # 5 GiB, hardly any of it touched
-    dimension = {"clips": 0, "frames": 1, "kinds": 4, "heads": 5}[far]
-    shape = [1, 1, 2, 1, 3, 1, 16]
-    shape[dimension] = 3
+    dimension = {"clips": 0, "frames": 1, "rows": 2, "kinds": 4, "heads": 5}[far]
     strides = list(torch.empty(shape, device="meta").stride())
     strides[dimension] = step
     qkv = whole.as_strided(shape, strides)
     qkv.copy_(torch.randn(qkv.shape))
     cls = torch.randn(shape[0], 3, shape[5], 16).to(qkv)
     near = qkv.clone(memory_format=torch.contiguous_format)
-    for a, b in zip(*(run(axial_attention, x, cls, ("T",), backend="triton") for x in (qkv, near)), strict=True):
+    for a, b in zip(*(run(axial_attention, x, cls, axes, backend="triton") for x in (qkv, near)), strict=True):
         assert torch.equal(a, b)
 
 

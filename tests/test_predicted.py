@@ -84,8 +84,8 @@ def test_room_for_warps():
     assert predicted.resident_warps(128, 28 << 10, 1) == 1 and predicted.resident_warps(128, 28 << 10, 2) == 3
 
 
-# Of a copy's bandwidth: the goals, and for Triton's backward what it comes to at 10×32×32, where it misses them.
-LEAST = {"triton": {"forward": 0.85, "backward": 0.70}, "cuda": {"forward": 0.90, "backward": 0.80}}
+# Of a copy's bandwidth: the goals.
+LEAST = {"triton": {"forward": 0.85, "backward": 0.75}, "cuda": {"forward": 0.90, "backward": 0.80}}
 
 
 @pytest.mark.parametrize("kernels", ["triton", "cuda"])
