@@ -71,6 +71,7 @@ def _interpret_faster() -> None:
             if key not in known:
                 first(self, *arguments)
                 known[key] = dict(vars(self))
+                return
             vars(self).update(known[key])
             if differs:
                 setattr(self, differs, arguments[0])

@@ -34,7 +34,7 @@ CASES = [  # grid, axes, heads, head width, cls_in_context, dropout
     ((1, 1, 1), ("T",), 1, 16, True, 0.0),
     ((5, 4, 6), ("T",), 2, 16, True, 0.6),  # 3 lines a block
     ((2, 4, 3), ("T", "H", "W"), 3, 16, True, 0.4),  # 8, 4 and 5 lines a block
-    ((1, 16, 4), ("H",), 2, 64, True, 0.1),  # the model's own: 17 keys
+    ((1, 16, 16), ("H", "W"), 2, 64, True, 0.1),  # the model's own: 17 keys
     ((7, 2, 9), ("T", "W"), 2, 20, False, 0.4),  # 7 and 9 keys, head width padded to 32
     ((10, 3, 3), ("T",), 2, 32, True, 0.1),
     ((2, 32, 2), ("H", "T"), 2, 32, True, 0.3),  # [CLS] is key 32: a call of its own
