@@ -140,6 +140,9 @@ def slot_forward(qkv, *call):
 
 def slot_backward(grad, qkv, cls_qkv, *call):
     assert grad.is_contiguous()
+    device = grad.device
+    # On the CPU, whose graphs the calling thread runs: a CUDA device's are run by one thread, which waits for this here.
+    grad, qkv, cls_qkv, *call = (x.cpu() if isinstance(x, torch.Tensor) else x for x in (grad, qkv, cls_qkv, *call))
 
     def recompute():
         with torch.enable_grad():
@@ -147,7 +150,7 @@ def slot_backward(grad, qkv, cls_qkv, *call):
             return MODULE.pack(*torch.autograd.grad(slot_forward(*leaves, *call), leaves, grad))
 
     with ThreadPoolExecutor(1) as pool:  # inside an op autograd may be off: another thread's is not
-        return pool.submit(recompute).result()
+        return pool.submit(recompute).result().to(device)
 
 
 @pytest.fixture(scope="module", autouse=True)
