@@ -295,6 +295,15 @@ def test_not_a_video(tmp_path):
             list(decode(tmp_path / f"{name}.mp4", 2, 32))
 
 
+@pytest.mark.parametrize("name", ["a.mp4", "a.mkv"])
+def test_tags_that_are_not_utf_8(tmp_path, name):
+    path = write_video(tmp_path / name, greys(5))
+    data = path.read_bytes()
+    assert b"Lavf" in data  # the muxer's name of itself
+    path.write_bytes(data.replace(b"Lavf", b"L\xe4vf"))
+    assert numbers(path, 25) == [0, 1, 2, 3, 4]
+
+
 def test_colon_in_a_name(tmp_path, monkeypatch):
     write_video(tmp_path / "real.mp4", greys(5)).rename(tmp_path / "http:x.mp4")
     monkeypatch.chdir(tmp_path)

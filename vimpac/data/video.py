@@ -139,9 +139,11 @@ def _open(path: str | Path) -> av.container.InputContainer:
     import av
 
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    # A tag need not be UTF-8: PyAV takes any from 19 on, and has to be told before.
+    tags = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
         # file: keeps a colon in a name from being read as a protocol.
-        return av.open(f"file:{os.path.abspath(path)}", options=options, metadata_errors="ignore")
+        return av.open(f"file:{os.path.abspath(path)}", options=options, **tags)
     except (av.FFmpegError, OSError) as error:
         if os.path.exists(path) and not os.path.getsize(path):
             raise CorruptVideo("is an empty file") from error
