@@ -228,7 +228,7 @@ class Benchmark:
         """Write the files, print the JSON line; returns the exit status. small: the shapes are not those of a GPU."""
         result = self.result(small, complete=True)
         if small:
-            print("\nsmall shapes, for want of a GPU: no measure of one")
+            print("\nsmall shapes: no measure of a GPU")
         if self.folder is not None:
             write(self.folder, result)
         failed = [row for row in self.rows if row["status"] == "failed" and row["impl"].startswith("ours")]
