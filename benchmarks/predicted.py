@@ -265,12 +265,13 @@ def triton_kernels() -> Iterator[Compiled]:
         for which in TENSORS:
             binary, launch = compile_attention(ARCHITECTURE, f"_{which}", grid, heads, width, axes, torch.bfloat16, DROPOUT)
             registers = int(re.search(r"REG:(\d+)", binary.usage)[1])
-            found = binary.listing(), registers, binary.shared, launch["num_warps"], lines_of_block(length) * length
+            found = binary.listing, registers, binary.shared, launch["num_warps"], lines_of_block(length) * length
             yield Compiled("triton", which, grid, heads, width, axes, *found)
 
 
 # The kernels' own loops, with what decides their branches known to the compiler.
-CUDA_SOURCE = """#include "axial_attention.cu"
+CUDA_SOURCE = """#define KERNELS_ONLY
+#include "axial_attention.cu"
 namespace vimpac::axial {
 template <int L, int D, int M, bool FORWARD>
 __global__ void __launch_bounds__(warp::LANES, FORWARD ? FORWARD_WARPS<D, M> : BACKWARD_WARPS<D, M>) sample(const Call given) {
@@ -305,9 +306,9 @@ def cuda_kernels() -> Iterator[Compiled]:
     with tempfile.TemporaryDirectory() as folder:
         path, cubin = Path(folder) / "sample.cu", Path(folder) / "sample.cubin"
         path.write_text(source)
-        include = [f"-I{ROOT / 'csrc'}", f"-I{Path(torch.__file__).parent / 'include'}"]
+        include = f"-I{ROOT / 'csrc'}"
         code = f"-gencode=arch=compute_{ARCHITECTURE}a,code=sm_{ARCHITECTURE}a"
-        subprocess.run([compiler, *nvcc.FLAGS, *include, code, "-cubin", str(path), "-o", str(cubin)], check=True)
+        subprocess.run([compiler, *nvcc.FLAGS, include, code, "-cubin", str(path), "-o", str(cubin)], check=True)
         listing, usage = (nvcc.output(cuobjdump, flag, str(cubin)) for flag in ("-sass", "-res-usage"))
     for name, (case, tokens) in cases.items():
         length, width, halves, forward = name.split(", ")

@@ -29,7 +29,8 @@
 #include <string>
 #include <vector>
 
-#ifdef __CUDACC__
+// KERNELS_ONLY: without the ops, for who compiles some of the kernels.
+#if defined(__CUDACC__) && !defined(KERNELS_ONLY)
 #include <cuda_runtime.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
@@ -1004,7 +1005,7 @@ struct Launch {
 
 // --- ops ---------------------------------------------------------------------------------------------------------------
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(KERNELS_ONLY)
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
@@ -1070,7 +1071,7 @@ Tensor backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string
 }  // namespace
 }  // namespace vimpac::axial
 
-#ifdef __CUDACC__
+#if defined(__CUDACC__) && !defined(KERNELS_ONLY)
 STABLE_TORCH_LIBRARY_IMPL(vimpac, CUDA, m) {
   m.impl("axial_attention.cuda", TORCH_BOX(&vimpac::axial::forward));
   m.impl("axial_attention_backward.cuda", TORCH_BOX(&vimpac::axial::backward));

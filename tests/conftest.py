@@ -1,5 +1,7 @@
 """Fixtures that several test files share."""
 
+import gc
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -9,6 +11,7 @@ from runs import arguments, run, write_store
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
+    parser.addoption("--all-shapes", action="store_true", help="compile kernels at every shape for every architecture")
 
 
 SLOW = ("_triton", "_cuda", "test_long_runs", "test_train_cli", "test_benchmarks", "test_predicted")
@@ -25,6 +28,17 @@ def pytest_collection_modifyitems(config, items):
     if count > 1:
         config.hook.pytest_deselected(items=[item for i, item in enumerate(items) if i % count != index - 1])
         items[:] = items[index - 1 :: count]
+
+
+def pytest_sessionstart():
+    """Garbage is not looked for while the test files are imported."""
+    gc.disable()
+
+
+def pytest_collection_finish():
+    """Nor ever among what the imports have made, which is most of what a test process holds."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -25,9 +25,14 @@ def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(not there, reason="no CUDA device, or no _ops_cuda.so")(test))
 
 
+NESTED = bool(os.environ.get("VIMPAC_TESTS_NESTED"))
+# Marks a test in which no instruction is another on another processor: `run_with` leaves it out.
+on_any_processor = pytest.mark.skipif(NESTED, reason="is the same with any instruction set")
+
+
 def run_with(file: str, timeout: int = 600, **environment: str) -> None:
     """Run a test file's tests of the CPU library in a process with another environment; its failures are this test's."""
-    if os.environ.get("VIMPAC_TESTS_NESTED"):
+    if NESTED:
         pytest.skip("this is such a process")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", file]
     environment = {**os.environ, "VIMPAC_TESTS_NESTED": "1", **environment}

@@ -33,12 +33,14 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one progra
 
 
 def _interpret_faster() -> None:
-    """What Triton's interpreter does anew all the time, done once: half of its time.
+    """What Triton's interpreter does anew all the time, done once, and what it does for nothing, left out: a third is left.
 
     It prepares all of triton.language whenever a kernel calls another function, though the kernel's launch or an earlier call
-    has done so, lists every dtype to find one, and checks and builds the shape of every value.
+    has done so; lists every dtype to find one; builds and compares the types of values that are of one type; and adds integers
+    once more in 64 bits, for an assertion that it then skips.
     """
     import triton.language as tl
+    from triton.language.semantic import TritonSemantic
     from triton.runtime import interpreter
 
     @functools.cache
@@ -52,15 +54,20 @@ def _interpret_faster() -> None:
 
     interpreter.InterpretedFunction.__call__ = call
 
-    find, numpy_types = interpreter._get_np_dtype, {}
+    def once_per_name(function):
+        """A function of types finds what it returns for their names."""
+        known = {}
 
-    def numpy_type(kind):
-        name = str(kind)
-        if name not in numpy_types:
-            numpy_types[name] = find(kind)
-        return numpy_types[name]
+        def look_up(*types):
+            key = (*(x.name for x in types),)
+            if key not in known:
+                known[key] = function(*types)
+            return known[key]
 
-    interpreter._get_np_dtype = numpy_type
+        return look_up
+
+    interpreter._get_np_dtype = once_per_name(interpreter._get_np_dtype)
+    tl.core.block_type.with_element_ty = once_per_name(tl.core.block_type.with_element_ty)
 
     def remember(cls, name, differs=None):
         """Objects of a class get what an earlier one of the same name has, but for one argument."""
@@ -79,7 +86,28 @@ def _interpret_faster() -> None:
         cls.__init__ = init
 
     remember(tl.core.block_type, lambda element, shape: (str(element), *(getattr(x, "value", x) for x in shape)))
-    remember(tl.core.tensor, lambda handle, kind: str(kind), "handle")
+    remember(tl.core.tensor, lambda handle, kind: kind.name, "handle")
+
+    def same_is_equal(cls):
+        equal = cls.__eq__
+        cls.__eq__ = lambda self, other: self is other or equal(self, other)
+
+    same_is_equal(tl.core.dtype)
+    same_is_equal(tl.core.block_type)
+    integers = {*tl.core.dtype.SINT_TYPES, *tl.core.dtype.UINT_TYPES}
+    tl.core.dtype.is_int = lambda self: self.name in integers
+
+    broadcast = TritonSemantic.broadcast_impl_value
+
+    def broadcast_what_differs(self, left, right):
+        a, b = left.type, right.type
+        if a.is_block() and b.is_block() and a.shape.values == b.shape.values:
+            return left, right
+        return broadcast(self, left, right)
+
+    TritonSemantic.broadcast_impl_value = broadcast_what_differs
+    TritonSemantic.computation_type_impl = functools.cache(TritonSemantic.computation_type_impl)
+    TritonSemantic.binary_op_sanitize_overflow_impl = lambda *_: None
 
 
 if INTERPRETED:
@@ -133,34 +161,39 @@ class Binary:
     """What a kernel was compiled to."""
 
     ptx: str
-    sass: str  # nvdisasm's text
-    usage: str  # cuobjdump -res-usage: registers, stack, local memory
-    shared: int  # bytes of shared memory a program
     cubin: bytes
+    shared: int  # bytes of shared memory a program
 
+    @functools.cached_property
+    def sass(self) -> str:
+        """nvdisasm's text, without the analysis of branches, which nothing here reads and takes a third of its time."""
+        return self._disassembled("nvdisasm", "-c", "-ndf")
+
+    @functools.cached_property
+    def usage(self) -> str:
+        """cuobjdump's line of registers, stack and local memory."""
+        return self._disassembled("cuobjdump", "-res-usage")
+
+    @functools.cached_property
     def listing(self) -> str:
         """cuobjdump's text, with the instructions' bits."""
-        (text,) = disassembled(self.cubin, ("cuobjdump", "-sass"))
-        return text
+        return self._disassembled("cuobjdump", "-sass")
 
+    def _disassembled(self, tool: str, *options: str) -> str:
+        """What a program that Triton brings along says of the machine code."""
+        import triton
 
-def disassembled(cubin: bytes, *commands: tuple[str, str]) -> list[str]:
-    """What programs that Triton brings along say of machine code."""
-    import triton
-
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
-    with tempfile.TemporaryDirectory() as temporary:
-        path = Path(temporary) / "kernel.cubin"
-        path.write_bytes(cubin)
-        return [
-            subprocess.run([tools / tool, flag, path], env=environment, capture_output=True, text=True, check=True).stdout
-            for tool, flag in commands
-        ]
+        tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+        environment = {**os.environ, "PATH": f"{tools}{os.pathsep}{os.environ['PATH']}"}  # cuobjdump runs nvdisasm
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / "kernel.cubin"
+            path.write_bytes(self.cubin)
+            command = [tools / tool, *options, path]
+            return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
 
 
 def compile_kernel(function, architecture: int, signature: dict, constants: dict, launch: dict) -> Binary:
-    """Compile a Triton kernel for an architecture that need not be there, and disassemble it.
+    """Compile a Triton kernel for an architecture that need not be there.
 
     signature: argument → Triton type ("*bf16", "i32", a tuple of types for a tuple argument); every argument in `constants`
     is a constexpr. Pointers and tuples of strides are taken as divisible by 16, as Triton finds them for aligned tensors.
@@ -179,8 +212,7 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
             attributes[(i,)] = aligned
     source = ASTSource(fn=function, signature=signature, constexprs=constants, attrs=attributes)
     binary = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": True, **launch})
-    usage, sass = disassembled(binary.asm["cubin"], ("cuobjdump", "-res-usage"), ("nvdisasm", "-c"))
-    return Binary(binary.asm["ptx"], sass, usage, binary.metadata.shared, binary.asm["cubin"])
+    return Binary(binary.asm["ptx"], binary.asm["cubin"], binary.metadata.shared)
 
 
 def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dropout_p=0.1) -> tuple[Binary, dict]:
@@ -250,14 +282,17 @@ def resident_programs(binary: Binary, architecture: int, warps: int) -> int:
 
 
 def check_all(check: Callable[..., None], jobs: Sequence[tuple]) -> None:
-    """Run check(*job) for every job, in as many processes as there are cores, since a compilation takes a second or two.
+    """Run check(*job) for every job, since a compilation takes a second or two in as many processes as there are cores, or in
+    this one where pytest-xdist has filled the cores with its own.
 
     `check` is a function of a test module; the jobs that fail are this test's failures.
     """
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
-        failed = [
-            f"{job}: {error!r}" for job, error in zip(jobs, pool.map(_error, [check] * len(jobs), jobs), strict=True) if error
-        ]
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        errors = [_error(check, job) for job in jobs]
+    else:
+        with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+            errors = list(pool.map(_error, [check] * len(jobs), jobs))
+    failed = [f"{job}: {error!r}" for job, error in zip(jobs, errors, strict=True) if error]
     assert not failed, "\n".join(failed)
 
 

@@ -180,16 +180,22 @@ def skip_beyond(backend, axes, longest=0, device="cpu"):
 # --- values and gradients ---------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def docstring(axes, padded, cls_in_context):
+    """A call, and its values and gradients by the docstring; once for all backends."""
+    qkv, cls_qkv = inputs(2, (3, 2, 4), 2 * len(axes), 3, dtype=torch.float64)
+    pad = padding(2, (3, 2, 4)) if padded else None
+    call = qkv, cls_qkv, axes, pad, 0.0, None, cls_in_context
+    return call, values_and_gradients(by_lines, *call)
+
+
 @pytest.mark.parametrize("cls_in_context", [True, False])
 @pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("axes", SHORT + PRODUCTS, ids="|".join)
 def test_is_the_docstring(backend, axes, padded, cls_in_context):
     """Values and gradients in float64, on a grid of three different sizes."""
     skip_beyond(backend, axes)
-    qkv, cls_qkv = inputs(2, (3, 2, 4), 2 * len(axes), 3, dtype=torch.float64)
-    pad = padding(2, (3, 2, 4)) if padded else None
-    call = qkv, cls_qkv, axes, pad, 0.0, None, cls_in_context
-    expected = values_and_gradients(by_lines, *call)
+    call, expected = docstring(tuple(axes), padded, cls_in_context)
     for function in (axial_attention, packed):
         assert_all_close(values_and_gradients(function, *call, backend=backend), expected, **EXACT)
 

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from extension import narrower_isas, needs_cpu, python, run_with
+from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
 from test_axial_attention import doubles, inputs, padding, values_and_gradients
 from vimpac.ops import axial_attention, axial_attention_reference
@@ -148,6 +148,7 @@ def test_says_why_it_cannot_run():
         axial_attention(qkv.float().to("meta"), cls_qkv.float().to("meta"), ("T",), backend="cpu")
 
 
+@on_any_processor
 def test_the_op_by_name_loads_its_library():
     """As a saved program calls it: without the dispatch that would have loaded the library before."""
     code = """

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from extension import narrower_isas, needs_cpu, python, run_with
+from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from test_dropout_add import inputs, value_and_gradients
 from vimpac.ops import backend as backends
 from vimpac.ops import dropout_add
@@ -127,6 +127,7 @@ def test_it_is_the_default_on_a_cpu(monkeypatch):
     assert torch.equal(dropout_add(x, y, 0.1, 3), dropout_add(x, y, 0.1, 3, "cpu"))
 
 
+@on_any_processor
 def test_the_op_by_name_loads_its_library():
     """As a saved program calls it: without the dispatch that would have loaded the library before."""
     code = """

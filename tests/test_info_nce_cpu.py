@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from extension import narrower_isas, needs_cpu, python, run_with
+from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
 from test_info_nce import features, value_and_gradients
 from vimpac.ops import backend as backends
@@ -199,6 +199,7 @@ def test_rows_of_a_rank(m, d, temperature, dtype):
 # --- as torch ops -----------------------------------------------------------------------------------------------------
 
 
+@on_any_processor
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
 @pytest.mark.parametrize("rows, ranks, offset", [(12, 1, 0), (4, 3, 4), (2, 1, 0)])
 def test_opcheck(dtype, rows, ranks, offset):
@@ -217,6 +218,7 @@ def test_packs():
     assert_close(inverse, 1 / torch.cat([z1, z2]).float().norm(dim=1), rtol=1e-6, atol=0)
 
 
+@on_any_processor
 def test_compiles_whole():
     compiled = torch.compile(lambda *z: info_nce(*z, backend="cpu"), fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (5, 8):
@@ -256,6 +258,7 @@ def test_larger_tiles():
     assert (dz[me] - g).norm() <= 1e-5 * g.norm()  # float32 sums of 8199 terms
 
 
+@on_any_processor
 @pytest.mark.parametrize("temperature", [0.01, 0.2])
 def test_memory_is_linear(temperature):
     """Kilobytes that the process grows by: features take 0.3 MB, scores would take 100 MB."""
