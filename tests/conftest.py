@@ -30,15 +30,15 @@ def pytest_collection_modifyitems(config, items):
         items[:] = items[index - 1 :: count]
 
 
-def pytest_sessionstart():
-    """Garbage is not looked for while the test files are imported."""
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
+    """Garbage is not looked for while test files are imported, nor ever among what that makes, most of what a process holds."""
     gc.disable()
-
-
-def pytest_collection_finish():
-    """Nor ever among what the imports have made, which is most of what a test process holds."""
-    gc.freeze()
-    gc.enable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

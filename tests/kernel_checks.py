@@ -33,7 +33,7 @@ SHARED_BYTES = {80: 163 << 10, 90: 227 << 10, 100: 227 << 10}  # that one progra
 
 
 def _interpret_faster() -> None:
-    """What Triton's interpreter does anew all the time, done once, and what it does for nothing, left out: a third is left.
+    """What Triton's interpreter does anew all the time, done once, and what it does for nothing, left out: three fifths.
 
     It prepares all of triton.language whenever a kernel calls another function, though the kernel's launch or an earlier call
     has done so; lists every dtype to find one; builds and compares the types of values that are of one type; and adds integers
@@ -282,8 +282,8 @@ def resident_programs(binary: Binary, architecture: int, warps: int) -> int:
 
 
 def check_all(check: Callable[..., None], jobs: Sequence[tuple]) -> None:
-    """Run check(*job) for every job, since a compilation takes a second or two in as many processes as there are cores, or in
-    this one where pytest-xdist has filled the cores with its own.
+    """Run check(*job) for every job: a compilation takes seconds, so in as many processes as there are cores, or in this one
+    where pytest-xdist has filled the cores with processes of its own.
 
     `check` is a function of a test module; the jobs that fail are this test's failures.
     """

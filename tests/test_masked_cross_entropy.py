@@ -132,7 +132,7 @@ def test_gradcheck(backend, small_chunks):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_errors(dtype, scale, device):
     """At most twice the error of plain PyTorch at that dtype, against float64; both under the same loss scale."""
-    M, C, V = 512, 64, 8197
+    M, C, V = 1024, 64, 8197
     hidden, weight, bias, target = (x.detach() for x in inputs(M, C, V, device, ignored=0.1))
     hidden, weight, bias = hidden.to(dtype), (0.1 * weight).to(dtype), bias * 0.0
 
