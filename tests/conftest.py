@@ -11,7 +11,6 @@ from runs import arguments, run, write_store
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
-    parser.addoption("--all-shapes", action="store_true", help="compile kernels at every shape for every architecture")
 
 
 SLOW = ("_triton", "_cuda", "test_long_runs", "test_train_cli", "test_benchmarks", "test_predicted")

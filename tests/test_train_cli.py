@@ -589,7 +589,7 @@ def test_torchrun_threads(monkeypatch, processes, given, threads):
 def test_torchrun_restarts(store_folder, output, tmp_path):
     """A process that is lost is started again, with all others, and the run goes on where its last checkpoint is."""
     command = [sys.executable, "-m", "vimpac.training.launch", "--standalone", "--nproc-per-node=2", "--max-restarts=1"]
-    words = arguments(store_folder, output, steps=30, save_every=2, resume=True, n_blocks=40)
+    words = arguments(store_folder, output, steps=60, save_every=2, resume=True, n_blocks=40)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (tmp_path / "said").open("w") as said:
         process = subprocess.Popen([*command, str(ROOT / "train.py"), *words], stderr=said, stdout=said, env=environment)
@@ -602,8 +602,8 @@ def test_torchrun_restarts(store_folder, output, tmp_path):
         finally:
             process.kill()
             process.wait()
-    assert [line["step"] for line in metrics(output)] == [*range(1, 31), 30]
-    words = arguments(store_folder, tmp_path / "whole", steps=30, save_every=2, n_blocks=40)
+    assert [line["step"] for line in metrics(output)] == [*range(1, 61), 60]
+    words = arguments(store_folder, tmp_path / "whole", steps=60, save_every=2, n_blocks=40)
     result = python(*command[1:], str(ROOT / "train.py"), *words)
     assert result.returncode == 0, result.stderr
     assert metrics(output) == metrics(tmp_path / "whole")
