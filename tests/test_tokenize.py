@@ -289,7 +289,15 @@ def child_processes(parent):
         return file.read().split()
 
 
-def test_ctrl_c_while_the_workers_start(videos, tmp_path):
+@pytest.fixture
+def hears_ctrl_c():
+    """What is started hears Ctrl-C even where the tests do not: a shell has its background jobs ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_ctrl_c_while_the_workers_start(videos, tmp_path, hears_ctrl_c):
     command = [sys.executable, "-m", "vimpac", "tokenize", videos, tmp_path / "store", "--codes=32", "--frame-size=32"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
