@@ -12,6 +12,7 @@ from typing import Annotated
 
 import tyro
 
+from vimpac import __version__
 from vimpac.config import SynthesizeConfig, TokenizeConfig
 from vimpac.errors import FIXABLE, InputError, reader_left
 
@@ -167,7 +168,7 @@ COMMANDS = {
 
 def _run(arguments: list[str]) -> None:
     if arguments == ["--version"]:
-        print(", ".join(f"{name} {importlib.metadata.version(name)}" for name in ("vimpac", "torch")))
+        print(f"vimpac {__version__}, torch {importlib.metadata.version('torch')}")  # torch's import takes a second
         return
     if any(not word or (word.startswith("--") and word.endswith("=")) for word in arguments):
         raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
