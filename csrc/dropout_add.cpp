@@ -20,14 +20,22 @@ using torch::stable::Tensor;
 
 constexpr int64_t GRAIN = 512;  // groups that are worth a thread
 
-Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed) {
-  const Kernels::Run kernel = of_dtype(dropout_add_kernels(), y.scalar_type(), "dropout_add.cpu");
+// From y, or the upstream gradient, to a result of a dtype.
+Kernels::Run kernel_of(ScalarType from, ScalarType to) {
+  const Kernels& kernels = dropout_add_kernels();
+  if (from == ScalarType::BFloat16 && to == ScalarType::Float) return kernels.widening;
+  if (from == ScalarType::Float && to == ScalarType::BFloat16) return kernels.narrowing;
+  STD_TORCH_CHECK(from == to, "dropout_add.cpu takes x and y of one dtype, or a float32 x and a bfloat16 y");
+  return of_dtype(kernels, from, "dropout_add.cpu");
+}
+
+Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed, ScalarType dtype) {
+  const Kernels::Run kernel = kernel_of(y.scalar_type(), dtype);
   STD_TORCH_CHECK(y.is_contiguous() && (!x || x->is_contiguous()), "dropout_add.cpu takes contiguous tensors");
-  STD_TORCH_CHECK(!x || (x->scalar_type() == y.scalar_type() && x->numel() == y.numel()),
-                  "dropout_add.cpu takes x and y of one shape and dtype");
+  STD_TORCH_CHECK(!x || x->numel() == y.numel(), "dropout_add.cpu takes x and y of one shape");
   STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_add.cpu takes p in [0, 1), got ", p);
   STD_TORCH_CHECK(seed.scalar_type() == ScalarType::Long && seed.numel() == 1, "dropout_add.cpu takes one int64 as seed");
-  Tensor out = torch::stable::empty_like(y);
+  Tensor out = torch::stable::new_empty(y, y.sizes(), dtype);
   Call call{};
   call.x = x ? x->const_data_ptr() : nullptr;
   call.y = y.const_data_ptr();
@@ -36,7 +44,7 @@ Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed) {
   call.threshold = static_cast<uint32_t>(std::min(std::nearbyint(p * 4294967296.0), 4294967295.0));
   call.scale = 4294967296.0 / (4294967296.0 - call.threshold);
   call.seed = *static_cast<const int64_t*>(seed.const_data_ptr());
-  const size_t bytes = call.elements * y.element_size();
+  const size_t bytes = call.elements * out.element_size();
   call.streams = bytes >= PAST_CACHES && reinterpret_cast<uintptr_t>(call.out) % 64 == 0;  // 21 MB: 1.8 ms instead of 2.1
   prefer_huge_pages(call.out, bytes);
   torch::stable::parallel_for(0, (call.elements + GROUP - 1) / GROUP, GRAIN,
@@ -44,11 +52,14 @@ Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed) {
   return out;
 }
 
-Tensor forward(const Tensor& x, const Tensor& y, double p, const Tensor& seed) { return run(&x, y, p, seed); }
+Tensor forward(const Tensor& x, const Tensor& y, double p, const Tensor& seed) {
+  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() || y.scalar_type() == ScalarType::BFloat16,
+                  "dropout_add.cpu takes x and y of one dtype, or a float32 x and a bfloat16 y");
+  return run(&x, y, p, seed, x.scalar_type());
+}
 
 Tensor backward(const Tensor& grad, double p, const Tensor& seed, ScalarType dtype) {
-  STD_TORCH_CHECK(dtype == grad.scalar_type(), "dropout_add_backward.cpu takes a gradient of y's dtype");
-  return run(nullptr, grad, p, seed);
+  return run(nullptr, grad, p, seed, dtype);
 }
 
 }  // namespace

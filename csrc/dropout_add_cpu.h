@@ -12,7 +12,7 @@ constexpr int64_t GROUP = 64;
 
 // One call of the op, forward or backward.
 struct Call {
-  const void* x;  // null: backward, where nothing is added
+  const void* x;  // of out's type; null: backward, where nothing is added
   const void* y;  // or the upstream gradient
   void* out;
   int64_t elements;
@@ -25,6 +25,7 @@ struct Call {
 struct Kernels {
   using Run = void (*)(const Call&, int64_t begin, int64_t end);  // groups [begin, end)
   Run of_float, of_double, of_bfloat16;
+  Run widening, narrowing;  // bfloat16 to float: the sum of a float x and a bfloat16 y; float to bfloat16: the gradient of that y
 };
 
 VIMPAC_KERNELS(Kernels, dropout_add_kernels)

@@ -12,17 +12,18 @@ constexpr uint32_t PURPOSE = 2;
 constexpr int COUNTERS = GROUP / 4;
 constexpr int LANES = WIDTH<uint32_t>;
 
-template <class T>
+template <class Y, class T>
 struct Group {
-  const T *x, *y;
+  const T* x;
+  const Y* y;
   T* out;
 };
 
 template <class A>
 using Word = std::conditional_t<sizeof(A) == 4, uint32_t, uint64_t>;
 
-template <class T, bool ADD, bool STREAM>
-HOST_DEVICE void run_group(const Call& call, int64_t number, const Group<T>& at) {
+template <class Y, class T, bool ADD, bool STREAM>
+HOST_DEVICE void run_group(const Call& call, int64_t number, const Group<Y, T>& at) {
   using A = typename Arithmetic<T>::type;
   using U = Vector<uint32_t, LANES>;
   using V = Vector<A, LANES>;
@@ -55,36 +56,40 @@ HOST_DEVICE void run_group(const Call& call, int64_t number, const Group<T>& at)
   }
 }
 
-template <class T, bool ADD, bool STREAM>
+template <class Y, class T, bool ADD, bool STREAM>
 void run_groups(const Call& call, int64_t begin, int64_t end) {
-  const T *x = static_cast<const T*>(call.x), *y = static_cast<const T*>(call.y);
+  const T* x = static_cast<const T*>(call.x);
+  const Y* y = static_cast<const Y*>(call.y);
   T* out = static_cast<T*>(call.out);
   const int64_t whole = call.elements / GROUP < end ? call.elements / GROUP : end;
   for (int64_t k = begin; k < whole; ++k) {
-    run_group<T, ADD, STREAM>(call, k, {ADD ? x + k * GROUP : nullptr, y + k * GROUP, out + k * GROUP});
+    run_group<Y, T, ADD, STREAM>(call, k, {ADD ? x + k * GROUP : nullptr, y + k * GROUP, out + k * GROUP});
   }
   if (STREAM) finish_streams();
   if (whole == end) return;
-  T to[GROUP], of_x[GROUP] = {}, of_y[GROUP] = {};  // the last elements, and zeros up to a whole group
-  const size_t bytes = (call.elements - whole * GROUP) * sizeof(T);
-  if (ADD) __builtin_memcpy(of_x, x + whole * GROUP, bytes);
-  __builtin_memcpy(of_y, y + whole * GROUP, bytes);
-  run_group<T, ADD, false>(call, whole, {of_x, of_y, to});
-  __builtin_memcpy(out + whole * GROUP, to, bytes);
+  T to[GROUP], of_x[GROUP] = {};  // the last elements, and zeros up to a whole group
+  Y of_y[GROUP] = {};
+  const size_t rest = call.elements - whole * GROUP;
+  if (ADD) __builtin_memcpy(of_x, x + whole * GROUP, rest * sizeof(T));
+  __builtin_memcpy(of_y, y + whole * GROUP, rest * sizeof(Y));
+  run_group<Y, T, ADD, false>(call, whole, {of_x, of_y, to});
+  __builtin_memcpy(out + whole * GROUP, to, rest * sizeof(T));
 }
 
-template <class T>
+// y of Y; x and out of T.
+template <class Y, class T>
 void run(const Call& call, int64_t begin, int64_t end) {
   constexpr bool STREAMS = std::is_same_v<T, typename Arithmetic<T>::type>;
   if (call.streams) {
-    call.x ? run_groups<T, true, STREAMS>(call, begin, end) : run_groups<T, false, STREAMS>(call, begin, end);
+    call.x ? run_groups<Y, T, true, STREAMS>(call, begin, end) : run_groups<Y, T, false, STREAMS>(call, begin, end);
   } else {
-    call.x ? run_groups<T, true, false>(call, begin, end) : run_groups<T, false, false>(call, begin, end);
+    call.x ? run_groups<Y, T, true, false>(call, begin, end) : run_groups<Y, T, false, false>(call, begin, end);
   }
 }
 
 }  // namespace
 
-const Kernels dropout_add_kernels = {run<float>, run<double>, run<BFloat16>};
+const Kernels dropout_add_kernels = {run<float, float>, run<double, double>, run<BFloat16, BFloat16>,  //
+                                     run<BFloat16, float>, run<float, BFloat16>};
 
 }  // namespace vimpac::dropout_add::VIMPAC_ISA

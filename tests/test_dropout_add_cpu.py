@@ -13,7 +13,8 @@ from vimpac.ops.dropout_add import dropout_keep
 
 pytestmark = needs_cpu
 
-DTYPES = [torch.float32, torch.float64, torch.bfloat16]
+# Of x and of y; the last as autocast has them.
+DTYPES = [*((dtype,) * 2 for dtype in (torch.float32, torch.float64, torch.bfloat16)), (torch.float32, torch.bfloat16)]
 PAST_CACHES = 16 << 20  # bytes; results from there on are streamed
 
 
@@ -32,6 +33,10 @@ def test_narrower_instruction_sets(isa):
     run_with(__file__, VIMPAC_CPU_ISA=isa)
 
 
+def of_dtypes(elements, dtypes):
+    return [z.detach().to(dtype).requires_grad_() for z, dtype in zip(inputs(elements), dtypes, strict=True)]
+
+
 def check(x, y, p, seed=2**40 + 3):
     """Gradients are the reference's bit for bit: one product. So are sums where the product is exact (twice y, p = 1/2); else
     ours may be one rounding of y·scale + x where the reference rounds the product first."""
@@ -43,37 +48,37 @@ def check(x, y, p, seed=2**40 + 3):
         assert torch.equal(out, expected)
     else:
         inside = torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps
-        bound = inside * y.abs() / (1 - p) + torch.finfo(x.dtype).eps * expected.abs()
+        bound = inside * y.double().abs() / (1 - p) + torch.finfo(x.dtype).eps * expected.abs()
         assert ((out - expected).abs() <= bound).all() and (x.numel() < 1000 or (out == expected).double().mean() > 0.6)
     return out
 
 
 @pytest.mark.parametrize("p", [0.1, 0.5])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_every_size(dtype, p):
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_every_size(dtypes, p):
     """Groups full, none, one element short and one beyond."""
     for elements in (0, 1, 3, 4, 5, 15, 16, 17, 31, 33, 63, 64, 65, 66, 67, 127, 128, 129, 191, 640, 1001):
-        check(*inputs(elements, dtype=dtype), p)
+        check(*of_dtypes(elements, dtypes), p)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_large_and_odd(dtype):
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_large_and_odd(dtypes):
     """Pieces for several threads, the last of them not full."""
-    check(*inputs(1_000_003, dtype=dtype), 0.1)
+    check(*of_dtypes(1_000_003, dtypes), 0.1)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_results_larger_than_the_caches(dtype):
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_results_larger_than_the_caches(dtypes):
     """They are written past them, but for the last group."""
-    item = torch.empty((), dtype=dtype).element_size()
-    check(*inputs(PAST_CACHES // item + 67, dtype=dtype), 0.1)
+    item = torch.empty((), dtype=dtypes[0]).element_size()
+    check(*of_dtypes(PAST_CACHES // item + 67, dtypes), 0.1)
 
 
 @pytest.mark.parametrize("elements", [67, 70_000])
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_any_alignment(dtype, elements):
+@pytest.mark.parametrize("dtypes", DTYPES)
+def test_any_alignment(dtypes, elements):
     for offset in (1, 2, 3, 5, 7):
-        x, y = (z.detach() for z in inputs(elements + 7, dtype=dtype))
+        x, y = (z.detach() for z in of_dtypes(elements + 7, dtypes))
         check(x[offset:][:elements].requires_grad_(), y[7 - offset :][:elements].requires_grad_(), 0.1)
 
 
@@ -107,11 +112,11 @@ def test_what_lies_behind_is_not_touched():
     assert out.numel() == 67 and all(torch.equal(m, torch.arange(200.0)) for m in memory)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtypes", DTYPES)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_so(value, dtype):
+def test_what_is_not_finite_stays_so(value, dtypes):
     """In dropped elements too, as in torch's dropout: an overflow must not go on as if nothing were."""
-    x, y = (z.detach() for z in inputs(130, dtype=dtype))
+    x, y = (z.detach() for z in of_dtypes(130, dtypes))
     y[::3] = value
     ours, expected = (dropout_add(x, y, 0.5, 3, name) for name in ("cpu", "reference"))
     torch.testing.assert_close(ours, expected, rtol=0, atol=0, equal_nan=True)
@@ -145,9 +150,12 @@ def test_wrong_types_reach_no_memory():
     x, seed = torch.ones(4, 4), torch.tensor(1)
     with pytest.raises(RuntimeError, match="float32, float64 and bfloat16"):
         forward(x.half(), x.half(), 0.1, seed)
-    for bad in (x.double(), x[:3], x[:, :3].contiguous()):
-        with pytest.raises(RuntimeError, match="of one shape and dtype"):
+    for bad in (x[:3], x[:, :3].contiguous()):
+        with pytest.raises(RuntimeError, match="of one shape"):
             forward(bad, x, 0.1, seed)
+    for dtypes in ((torch.float64, torch.float32), (torch.bfloat16, torch.float32), (torch.float64, torch.bfloat16)):
+        with pytest.raises(RuntimeError, match="of one dtype, or a float32 x and a bfloat16 y"):
+            forward(x.to(dtypes[0]), x.to(dtypes[1]), 0.1, seed)
     for call in ((x.T[:2], x[:2]), (x[:2], x.T[:2])):
         with pytest.raises(RuntimeError, match="takes contiguous tensors"):
             forward(*call, 0.1, seed)
@@ -159,7 +167,8 @@ def test_wrong_types_reach_no_memory():
     for bad in (torch.tensor(1.0), torch.tensor(1, dtype=torch.int32), torch.tensor([1, 2])):
         with pytest.raises(RuntimeError, match="one int64 as seed"):
             backward(x, 0.1, bad, x.dtype)
-    with pytest.raises(RuntimeError, match="of y's dtype"):
-        backward(x, 0.1, seed, torch.bfloat16)
+    for dtype in (torch.float64, torch.float16, torch.int32):
+        with pytest.raises(RuntimeError, match="of one dtype, or a float32 x and a bfloat16 y"):
+            backward(x, 0.1, seed, dtype)
     with pytest.raises(RuntimeError, match="dense and on a cpu device"):
         forward(x.to_sparse(), x.to_sparse(), 0.1, seed)

@@ -136,8 +136,8 @@ CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
 
 def _why_not_cpu(x, y, p, seed) -> list[str]:
     reasons = backends.why_not_library(x, "cpu", CPU_DTYPES)
-    if x.dtype != y.dtype:
-        reasons.append(f"x of {x.dtype} and y of {y.dtype}, it takes one dtype")
+    if x.dtype != y.dtype and (x.dtype, y.dtype) != (torch.float32, torch.bfloat16):
+        reasons.append(f"x of {x.dtype} and y of {y.dtype}, it takes one dtype or, as autocast has them, float32 and bfloat16")
     return reasons
 
 
