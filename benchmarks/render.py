@@ -210,14 +210,14 @@ def cpu_train_step(results: Results) -> list[list[str]]:
     if result is None:
         return [["training step", NOT_YET, NOT_YET, NOT_YET, ""]]
     key, rows = "videos_per_s", []
-    for preset in dict.fromkeys(row["preset"] for row in result["rows"]):
-        ours, compiled, *peers = (step(results, CPU, impl, preset) for impl in IMPLS)
+    for preset, dtype in dict.fromkeys((row["preset"], row["dtype"]) for row in result["rows"]):
+        ours, compiled, *peers = (step(results, CPU, impl, preset, dtype) for impl in IMPLS)
         text = cell(ours, key, " videos/s") + (f", compiled {cell(compiled, key)}" if compiled else "")
-        best = one(best_step(results, CPU, preset))
+        best = one(best_step(results, CPU, preset, dtype))
         cells = [
             against(best, one(peer), key, " videos/s", how) for peer, how in zip(peers, ("eager", "compiled"), strict=True)
         ]
-        rows.append([f"training step, {preset}", text, *cells, ""])
+        rows.append([f"training step, {preset}, {dtype}", text, *cells, ""])
     return rows
 
 
@@ -240,22 +240,22 @@ def cpu_layouts(results: Results) -> list[list[str]]:
 IMPLS = ("ours", "ours compiled", "naive eager", "naive compiled")
 
 
-def step(results: Results, device: str, impl: str, preset: str) -> Row | None:
+def step(results: Results, device: str, impl: str, preset: str, dtype: str) -> Row | None:
     """A preset that did not fit in the time is as one that was not measured."""
-    result = results.load(device, "train_step")
-    rows = result["rows"] if result else []
-    return next((row for row in rows if (row["impl"], row.get("preset")) == (impl, preset) and row.get("videos_per_s")), None)
+    wanted, result = (impl, preset, dtype), results.load(device, "train_step")
+    rows = [row for row in (result["rows"] if result else []) if row.get("videos_per_s")]
+    return next((row for row in rows if (row["impl"], row.get("preset"), row["dtype"]) == wanted), None)
 
 
-def best_step(results: Results, device: str, preset: str) -> Row | None:
+def best_step(results: Results, device: str, preset: str, dtype: str) -> Row | None:
     """The faster of ours."""
-    found = [row for row in (step(results, device, impl, preset) for impl in IMPLS[:2]) if row]
+    found = [row for row in (step(results, device, impl, preset, dtype) for impl in IMPLS[:2]) if row]
     return max(found, key=lambda row: row["videos_per_s"], default=None)
 
 
 def gpu(results: Results) -> list[str]:
     def best(preset: str) -> Row | None:
-        return best_step(results, H100, preset)
+        return best_step(results, H100, preset, "bfloat16")
 
     def value(key: str, row: Row | None) -> float | None:
         return row and row.get(key)
@@ -270,8 +270,8 @@ def gpu(results: Results) -> list[str]:
         return goal(text, measured, lambda x: x >= least, show)
 
     speed, percent = "videos_per_s", "{:.1%}".format
-    small, eager = best("small 5x128"), step(results, H100, "naive eager", "small 5x128")
-    compiled = step(results, H100, "naive compiled", "small 5x128")
+    small = best("small 5x128")
+    eager, compiled = (step(results, H100, f"naive {how}", "small 5x128", "bfloat16") for how in ("eager", "compiled"))
     rows = [
         ["Small, 5 frames of 128 px, videos/s", *at_least("≥ 1,000", value(speed, small), 1000, number), "32.0"],
         ["against the straightforward model, eager", *factor(3.0, ratio(value(speed, small), value(speed, eager))), ""],
@@ -341,24 +341,27 @@ def small_ops_cpu(results: Results) -> list[str]:
 
 
 def train_step_cpu(results: Results) -> list[str]:
-    impls = ("ours", "naive eager")
-    ours, naive = (step(results, CPU, impl, "small 5x128") for impl in impls)
+    impls, dtypes = ("ours", "naive eager"), ("float32", "bfloat16")
     columns = {
-        "ms a step": ("ms", 1.0, ">", "≥ 1.3× as fast", lambda x: x >= 1.3),
-        "videos/s": ("videos_per_s", 1.0, "", "", None),
-        "of the measured matrix peak, %": ("matrix_peak_share", 100.0, "", "", None),
-        "peak memory beyond weights and optimizer, MiB": ("peak_bytes", 2**-20, ">", "≤ 1/2", lambda x: x >= 2),
-        "waits for the device a micro-step": ("syncs", 1.0, "", "0", None),
-        "of the time waiting for data, %": ("data_wait_share", 100.0, "", "< 1", None),
+        "ms a step": ("ms", 1.0, "≥ 1.3× as fast", lambda x: x >= 1.3),
+        "videos/s": ("videos_per_s", 1.0, "", None),
+        "of the measured matrix peak, %": ("matrix_peak_share", 100.0, "", None),
+        "peak memory beyond weights and optimizer, MiB": ("peak_bytes", 2**-20, "≤ 1/2", lambda x: x >= 2),
+        "waits for the device a micro-step": ("syncs", 1.0, "0", None),
+        "of the time waiting for data, %": ("data_wait_share", 100.0, "< 1", None),
     }
     lines = []
-    for title, (key, scale, better, wanted, met) in columns.items():
-        cells = [NOT_YET if row is None or row[key] is None else number(scale * row[key]) for row in (ours, naive)]
-        ratio = naive[key] / ours[key] if better and NOT_YET not in cells else None
-        shown = "" if ratio is None else f"{ratio:.2f}×" + ("" if met(ratio) else ", missed")
-        lines.append([title, *cells, shown, wanted])
-    head = ["", *impls, "naive / ours", "goal"]
-    return [*table(head, lines), "", machines(results, CPU, ["train_step"])]
+    for title, (key, scale, wanted, met) in columns.items():
+        line = [title]
+        for dtype in dtypes:
+            pair = [step(results, CPU, impl, "small 5x128", dtype) for impl in impls]
+            cells = [NOT_YET if row is None or row[key] is None else number(scale * row[key]) for row in pair]
+            ratio = pair[1][key] / pair[0][key] if met and NOT_YET not in cells else None
+            missed = dtype == "float32" and ratio is not None and not met(ratio)
+            line += [*cells, "" if ratio is None else f"{ratio:.2f}×" + ", missed" * missed]
+        lines.append([*line, wanted])
+    titles = [f"{title}, {dtype}" for dtype in dtypes for title in (*impls, "naive / ours")]
+    return [*table(["", *titles, "goal, float32"], lines), "", machines(results, CPU, ["train_step"])]
 
 
 def layouts_cpu(results: Results) -> list[str]:
@@ -388,14 +391,15 @@ def dropout_add_cpu(results: Results) -> list[str]:
     result = results.load(CPU, "dropout_add")
     names = {"ours": "ours", "ours:torch": "torch's, eager", "torch compiled": "torch's, compiled"}
     names |= {"reference eager": "reference, eager", "reference compiled": "reference, compiled"}
-    shape = result and result["rows"][0]["shape"]
     lines = []
-    for impl, title in names.items():
-        rows = [
-            one(results.row(CPU, "dropout_add", impl=impl, shape=shape, pass_=which)) if shape else None
-            for which in ("forward", "backward", BOTH)
-        ]
-        lines.append([title, *(cell(row, unit="") for row in rows), cell(rows[-1], "peak_bytes", "", 2**-20)])
+    for shape in dict.fromkeys(row["shape"] for row in result["rows"]) if result else [""]:
+        for impl, title in names.items():
+            rows = [
+                one(results.row(CPU, "dropout_add", impl=impl, shape=shape, pass_=which)) if shape else None
+                for which in ("forward", "backward", BOTH)
+            ]
+            title += ", of a bfloat16 y" * (" x=" in shape)
+            lines.append([title, *(cell(row, unit="") for row in rows), cell(rows[-1], "peak_bytes", "", 2**-20)])
     head = ["ms", "forward", "backward", "both", "MiB above the inputs"]
     return [*table(head, lines), "", machines(results, CPU, ["dropout_add"])]
 

@@ -12,9 +12,9 @@ waits for its loader, naive makes them on the spot (its copy to the device, whic
 
 On a GPU: bfloat16 autocast, 128 videos a step or, where they do not fit, 64 or 32, found for each side by an eager step; rows
 in order of importance until --budget is spent; a step's time is that from the end of the one before to its own, on the device.
-On a CPU: float32, 4 videos, Small at 5×128, ours and naive eager (--presets and --impls ask for more; what must be compiled
-needs minutes for it). There the implementations' steps take turns, so that what else the machine does hits all of them, and
-the last lines compare them.
+On a CPU: 4 videos, Small at 5×128, ours and naive eager (--presets and --impls ask for more; what must be compiled needs
+minutes for it), in float32 and, where the processor multiplies matrices of it faster, under bfloat16 autocast. There the
+implementations' steps take turns, so that what else the machine does hits all of them, and the last lines compare them.
 
     python benchmarks/train_step.py [--presets 'small 5x128'] [--impls 'ours compiled'] [--graphs] [--videos 128] [--quick]
 """
@@ -80,7 +80,8 @@ GPU_ORDER = [  # what to measure, the most important first
 GPU_VIDEOS, CPU_VIDEOS, QUICK_VIDEOS = (128, 64, 32), (4,), (2,)
 CPU_DEFAULT = ("small 5x128",), ("ours", "naive eager")
 CPU_STEPS, GPU_STEPS, GPU_SECONDS, GPU_WARM_UP = 5, (5, 50), 3.0, 3
-SPEED_GOAL, MEMORY_GOAL = 1.3, 0.5  # on a CPU
+SPEED_GOAL, MEMORY_GOAL = 1.3, 0.5  # on a CPU, in float32
+FASTER_PEAK = 1.5  # times float32's: processors without such instructions come to half of it, those with them to two and more
 OUT_OF_MEMORY = "OutOfMemoryError"
 OWN_KEYS = (
     *("preset", "videos", "videos_per_s", "matrix_peak_share", "peak_bytes_per_video", "syncs", "data_wait_share"),
@@ -132,9 +133,23 @@ class StepBenchmark(Benchmark):
 
     def __init__(self, options: argparse.Namespace):
         super().__init__("train_step", options, budget=150.0, skip_ours=True)
-        self.peak_tflop_per_s = harness.matrix_peak(self.device, self.dtype, self.quick)
+        self.peaks: dict[torch.dtype, float] = {}
+        self.peak(self.dtype)  # while nothing else is in memory
         self.fits: dict[tuple[str, str], int] = {}  # (preset, side) → videos that fit in an eager step
-        print(f"matrix peak {self.peak_tflop_per_s:.3g} TFLOP/s in {harness.name(self.dtype)}")
+
+    def peak(self, dtype: torch.dtype) -> float:
+        """TFLOP/s of a large product, measured once."""
+        if dtype not in self.peaks:
+            self.peaks[dtype] = harness.matrix_peak(self.device, dtype, self.quick)
+            print(f"matrix peak {self.peaks[dtype]:.3g} TFLOP/s in {harness.name(dtype)}")
+        return self.peaks[dtype]
+
+    def dtypes(self, asked: str | None) -> list[torch.dtype]:
+        """What to measure in: what was asked for, or on a CPU bfloat16, too, where its products are clearly faster."""
+        if asked or self.on_gpu or self.quick or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return [self.dtype]
+        faster = self.peak(torch.bfloat16) > FASTER_PEAK * self.peak(self.dtype)
+        return [self.dtype, torch.bfloat16] if faster else [self.dtype]
 
     def blank(self, case, impl, status, note, error=None, which=None) -> list[dict]:
         return [dict.fromkeys(OWN_KEYS) | row for row in super().blank(case, impl, status, note, error, which)]
@@ -262,30 +277,32 @@ def release() -> None:
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def run(bench: StepBenchmark, stores: Stores, name: str, impls: tuple[str, ...], sizes: tuple[int, ...]) -> None:
+def run(
+    bench: StepBenchmark, stores: Stores, name: str, impls: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype
+) -> None:
     """Rows of a preset, with as many of `sizes` videos a step as fit."""
     preset = PRESETS[name]
     if bench.quick:
         preset = dataclasses.replace(preset, model=dataclasses.replace(preset.model, **TINY))
-    make_cell = partial(Cell, bench, stores, preset.model)
+    make_cell = partial(Cell, bench, stores, preset.model, dtype=dtype)
     for group in [(impl,) for impl in impls] if bench.on_gpu else [impls]:
         tried = sizes
         if bench.on_gpu and len(sizes) > 1 and bench.left() > bench.eager_seconds:
             tried = bench.fitting(name, group[0], make_cell, sizes)
         for videos in tried:
             cell = make_cell(videos)
-            case = Case("training step", f"{name} videos={videos}", bench.dtype, (), cell.check, ("step",))
-            rows = bench.race(case, [implementation(cell, impl, bench.dtype) for impl in group])
+            case = Case("training step", f"{name} videos={videos}", dtype, (), cell.check, ("step",))
+            rows = bench.race(case, [implementation(cell, impl, dtype) for impl in group])
             release()
             if not any((row["note"] or "").startswith(OUT_OF_MEMORY) for row in rows):
                 break
         for row in rows:
-            complete(row, bench, name, preset, videos)
+            complete(row, bench.peak(dtype), name, preset, videos)
             if videos < sizes[0] and row["status"] == "ok":
                 row["note"] = "; ".join(filter(None, [row["note"], f"{videos} videos a step, more do not fit"]))
         bench.rows += rows
         bench.save()
-        print("\n".join(harness.line(row) + f"  [{name}]" for row in rows), flush=True)
+        print("\n".join(harness.line(row) + f"  [{name}, {harness.name(dtype)}]" for row in rows), flush=True)
 
 
 def implementation(cell: Cell, name: str, dtype: torch.dtype) -> Impl:
@@ -297,7 +314,7 @@ def implementation(cell: Cell, name: str, dtype: torch.dtype) -> Impl:
     return Impl(name, build, ours=side == "ours", required=side == "ours" and not graphs, **options)
 
 
-def complete(row: dict, bench: StepBenchmark, name: str, preset: Preset, videos: int) -> None:
+def complete(row: dict, peak_tflop_per_s: float, name: str, preset: Preset, videos: int) -> None:
     """What follows from the time and the preset."""
     config = preset.model
     row |= {"preset": name, "videos": videos, "paper_videos_per_s": preset.paper}
@@ -307,7 +324,7 @@ def complete(row: dict, bench: StepBenchmark, name: str, preset: Preset, videos:
         needed = operations(config, videos, expected_block_ratio(config.grid, blocks_for_ratio(config.grid)))
         row["videos_per_s"] = 1e3 * videos / row["ms"]
         row["tflop_per_s"] = needed / row["ms"] / 1e9
-        row["matrix_peak_share"] = row["tflop_per_s"] / bench.peak_tflop_per_s
+        row["matrix_peak_share"] = row["tflop_per_s"] / peak_tflop_per_s
 
 
 TITLES = {  # key → (title, how to write it)
@@ -324,25 +341,27 @@ TITLES = {  # key → (title, how to write it)
 
 
 def summary(rows: list[dict]) -> None:
-    print(f"\n{'':18} {'':15}" + " ".join(f"{title:>9}" for title, _ in TITLES.values()))
+    print(f"\n{'':18} {'':9} {'':15}" + " ".join(f"{title:>9}" for title, _ in TITLES.values()))
     for row in rows:
         cells = ["-" if row[key] is None else write(row[key]) for key, (_, write) in TITLES.items()]
         note = (f"   {row['status']}: " if row["status"] != "ok" else "   ") + (row["note"] or "")
-        print(f"{row['preset']:18} {row['impl']:15}{' '.join(f'{cell:>9}' for cell in cells)}{note}".rstrip())
+        names = f"{row['preset']:18} {row['dtype']:9} {row['impl']:15}"
+        print(f"{names}{' '.join(f'{cell:>9}' for cell in cells)}{note}".rstrip())
 
 
 def comparison(rows: list[dict]) -> list[str]:
-    """Ours against naive eager, a line a preset."""
-    timed = {(row["preset"], row["impl"]): row for row in rows if row["ms"] is not None}
+    """Ours against naive eager, a line a preset and dtype."""
+    timed = {(row["preset"], row["dtype"], row["impl"]): row for row in rows if row["ms"] is not None}
     lines = []
-    for preset in dict.fromkeys(row["preset"] for row in rows):
-        ours, eager = timed.get((preset, "ours")), timed.get((preset, "naive eager"))
+    for preset, dtype in dict.fromkeys((row["preset"], row["dtype"]) for row in rows):
+        ours, eager = timed.get((preset, dtype, "ours")), timed.get((preset, dtype, "naive eager"))
         if ours and eager:
             speed = ours["videos_per_s"] / eager["videos_per_s"]
             memory = ours["peak_bytes_per_video"] / eager["peak_bytes_per_video"]
+            goals = (f" (goal ≥ {SPEED_GOAL})", f" (goal ≤ {MEMORY_GOAL})") if dtype == "float32" else ("", "")
             lines.append(
-                f"{preset}: ours is {speed:.2f} times as fast as naive eager (goal ≥ {SPEED_GOAL}) "
-                f"with {memory:.2f} of its peak memory (goal ≤ {MEMORY_GOAL})"
+                f"{preset}, {dtype}: ours is {speed:.2f} times as fast as naive eager{goals[0]} "
+                f"with {memory:.2f} of its peak memory{goals[1]}"
             )
     return lines
 
@@ -376,8 +395,9 @@ def main(argv: list[str] | None = None) -> int:
     print(harness.header(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         stores = Stores(Path(folder))
-        for preset, impls in plan(options):
-            run(bench, stores, preset, impls, sizes)
+        for dtype in bench.dtypes(options.dtype):
+            for preset, impls in plan(options):
+                run(bench, stores, preset, impls, sizes, dtype)
     summary(bench.rows)
     if not bench.on_gpu:
         print("\n".join(["", *comparison(bench.rows)]))

@@ -203,11 +203,12 @@ class Naive(Trained):
 class Cell:
     """One model configuration on some videos a step: data, weights and both ways to train them."""
 
-    def __init__(self, bench: Benchmark, stores: Stores, config: ModelConfig, videos: int):
+    def __init__(self, bench: Benchmark, stores: Stores, config: ModelConfig, videos: int, dtype: torch.dtype | None = None):
+        dtype = dtype or bench.dtype
         self.config, self.device = config, bench.device
         if bench.on_gpu:
             self.device = torch.device("cuda", torch.cuda.current_device())
-        self.autocast = None if bench.dtype == torch.float32 else bench.dtype
+        self.autocast = None if dtype == torch.float32 else dtype
         self.store = stores.of(config.grid[1], config.vocab_size)
         self.train = TrainConfig(
             data=str(self.store.folder),
@@ -216,7 +217,7 @@ class Cell:
             steps=STEPS,
             batch_size=videos,
             contrastive_videos=videos,
-            precision=PRECISIONS[bench.dtype],
+            precision=PRECISIONS[dtype],
         )
         torch.manual_seed(0)
         self.weights = PretrainModel(config).state_dict()

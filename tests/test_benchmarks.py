@@ -44,7 +44,8 @@ def test_script(script, tmp_path):
     assert rows and all(row.keys() >= ROW_KEYS for row in rows)
     ours = [row for row in rows if row["impl"] == "ours"]
     assert ours and all(row["ms_p20"] <= row["ms"] <= row["ms_p80"] and row["peak_bytes"] > 0 for row in ours)
-    assert all(row["error"] <= 1e-4 and row["status"] == "ok" for row in ours)
+    bounds = {"bfloat16": 2**-8}  # a result's rounding
+    assert all(row["error"] <= bounds.get(row["dtype"], 1e-4) and row["status"] == "ok" for row in ours)
     assert all(row["note"] for row in rows if row["ms"] is None)
     for impl, module in SCRIPTS[script].items():
         found = [row for row in rows if row["impl"] == impl]

@@ -183,8 +183,8 @@ def test_wrong_weights_are_noticed(cell, side):
 # --- rows -------------------------------------------------------------------------------------------------------------
 
 
-def measured(bench, stores, impls=("ours", "naive eager"), name="small 5x128"):
-    train_step.run(bench, stores, name, impls, (VIDEOS,))
+def measured(bench, stores, impls=("ours", "naive eager"), name="small 5x128", dtype=torch.float32):
+    train_step.run(bench, stores, name, impls, (VIDEOS,), dtype)
     return {row["impl"]: row for row in bench.rows}
 
 
@@ -197,7 +197,7 @@ def test_rows(bench, stores, capsys):
         assert row["videos"] == VIDEOS and row["paper_videos_per_s"] == 32.0
         assert row["ms_p20"] <= row["ms"] <= row["ms_p80"]
         assert row["videos_per_s"] == pytest.approx(1e3 * VIDEOS / row["ms"])
-        assert row["matrix_peak_share"] == pytest.approx(row["tflop_per_s"] / bench.peak_tflop_per_s)
+        assert row["matrix_peak_share"] == pytest.approx(row["tflop_per_s"] / bench.peaks[torch.float32])
         assert row["peak_bytes_per_video"] * VIDEOS == row["peak_bytes"] > 0
         assert 0 < row["data_wait_share"] < 1 and row["error"] < 1e-5
     needed = {impl: row["tflop_per_s"] * row["ms"] for impl, row in rows.items()}
@@ -207,7 +207,33 @@ def test_rows(bench, stores, capsys):
     printed = capsys.readouterr().out
     assert "naive eager" in printed and "32.0" in printed
     (line,) = train_step.comparison(bench.rows)
-    assert f"{rows['naive eager']['ms'] / rows['ours']['ms']:.2f} times as fast" in line
+    assert f"{rows['naive eager']['ms'] / rows['ours']['ms']:.2f} times as fast" in line and "goal" in line
+
+
+def test_rows_in_bfloat16(bench, stores):
+    """Beside those in float32: of their own dtype, precision, bound and peak."""
+    before, after = measured(bench, stores), measured(bench, stores, dtype=torch.bfloat16)
+    assert [row["dtype"] for row in bench.rows] == ["float32"] * 2 + ["bfloat16"] * 2
+    for impl, row in after.items():
+        assert row["status"] == "ok" and 10 * before[impl]["error"] < row["error"] < training.BOUNDS[torch.bfloat16]
+        assert row["matrix_peak_share"] == pytest.approx(row["tflop_per_s"] / bench.peaks[torch.bfloat16])
+    single, half = train_step.comparison(bench.rows)
+    assert "float32: ours is" in single and "bfloat16: ours is" in half and "goal" not in half
+
+
+def test_bfloat16_where_its_products_are_faster(bench, monkeypatch):
+    """Not where they are not, nor where another dtype was asked for, nor in a quick run."""
+    peaks, bench.quick = {torch.float32: 1.0, torch.bfloat16: 2.0}, False
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(bench, "peaks", peaks)
+    assert bench.dtypes(None) == [torch.float32, torch.bfloat16] and bench.dtypes("float32") == [torch.float32]
+    peaks[torch.bfloat16] = 1.2
+    assert bench.dtypes(None) == [torch.float32]
+    peaks[torch.bfloat16], bench.quick = 2.0, True
+    assert bench.dtypes(None) == [torch.float32]
+    bench.quick = False
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    assert bench.dtypes(None) == [torch.float32]
 
 
 def test_steps_take_turns(bench, stores, monkeypatch):
@@ -299,7 +325,7 @@ def test_a_size_that_does_not_fit_after_all(bench, stores, monkeypatch):
     """On a GPU a compiled step may need more than the eager one that the size was found with."""
     bench.on_gpu, bench.device = True, torch.device("cpu")
     monkeypatch.setattr(
-        train_step, "Cell", lambda bench, stores, config, videos: type("Cell", (), {"ours": print, "check": print})
+        train_step, "Cell", lambda bench, stores, config, videos, dtype: type("Cell", (), {"ours": print, "check": print})
     )
     monkeypatch.setattr(bench, "fitting", lambda preset, impl, make_cell, sizes: sizes[1:])
     tried = []
@@ -311,7 +337,7 @@ def test_a_size_that_does_not_fit_after_all(bench, stores, monkeypatch):
         return [bench.blank(case, impls[0], "ok", "")[0] | {"ms": 10.0}]
 
     monkeypatch.setattr(bench, "race", race)
-    train_step.run(bench, stores, "small 5x128", ("ours compiled", "ours"), (128, 64, 32))
+    train_step.run(bench, stores, "small 5x128", ("ours compiled", "ours"), (128, 64, 32), torch.float32)
     assert tried == [(f"small 5x128 videos={n}", [impl]) for impl in ("ours compiled", "ours") for n in (64, 32)]
     assert [(row["videos"], row["videos_per_s"], row["note"]) for row in bench.rows] == [
         (32, pytest.approx(3200), "32 videos a step, more do not fit")
