@@ -234,9 +234,10 @@ def test_dropout_alone_is_the_sum_with_zeros(backend, dtype):
 
 
 @needs_cpu
-def test_higher_derivatives():
+@pytest.mark.parametrize("dtype, error", [(SINGLE, 1e-5), (BRAIN, 2**-6)])  # a dozen roundings of products; of y's gradients
+def test_higher_derivatives(dtype, error):
     """The op is linear: its gradient's gradient is the op once more."""
-    x, y = inputs(10)
+    x, y = inputs(10)[0], inputs(10, dtype=dtype)[1]
     found = []
     for backend in ("cpu", "reference"):
         out = dropout_add(x, y, 0.3, 5, backend)
@@ -246,7 +247,7 @@ def test_higher_derivatives():
     for got, expected in zip(*found, strict=True):
         largest = float(expected.abs().max())
         assert largest > 0
-        assert_close(got, expected, rtol=1e-5, atol=1e-5 * largest)  # a dozen roundings of products, one of them a sum's
+        assert_close(got, expected, rtol=error, atol=error * largest)
 
 
 @pytest.mark.parametrize("backend", EVERY)
@@ -261,12 +262,12 @@ def test_autocast_rounds_nothing(backend):
 
 
 @needs_cpu
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtypes", [(SINGLE, SINGLE), (torch.float64,) * 2, (BRAIN, BRAIN), (SINGLE, BRAIN)])
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 13, 3)])
-def test_opcheck(shape, dtype):
-    x, y = (z.detach() for z in inputs(*shape, dtype=dtype))
+def test_opcheck(shape, dtypes):
+    x, y = (z.detach().to(dtype) for z, dtype in zip(inputs(*shape), dtypes, strict=True))
     torch.library.opcheck(backends.overload("dropout_add", "cpu"), (x, y, 0.3, torch.tensor(7)))
-    torch.library.opcheck(backends.overload("dropout_add_backward", "cpu"), (x, 0.3, torch.tensor(7), dtype))
+    torch.library.opcheck(backends.overload("dropout_add_backward", "cpu"), (x, 0.3, torch.tensor(7), y.dtype))
 
 
 @pytest.mark.parametrize(
