@@ -426,7 +426,8 @@ def compiled(kernel, architecture, dtype, d, allow_tf32=False, group=False):
     options = kernels.options(launch, d) | {"TF32": allow_tf32}
     if kernel == "_backward":
         options |= {"BD": kernels.block(d, launch.width), "GROUP": group}
-    tune = {name: options.pop(name) for name in ("num_warps", "num_stages", "enable_fp_fusion")}
+    tunable = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
+    tune = {name: options.pop(name) for name in tunable & options.keys()}
     integers = ("N", "rows", "offset", "splits", "begin", "end")
     types = {name: "*fp32" for name in function.arg_names} | dict.fromkeys(integers, "i32")
     types |= {"features": "*bf16" if dtype == torch.bfloat16 else "*fp32", "scale": "fp32"}
