@@ -146,7 +146,7 @@ class StepBenchmark(Benchmark):
 
     def dtypes(self, asked: str | None) -> list[torch.dtype]:
         """What to measure in: what was asked for, or on a CPU bfloat16, too, where its products are clearly faster."""
-        if asked or self.on_gpu or self.quick or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        if asked or self.on_gpu or self.quick or "AVX512" not in torch.backends.cpu.get_cpu_capability():
             return [self.dtype]
         faster = self.peak(torch.bfloat16) > FASTER_PEAK * self.peak(self.dtype)
         return [self.dtype, torch.bfloat16] if faster else [self.dtype]

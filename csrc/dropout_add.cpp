@@ -20,17 +20,17 @@ using torch::stable::Tensor;
 
 constexpr int64_t GRAIN = 512;  // groups that are worth a thread
 
-// From y, or the upstream gradient, to a result of a dtype.
-Kernels::Run kernel_of(ScalarType from, ScalarType to) {
+// From y, or without a sum the upstream gradient, to a result of a dtype.
+Kernels::Run kernel_of(ScalarType from, ScalarType to, bool adds) {
   const Kernels& kernels = dropout_add_kernels();
   if (from == ScalarType::BFloat16 && to == ScalarType::Float) return kernels.widening;
-  if (from == ScalarType::Float && to == ScalarType::BFloat16) return kernels.narrowing;
+  if (from == ScalarType::Float && to == ScalarType::BFloat16 && !adds) return kernels.narrowing;
   STD_TORCH_CHECK(from == to, "dropout_add.cpu takes x and y of one dtype, or a float32 x and a bfloat16 y");
   return of_dtype(kernels, from, "dropout_add.cpu");
 }
 
 Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed, ScalarType dtype) {
-  const Kernels::Run kernel = kernel_of(y.scalar_type(), dtype);
+  const Kernels::Run kernel = kernel_of(y.scalar_type(), dtype, x != nullptr);
   STD_TORCH_CHECK(y.is_contiguous() && (!x || x->is_contiguous()), "dropout_add.cpu takes contiguous tensors");
   STD_TORCH_CHECK(!x || x->numel() == y.numel(), "dropout_add.cpu takes x and y of one shape");
   STD_TORCH_CHECK(p >= 0 && p < 1, "dropout_add.cpu takes p in [0, 1), got ", p);
@@ -53,8 +53,6 @@ Tensor run(const Tensor* x, const Tensor& y, double p, const Tensor& seed, Scala
 }
 
 Tensor forward(const Tensor& x, const Tensor& y, double p, const Tensor& seed) {
-  STD_TORCH_CHECK(x.scalar_type() == y.scalar_type() || y.scalar_type() == ScalarType::BFloat16,
-                  "dropout_add.cpu takes x and y of one dtype, or a float32 x and a bfloat16 y");
   return run(&x, y, p, seed, x.scalar_type());
 }
 

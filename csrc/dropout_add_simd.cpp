@@ -89,7 +89,8 @@ void run(const Call& call, int64_t begin, int64_t end) {
 
 }  // namespace
 
-const Kernels dropout_add_kernels = {run<float, float>, run<double, double>, run<BFloat16, BFloat16>,  //
-                                     run<BFloat16, float>, run<float, BFloat16>};
+const Kernels dropout_add_kernels = {
+    run<float, float>, run<double, double>, run<BFloat16, BFloat16>, run<BFloat16, float>, run<float, BFloat16>,
+};
 
 }  // namespace vimpac::dropout_add::VIMPAC_ISA

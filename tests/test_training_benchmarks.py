@@ -224,7 +224,7 @@ def test_rows_in_bfloat16(bench, stores):
 def test_bfloat16_where_its_products_are_faster(bench, monkeypatch):
     """Not where they are not, nor where another dtype was asked for, nor in a quick run."""
     peaks, bench.quick = {torch.float32: 1.0, torch.bfloat16: 2.0}, False
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     monkeypatch.setattr(bench, "peaks", peaks)
     assert bench.dtypes(None) == [torch.float32, torch.bfloat16] and bench.dtypes("float32") == [torch.float32]
     peaks[torch.bfloat16] = 1.2
@@ -232,7 +232,7 @@ def test_bfloat16_where_its_products_are_faster(bench, monkeypatch):
     peaks[torch.bfloat16], bench.quick = 2.0, True
     assert bench.dtypes(None) == [torch.float32]
     bench.quick = False
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
     assert bench.dtypes(None) == [torch.float32]
 
 

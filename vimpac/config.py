@@ -204,7 +204,7 @@ class TrainConfig:
     """Largest distance of a video's two clips in seconds (Table 10); None = anywhere."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32. (CPUs with AMX or AVX-512 BF16 are faster in bf16, too.)"""
+    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32. (A CPU with AMX is faster in bf16, too.)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of embedding, layers and token head; auto = on a CUDA device that can."""
     graphs: bool = False
