@@ -688,7 +688,7 @@ def launch_shape(forward, axes, grid, width, itemsize):
     multiprocessor has room for 8 to 16 warps, too few to hide one another's loads: with three stages the next two blocks' are
     under way. Forward a warp holds 1024 elements of a block, backward 512, and longer blocks have fewer stages: with more,
     some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it
-    where that was seen. float32 takes four times the registers: even with more warps backward spills 100 to 260 bytes.
+    where that was seen. float32 takes four times the registers: even with more warps backward spills 96 to 264 bytes.
     """
     rows = max(16, triton.next_power_of_2(max(grid[axis] for axis in axes)))
     elements = rows * width
