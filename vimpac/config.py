@@ -45,7 +45,7 @@ class SynthesizeConfig:
     size: int = 96
     """Side of the square frames in pixels, even."""
     seed: int = 0
-    """Seed of everything drawn, 0 or more: the same seed writes the same frames."""
+    """Seed of everything drawn, 0 or more: the same seed draws the same frames (H.264 encoders may round them otherwise)."""
 
 
 @dataclass(frozen=True)
