@@ -45,6 +45,21 @@ def test_a_body_that_raises_leaves_the_old_file(tmp_path):
     assert (tmp_path / "file").read_text() == "old" and list(tmp_path.iterdir()) == [tmp_path / "file"]
 
 
+@pytest.mark.parametrize("dangling", [False, True])
+def test_a_planted_link_is_not_followed(tmp_path, dangling):
+    target = tmp_path / "target"
+    if not dangling:
+        target.write_text("precious")
+    (tmp_path / ("file" + TEMPORARY)).symlink_to(target)
+    write_text(tmp_path / "file", "new")
+    assert (tmp_path / "file").read_text() == "new" and not (tmp_path / "file").is_symlink()
+    assert not target.exists() if dangling else target.read_text() == "precious"
+    (tmp_path / LOCK).symlink_to(target)
+    with pytest.raises(InputError, match=r"\.lock is a link, .* remove it"), locked(tmp_path, "taken"):
+        pass
+    assert not target.exists() if dangling else target.read_text() == "precious"
+
+
 HOLDER = """
 import sys, time
 from pathlib import Path

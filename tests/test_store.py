@@ -2,13 +2,18 @@
 
 import json
 import multiprocessing
+import os
 import pickle
+import resource
 import threading
 import tracemalloc
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
 
+from runs import files_of_at_most
+from vimpac.atomic import TEMPORARY
 from vimpac.data import store as store_module
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, check_shards, finish_store
 from vimpac.data.video import View
@@ -205,6 +210,109 @@ def test_writer_refuses_a_video_twice(folder):
 
 def first_shard(folder):
     return sorted(folder.glob("*.bin"))[0]
+
+
+def many_frames(count=40):
+    return np.random.default_rng(count).integers(0, 512, (2, count, 3, 3), dtype=np.uint16)
+
+
+def half_written(folder, interrupt):
+    """A writer whose second video was interrupted half way, and which was then closed, as every run closes its writer."""
+    writer = StoreWriter(folder, SETTINGS)
+    writer.add("first.mp4", many_frames())
+    with interrupt():
+        writer.add("second.mp4", many_frames(60))
+    writer.close()
+
+
+@contextmanager
+def full_disk():
+    with files_of_at_most(2 * 2 * 60 * 9), pytest.raises(OSError, match="File too large") as raised:
+        yield
+    assert raised.value.filename.endswith("shard-00000-00000.bin")
+
+
+@contextmanager
+def ctrl_c(monkeypatch):
+    def pwrite(descriptor, data, offset):
+        original(descriptor, data[: len(data) // 2], offset)
+        raise KeyboardInterrupt
+
+    original = os.pwrite
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "pwrite", pwrite)
+        yield
+
+
+@pytest.mark.parametrize("kind", ["full disk", "Ctrl-C"])
+def test_a_shard_is_what_was_booked(tmp_path, monkeypatch, kind):
+    half_written(tmp_path, full_disk if kind == "full disk" else lambda: ctrl_c(monkeypatch))
+    check_shards(tmp_path)
+    write(tmp_path, {"second.mp4": many_frames(60)})
+    finish_store(tmp_path)
+    store = TokenStore(tmp_path)
+    assert store.names == ["first.mp4", "second.mp4"]
+    for number, frames in enumerate((40, 60)):
+        np.testing.assert_array_equal(store.read(number, view=1), many_frames(frames)[1])
+
+
+def test_a_write_that_failed_may_be_tried_again(tmp_path):
+    """What it left behind what is booked is written over, and a shard without a video is no shard."""
+    writer = StoreWriter(tmp_path, SETTINGS)
+    with full_disk():
+        writer.add("second.mp4", many_frames(70))
+    writer.close()
+    assert not list(tmp_path.iterdir())
+    writer = StoreWriter(tmp_path, SETTINGS)
+    writer.add("first.mp4", many_frames())
+    with full_disk():
+        writer.add("second.mp4", many_frames(60))
+    writer.add("third.mp4", many_frames(7))
+    writer.close()
+    finish_store(tmp_path)
+    store = TokenStore(tmp_path)
+    assert store.names == ["first.mp4", "third.mp4"]
+    np.testing.assert_array_equal(store.read(1), many_frames(7)[0])
+
+
+def test_a_planted_link_is_not_followed(tmp_path, videos):
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    folder = tmp_path / "store"
+    folder.mkdir()
+    for name in ("shard-00000-00000.bin", "shard-00000-00000.json", "store.json"):
+        (folder / (name + TEMPORARY)).symlink_to(target)
+    write(folder, videos)
+    finish_store(folder)
+    assert target.read_text() == "precious" and TokenStore(folder).names == sorted(videos)
+    assert not [path for path in folder.iterdir() if path.is_symlink()]
+
+
+def test_more_shards_than_files_may_be_open(tmp_path):
+    videos = {f"{i:02d}.mp4": (many_frames(2) + i) % 512 for i in range(40)}
+    write(tmp_path, videos, shard_bytes=1)
+    finish_store(tmp_path)
+    store, every = TokenStore(tmp_path), np.arange(40)
+    expected = store.read_clips(every, 0 * every, 2)
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    opened = len(os.listdir("/proc/self/fd"))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 10, before[1]))  # fewer than a quarter of these are shards'
+        np.testing.assert_array_equal(store.read_clips(every, 0 * every, 2), expected)
+        assert len(store._open) <= max(1, (opened + 10) // 4)
+        store.close()
+        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
+        np.testing.assert_array_equal(store.read_clips(every, 0 * every, 2), expected)
+        store.close()
+        with suppress(OSError):
+            while True:
+                held.append(os.open("/dev/null", os.O_RDONLY))
+        with pytest.raises(InputError, match=rf"Too many open files; allow this process more than {opened + 10} open files"):
+            store.read_clips(every, 0 * every, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)
+        for descriptor in held:
+            os.close(descriptor)
 
 
 def test_flipped_byte(folder):

@@ -20,7 +20,7 @@ from vimpac.data.store import StoreWriter, TokenStore
 from vimpac.data.tokenize import tokenize_videos
 from vimpac.data.tokenizer import PatchVQ, load_tokenizer
 from vimpac.data.video import decode, view_set
-from vimpac.errors import InputError
+from vimpac.errors import InputError, Stopped
 
 CONFIG = TokenizeConfig(codes=32, frame_size=32, fps=5.0)
 
@@ -302,7 +302,7 @@ def test_ctrl_c_while_the_workers_start(videos, tmp_path, hears_ctrl_c):
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
     def workers():
-        return [child for child in child_processes(process.pid) if "spawn_main" in process_file(child, "cmdline")]
+        return [child for child in child_processes(process.pid) if "_work(" in process_file(child, "cmdline")]
 
     assert wait_until(workers, 60)
     for worker in workers():
@@ -344,33 +344,69 @@ def test_ranks_without_torchrun(videos, tmp_path, monkeypatch):
         run(videos, tmp_path / "store", rank=0, world=2)
 
 
-def crash_job(name):
-    if name.startswith("crash"):
-        os.kill(os.getpid(), signal.SIGSEGV)
-    return np.zeros(1) if name != "bad" else "is bad"
+def waiting_after(count, event):
+    """A `run_jobs` whose next result never comes after `count` of them: it calls event(n) at its n-th tick, from 0."""
+
+    def run_jobs(job, names, workers, seconds, tick):
+        for done, result in enumerate(RUN_JOBS(job, names, workers, seconds)):
+            if done == count:
+                break
+            yield result
+        for number in range(100):
+            event(number)
+            tick()
+        raise AssertionError("it went on")
+
+    return run_jobs
 
 
-@pytest.mark.parametrize("workers", [1, 3])
-def test_crashing_decoder_fails_its_video_only(workers):
-    names = ["a0", "a1", "crash0", "a2", "bad", "a3", "crash1", "a4", "a5"]
-    results = {}
-    for name, result in tokenize_module._run(crash_job, names, workers):
-        assert name not in results
-        results[name] = result
-    assert set(results) == set(names)
-    failed = {name: result for name, result in results.items() if isinstance(result, str)}
-    assert set(failed) == {"crash0", "crash1", "bad"} and failed["bad"] == "is bad"
-    assert "process died" in failed["crash0"] and "process died" in failed["crash1"]
+RUN_JOBS = tokenize_module.run_jobs
 
 
-def test_stalled_decoder_is_killed():
-    results = dict(tokenize_module._run(stall, ["a"], 1))
-    assert "got no further" in results["a"]
+@pytest.mark.parametrize("number, raised", [(signal.SIGTERM, Stopped), (signal.SIGINT, KeyboardInterrupt)])
+def test_a_signal_ends_a_run_between_writes_and_keeps_what_is_finished(videos, whole, tmp_path, monkeypatch, number, raised):
+    handlers = {each: signal.signal(each, signal.default_int_handler) for each in (signal.SIGTERM, signal.SIGINT)}
+    config = replace(CONFIG, tokenizer_path=str(whole))
+    monkeypatch.setattr(tokenize_module, "run_jobs", waiting_after(2, lambda n: os.kill(os.getpid(), number)))
+    with pytest.raises(raised) as stopped:
+        run(videos, tmp_path / "store", config)
+    for each, handler in handlers.items():
+        assert signal.signal(each, handler) is signal.default_int_handler, "a handler was not put back"
+    if raised is Stopped:
+        assert stopped.value.signal == number and "the same command goes on" in str(stopped.value)
+    monkeypatch.undo()
+    summary = run(videos, tmp_path / "store", config)
+    assert (summary.present, summary.videos) == (2, 3)
+    assert content(tmp_path / "store") == content(whole)
 
 
-def stall(name):
-    tokenize_module.STALL_SECONDS = 1
-    return list(tokenize_module._watched(time.sleep(30) or chunk for chunk in [name]))
+def test_shards_close_by_time_while_a_long_video_is_decoded(videos, whole, tmp_path, monkeypatch):
+    class Enough(Exception):
+        pass
+
+    def event(number):
+        published = len(list((tmp_path / "store").glob("shard-*.json")))
+        if number == 0:
+            assert not published
+            time.sleep(0.3)
+        else:
+            assert published == 1
+            raise Enough
+
+    init = StoreWriter.__init__
+    monkeypatch.setattr(StoreWriter, "__init__", lambda self, *a: init(self, *a, shard_seconds=0.3))
+    monkeypatch.setattr(tokenize_module, "run_jobs", waiting_after(1, event))
+    with pytest.raises(Enough):
+        run(videos, tmp_path / "store", replace(CONFIG, tokenizer_path=str(whole)))
+
+
+def test_deleted_videos_are_named(videos, whole, tmp_path):
+    copied, store = shutil.copytree(videos, tmp_path / "videos"), shutil.copytree(whole, tmp_path / "store")
+    assert run(copied, store).deleted == []
+    for name in ("b.avi", "sub/d.mp4"):
+        (copied / name).unlink()
+    assert run(copied, store).deleted == ["b.avi", "sub/d.mp4"]
+    assert content(store) == content(whole)
 
 
 def test_full_disk_leaves_no_store(videos, tmp_path, monkeypatch):

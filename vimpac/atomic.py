@@ -25,17 +25,28 @@ def replacing(path: Path) -> Iterator[Path]:
     It has the permissions that the umask gives, whoever wrote it: safetensors leaves a file that its owner alone may read.
     An OSError of the body that names no file, as a full disk does, leaves with the name of `path`.
     """
-    temporary = path.with_name(path.name + TEMPORARY)
+    temporary = temporary_of(path)
     try:
         with naming(path):
-            temporary.unlink(missing_ok=True)
-            temporary.touch()
-            mode = stat.S_IMODE(temporary.stat().st_mode)
+            descriptor = create(temporary)
+            mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
+            os.close(descriptor)
             yield temporary
             temporary.chmod(mode)
             publish(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def temporary_of(path: Path) -> Path:
+    """Where what will be `path` is written first."""
+    return path.with_name(path.name + TEMPORARY)
+
+
+def create(path: Path) -> int:
+    """A descriptor to write a new file with. What a killed run left under its name goes; a link there is never followed."""
+    path.unlink(missing_ok=True)
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 @contextmanager
@@ -97,7 +108,12 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 def _lock(path: Path, refusal: str) -> int:
     """The descriptor that holds the lock."""
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        except OSError as error:
+            if error.errno != errno.ELOOP:
+                raise
+            raise InputError(f"{path} is a link, expected the lock file of a run: remove it") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if _is_file(path, descriptor):

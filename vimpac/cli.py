@@ -14,7 +14,7 @@ import tyro
 
 from vimpac import __version__
 from vimpac.config import SynthesizeConfig, TokenizeConfig
-from vimpac.errors import FIXABLE, InputError, reader_left
+from vimpac.errors import FIXABLE, InputError, Stopped, reader_left
 
 Flat = tyro.conf.arg(name="")
 
@@ -58,6 +58,9 @@ def tokenize(
         print(f"{len(summary.changed)} files changed since, the store keeps their old contents; a new OUT would hold the new:")
     for name in summary.changed:
         print(f"  {name}")
+    if deleted := summary.deleted:
+        named = ", ".join(deleted[:3]) + f" and {len(deleted) - 3} more" * (len(deleted) > 3)
+        print(f"the store keeps {len(deleted)} of its videos that {videos} does not hold any more: {named}")
     if summary.unlisted:
         print(f"{len(summary.unlisted)} folders could not be looked into, the store lacks what they hold:")
     for name, reason in sorted(summary.unlisted.items()):
@@ -207,6 +210,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         print(f"{command}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
         return 1
+    except Stopped as stopped:
+        print(f"{command}: {stopped}", file=sys.stderr)
+        return 128 + stopped.signal
     except KeyboardInterrupt:
         print(f"{command}: interrupted", file=sys.stderr)
         return 130

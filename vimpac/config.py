@@ -30,6 +30,8 @@ class TokenizeConfig:
     """Whether the train views include horizontal flips; --no-flip where left and right matter (SSV2)."""
     seed: int = 0
     """Seed of the k-means fit, 0 to 2³² - 1."""
+    video_timeout: float = 3600.0
+    """Seconds that decoding and encoding one video may take; one that takes longer is listed as failed."""
 
 
 @dataclass(frozen=True)

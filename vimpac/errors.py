@@ -10,6 +10,14 @@ class InputError(ValueError):
     """A bad file, option or shape. Its message names the value, what was expected and the way out."""
 
 
+class Stopped(Exception):
+    """A signal asked the program to end; what it had finished is kept. `signal` is its number."""
+
+    def __init__(self, number: int, how_to_go_on: str):
+        super().__init__(f"stopped by {signal.Signals(number).name}; {how_to_go_on}")
+        self.signal = number
+
+
 FIXABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),

@@ -10,17 +10,20 @@ shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids,
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import time
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
-from vimpac.atomic import TEMPORARY, publish, write_text
+from vimpac.atomic import TEMPORARY, create, naming, publish, temporary_of, write_text
 from vimpac.data.video import View
 from vimpac.errors import InputError
 
@@ -31,7 +34,7 @@ TOKENIZER = "tokenizer.safetensors"
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
 VERIFY_ON_OPEN_BYTES = 1 << 30
-OPEN_SHARDS = 512  # half of the usual limit of 1024 descriptors a process
+OPEN_SHARDS = 512  # and at most a quarter of the descriptors that the process may have
 
 _ID = np.dtype("<u2")
 _VIDEO = {"name", "offset", "frames"}
@@ -112,7 +115,7 @@ class StoreWriter:
         self.file_bytes = {v["name"]: v["file_bytes"] for s in shards.values() for v in s["videos"] if "file_bytes" in v}
         numbers = [int(path.stem.split("-")[2]) for path in shards if path.stem.startswith(f"shard-{rank:05d}-")]
         self._number = max(numbers, default=-1) + 1
-        self._file = None
+        self._shard: _OpenShard | None = None
 
     def add(self, name: str, ids: np.ndarray, file_bytes: int | None = None) -> None:
         """Writes one video. ids: [views, frames, h, w] integers below the vocabulary size, frames ≥ 1."""
@@ -123,35 +126,68 @@ class StoreWriter:
             raise ValueError(f"ids of {name} lie outside 0..{self.settings.tokenizer.vocab_size - 1}")
         if name in self.done:
             raise ValueError(f"{name} is already in {self.folder}")
-        if self._file is None:
-            self._open_shard()
-        data = _bytes_of(np.ascontiguousarray(ids, _ID))
-        self._file.write(data)
-        self._crc = zlib.crc32(data, self._crc)
-        video = {"name": name, "offset": self._bytes // _ID.itemsize, "frames": ids.shape[1]}
-        self._videos.append(video if file_bytes is None else video | {"file_bytes": file_bytes})
-        self._bytes += len(data)
+        if self._shard is None:
+            path = self.folder / f"shard-{self.rank:05d}-{self._number:05d}.bin"
+            self._shard, self._number = _OpenShard(path), self._number + 1
+        video = {"name": name, "offset": self._shard.bytes // _ID.itemsize, "frames": ids.shape[1]}
+        if file_bytes is not None:
+            video["file_bytes"] = file_bytes
+        self._shard.append(_bytes_of(np.ascontiguousarray(ids, _ID)), video)
         self.done.add(name)
-        if self._bytes >= self.shard_bytes or time.monotonic() - self._opened >= self.shard_seconds:
-            self._close_shard()
+        if self._shard.bytes >= self.shard_bytes:
+            self.close()
+        self.close_if_due()
+
+    def close_if_due(self) -> None:
+        """Finishes the open shard if it is older than `shard_seconds`."""
+        if self._shard is not None and time.monotonic() - self._shard.opened >= self.shard_seconds:
+            self.close()
 
     def close(self) -> None:
         """Finishes the open shard, if any. The folder becomes a store with `finish_store`."""
-        if self._file is not None:
-            self._close_shard()
+        shard, self._shard = self._shard, None  # what interrupts this leaves a shard that the next run removes
+        if shard is not None:
+            shard.publish(self.settings)
 
-    def _open_shard(self) -> None:
-        self._path = self.folder / f"shard-{self.rank:05d}-{self._number:05d}.bin"
-        self._file = open(_temporary(self._path), "wb")  # noqa: SIM115, closed by _close_shard
-        self._bytes, self._crc, self._videos, self._opened = 0, 0, [], time.monotonic()
 
-    def _close_shard(self) -> None:
-        self._file.close()
-        publish(_temporary(self._path), self._path)
-        shard = {"settings": self.settings.to_json(), "bytes": self._bytes, "crc32": self._crc, "videos": self._videos}
-        write_text(self._path.with_suffix(".json"), json.dumps(shard))
-        self._file = None
-        self._number += 1
+class _OpenShard:
+    """A shard under its temporary name. A video is booked when it is written; only what is booked is published."""
+
+    def __init__(self, path: Path):
+        self.path, self.opened = path, time.monotonic()
+        self._descriptor = create(temporary_of(path))
+        self._videos: list[dict] = []
+        self._booked = 0, 0, 0  # videos, bytes, their crc32: one assignment, so that nothing comes between
+
+    @property
+    def bytes(self) -> int:
+        return self._booked[1]
+
+    def append(self, data: memoryview, video: dict) -> None:
+        count, begin, crc = self._booked
+        with naming(self.path):
+            written = 0
+            while written < len(data):  # behind what is booked, wherever a write that failed has left the end
+                written += os.pwrite(self._descriptor, data[written:], begin + written)
+        self._videos[count:] = [video]
+        self._booked = count + 1, begin + len(data), zlib.crc32(data, crc)
+
+    def publish(self, settings: StoreSettings) -> None:
+        """Moves the shard to its place, then writes its JSON. A shard without a booked video is removed."""
+        count, length, crc = self._booked
+        temporary = temporary_of(self.path)
+        with naming(self.path):
+            try:
+                os.ftruncate(self._descriptor, length)
+            finally:
+                os.close(self._descriptor)
+            if not count:
+                return temporary.unlink()
+            if (found := temporary.stat().st_size) != length:
+                raise OSError(errno.EIO, f"has {found} bytes after {length} were written", str(temporary))
+            publish(temporary, self.path)
+        shard = {"settings": settings.to_json(), "bytes": length, "crc32": crc, "videos": self._videos[:count]}
+        write_text(self.path.with_suffix(".json"), json.dumps(shard))
 
 
 def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) -> None:
@@ -306,11 +342,28 @@ class TokenStore:
             _check_range("end frame", starts + length - 1, self.frames[videos])
 
     def _open_shard(self, shard: int) -> _Descriptor:
-        # A thread that still reads from an evicted descriptor holds a reference to it, so it stays open that long.
-        while len(self._open) >= OPEN_SHARDS:
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = OPEN_SHARDS if allowed == resource.RLIM_INFINITY else min(OPEN_SHARDS, allowed // 4)
+        while len(self._open) >= max(1, most):
+            self._close_oldest()
+        while True:
+            try:
+                descriptor = self._open[shard] = _Descriptor(self._paths[shard])
+                return descriptor
+            except OSError as error:
+                if error.errno not in (errno.EMFILE, errno.ENFILE):
+                    raise
+                if not self._open:
+                    raise InputError(
+                        f"cannot open {self._paths[shard]}: {error.strerror}; allow this process more than {allowed} open "
+                        "files (`ulimit -n`)"
+                    ) from error
+                self._close_oldest()
+
+    def _close_oldest(self) -> None:
+        """A thread that still reads from the descriptor holds a reference to it, so it stays open that long."""
+        with suppress(StopIteration, RuntimeError):  # of a dictionary that another thread has emptied, or changes
             self._open.pop(next(iter(self._open)), None)
-        descriptor = self._open[shard] = _Descriptor(self._paths[shard])
-        return descriptor
 
     def close(self) -> None:
         """Closes the shards' files; a later read opens them again."""
@@ -476,7 +529,3 @@ def _check_range(what: str, values: np.ndarray, end) -> None:
 
 def _bytes_of(array: np.ndarray) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
-
-
-def _temporary(path: Path) -> Path:
-    return path.with_name(path.name + TEMPORARY)

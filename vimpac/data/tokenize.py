@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import os
 import random
 import signal
@@ -12,12 +11,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
-from multiprocessing.connection import wait as wait_for_handle
 from pathlib import Path
 
 import numpy as np
@@ -46,15 +42,13 @@ from vimpac.data.tokenizer import (
     load_tokenizer,
     to_patches,
 )
-from vimpac.data.video import CorruptVideo, Found, View, decode, find_videos, view_set
-from vimpac.errors import InputError
+from vimpac.data.video import Found, View, decode, find_videos, view_set
+from vimpac.data.workers import Alive, run_jobs
+from vimpac.errors import InputError, Stopped
 
 FIT_VIDEOS = 256
 FIT_PATCHES = 200_000
-STALL_SECONDS = 600
-"""A worker that decodes no further for so long is killed, and its video reported."""
 REPORT_SECONDS = 10.0
-_DIED = f"its worker process died: the decoder crashed, ran out of memory or got no further for {STALL_SECONDS} s"
 
 
 @dataclass
@@ -71,6 +65,8 @@ class TokenizeSummary:
     seconds: float = 0.0
     failed: dict[str, str] = field(default_factory=dict)
     """Reason by video name."""
+    deleted: list[str] = field(default_factory=list)
+    """Videos in the store, sorted, that are not below the folder any more."""
     passed_over: Counter[str] = field(default_factory=Counter)
     """How many files have no video's extension, by theirs."""
     unlisted: dict[str, str] = field(default_factory=dict)
@@ -110,8 +106,10 @@ def tokenize_videos(
         sizes = _file_sizes(videos, share)
         todo = [name for name in share if name not in writer.done]
         mine = TokenizeSummary(present=len(share) - len(todo), changed=_changed(sizes, writer.file_bytes))
-        _write_videos(writer, todo, sizes, videos, tokenizer, workers, mine, _reporter(len(todo), progress and not rank))
-        summary = _merge(gather(mine), found)
+        deleted = sorted(writer.done.difference(found.names)) if not rank else []
+        report = _reporter(len(todo), progress and not rank)
+        _write_videos(writer, todo, sizes, videos, tokenizer, workers, config.video_timeout, mine, report)
+        summary = _merge(gather(mine), found, deleted)
         _agree(gather, lambda: _finish(out, summary) if not rank else None)
     summary.seconds = time.monotonic() - started
     return summary
@@ -203,7 +201,7 @@ def _fit(names: list[str], videos: Path, config: TokenizeConfig, workers: int, p
     report = _reporter(len(chosen), progress, "fitting the tokenizer", "videos")
     job = partial(_sample_patches, videos, config.fps, config.frame_size, math.ceil(FIT_PATCHES / len(chosen)))
     samples, failed = {}, {}
-    for name, result in _run(job, chosen, workers):
+    for name, result in run_jobs(job, chosen, workers, config.video_timeout):
         (failed if isinstance(result, str) else samples)[name] = result
         report(1)
     report.close()
@@ -231,6 +229,7 @@ def _write_videos(
     videos: Path,
     tokenizer: Tokenizer,
     workers: int,
+    seconds: float,
     summary: TokenizeSummary,
     report: _Report | _Silent,
 ) -> None:
@@ -239,8 +238,13 @@ def _write_videos(
     on_gpu = isinstance(tokenizer, DalleVAE) and tokenizer.device.type != "cpu"
     # A GPU belongs to one process: then the workers decode only.
     job = partial(_decode_whole, *decoding) if on_gpu else partial(_encode_whole, writer.folder, *decoding)
-    try:
-        for name, result in _run(job, names, workers):
+    with _signals_at_ticks(writer.folder) as stop_if_asked, closing(report), closing(writer):
+
+        def tick() -> None:
+            stop_if_asked()
+            writer.close_if_due()  # also while a long video keeps all workers busy
+
+        for name, result in run_jobs(job, names, workers, seconds, tick):
             if isinstance(result, str):
                 summary.failed[name] = result
                 report(0)
@@ -251,9 +255,34 @@ def _write_videos(
             summary.frames += ids.shape[1]
             summary.tokens += ids.size
             report(ids.shape[1])
+
+
+@contextmanager
+def _signals_at_ticks(out: Path) -> Iterator[Callable[[], None]]:
+    """Yields check(), which raises after Ctrl-C or SIGTERM: so neither ends a run in the middle of a write.
+
+    A second Ctrl-C raises at once. (torchrun passes each on, so it comes twice.)
+    """
+    seen: list[tuple[int, float]] = []
+
+    def note(number: int, _frame) -> None:
+        seen.append((number, time.monotonic()))
+        if number == signal.SIGINT and seen[-1][1] - seen[0][1] > 2:
+            raise KeyboardInterrupt
+
+    def check() -> None:
+        if seen and seen[0][0] == signal.SIGINT:
+            raise KeyboardInterrupt
+        if seen:
+            raise Stopped(seen[0][0], f"what was finished is in {out}, the same command goes on from there")
+
+    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
+    try:
+        yield check
     finally:
-        writer.close()
-        report.close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _finish(out: Path, summary: TokenizeSummary) -> None:
@@ -270,8 +299,9 @@ def _shorten(failed: dict[str, str], limit: int = 3) -> str:
     return "; ".join(shown) + (f"; and {len(failed) - limit} more" if len(failed) > limit else "")
 
 
-def _merge(parts: list[TokenizeSummary], found: Found) -> TokenizeSummary:
+def _merge(parts: list[TokenizeSummary], found: Found, deleted: list[str]) -> TokenizeSummary:
     return TokenizeSummary(
+        deleted=deleted,
         passed_over=found.others,
         unlisted=found.unlisted,
         videos=sum(part.videos for part in parts),
@@ -283,36 +313,35 @@ def _merge(parts: list[TokenizeSummary], found: Found) -> TokenizeSummary:
     )
 
 
-# What a worker process runs. A result that is a string is the reason why the video failed.
+# What a worker process runs, a video a call. alive: to be called for each chunk of it.
 
 
-def _sample_patches(videos: Path, fps: float, size: int, count: int, name: str) -> np.ndarray | str:
+def _sample_patches(videos: Path, fps: float, size: int, count: int, name: str, alive: Alive) -> np.ndarray:
     """uint8 [≤ count, 192] from the first frames of a video, drawn by its name alone."""
-    try:
-        frames = next(_watched(decode(videos / name, fps, size)))[0]
-    except (CorruptVideo, MemoryError) as error:
-        return str(error) or "does not fit into memory"
+    frames = next(decode(videos / name, fps, size))[0]
     patches = to_patches(frames)
     generator = np.random.default_rng(list(name.encode("utf-8", "surrogateescape")))  # a name may hold bytes that are no text
     return patches[generator.permutation(len(patches))[:count]]
 
 
-def _decode_whole(videos: Path, fps: float, size: int, views: tuple[View, ...], name: str) -> np.ndarray | str:
+def _decode_whole(videos: Path, fps: float, size: int, views: tuple[View, ...], name: str, alive: Alive) -> np.ndarray:
     """uint8 [views, frames, 3, size, size]."""
-    try:
-        return np.concatenate(list(_watched(decode(videos / name, fps, size, views))), axis=1)
-    except (CorruptVideo, MemoryError) as error:
-        return str(error) or "does not fit into memory"
+    return np.concatenate(list(_reporting(decode(videos / name, fps, size, views), alive)), axis=1)
 
 
-def _encode_whole(store: Path, videos: Path, fps: float, size: int, views: tuple[View, ...], name: str) -> np.ndarray | str:
+def _encode_whole(
+    store: Path, videos: Path, fps: float, size: int, views: tuple[View, ...], name: str, alive: Alive
+) -> np.ndarray:
     """uint16 [views, frames, h, w], encoded chunk by chunk, so that a long video's pixels need not fit into memory."""
-    try:
-        tokenizer = _cached_tokenizer(str(store))
-        chunks = _watched(decode(videos / name, fps, size, views))
-        return np.concatenate([_encode_views(tokenizer, chunk) for chunk in chunks], axis=1)
-    except (CorruptVideo, MemoryError) as error:
-        return str(error) or "does not fit into memory"
+    tokenizer = _cached_tokenizer(str(store))
+    chunks = _reporting(decode(videos / name, fps, size, views), alive)
+    return np.concatenate([_encode_views(tokenizer, chunk) for chunk in chunks], axis=1)
+
+
+def _reporting(chunks: Iterator[np.ndarray], alive: Alive) -> Iterator[np.ndarray]:
+    for chunk in chunks:
+        alive()
+        yield chunk
 
 
 def _encode_views(tokenizer: Tokenizer, frames: np.ndarray) -> np.ndarray:
@@ -326,87 +355,6 @@ def _cached_tokenizer(store: str) -> Tokenizer:
     if store not in _tokenizers:
         _tokenizers[store] = load_tokenizer(store)
     return _tokenizers[store]
-
-
-def _watched(chunks: Iterator[np.ndarray]) -> Iterator[np.ndarray]:
-    """SIGALRM, left at its default, ends a process that hangs inside FFmpeg, which no Python exception could."""
-    signal.alarm(STALL_SECONDS)
-    try:
-        for chunk in chunks:
-            signal.alarm(STALL_SECONDS)
-            yield chunk
-    finally:
-        signal.alarm(0)
-
-
-def _start_worker() -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    from threadpoolctl import threadpool_limits
-
-    threadpool_limits(1)
-    os.environ["OMP_NUM_THREADS"] = "1"  # read by torch, if the tokenizer needs it
-
-
-def _end_with_parent() -> None:
-    """A pool's workers outlive a parent that was killed, waiting for work for ever."""
-    wait_for_handle([multiprocessing.parent_process().sentinel])
-    os._exit(1)
-
-
-# What the parent runs.
-
-
-def _run(job: Callable[[str], np.ndarray | str], names: Iterable[str], workers: int) -> Iterator[tuple[str, object]]:
-    """(name, job(name)) as they finish. A job that kills its process counts as failed; the others are done again."""
-    waiting = iter(names)
-    while True:
-        suspects: list[str] = []
-        yield from _run_pool(job, waiting, workers, suspects)
-        if not suspects:
-            return
-        # A dead worker breaks the whole pool and does not say what it worked on: each gets a pool of its own.
-        for name in suspects:
-            alone: list[str] = []
-            yield from _run_pool(job, iter([name]), 1, alone)
-            if alone:
-                yield name, _DIED
-
-
-def _run_pool(job, waiting: Iterator[str], workers: int, suspects: list[str]) -> Iterator[tuple[str, object]]:
-    """Runs jobs until `waiting` is empty or a worker dies; names that were under way then are left in `suspects`."""
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), initializer=_start_worker)
-    running: dict[Future, str] = {}
-    try:
-        while True:
-            # A short queue bounds the memory of finished results, and the names to repeat when a worker dies.
-            while not suspects and len(running) < 2 * workers and (name := next(waiting, None)) is not None:
-                try:
-                    with _sigint_blocked():
-                        running[pool.submit(job, name)] = name
-                except BrokenProcessPool:
-                    suspects.append(name)
-            if not running:
-                return
-            for future in wait(running, return_when=FIRST_COMPLETED).done:
-                name = running.pop(future)
-                try:
-                    result = future.result()
-                except BrokenProcessPool:
-                    suspects.append(name)
-                    continue
-                yield name, result
-    finally:
-        pool.shutdown(wait=False, cancel_futures=True)
-
-
-@contextmanager
-def _sigint_blocked() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C, which is the parent's to handle, not even while they import."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextmanager

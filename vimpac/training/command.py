@@ -13,7 +13,7 @@ from io import StringIO
 import tyro
 
 from vimpac.config import PRESETS, TrainConfig
-from vimpac.errors import FIXABLE, InputError, reader_left
+from vimpac.errors import FIXABLE, InputError, Stopped, reader_left
 
 DESCRIPTION = """Pre-train a model.
 
@@ -33,7 +33,6 @@ def main(arguments: Sequence[str], prog: str) -> int:
     try:
         config = parse(arguments, prog)
         from vimpac.training.pretrain import pretrain  # torch and all: not needed for --help
-        from vimpac.training.trainer import Stopped
 
         try:
             pretrain(config)

@@ -19,7 +19,7 @@ from torch.profiler import record_function
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
-from vimpac.errors import InputError
+from vimpac.errors import InputError, Stopped
 from vimpac.model import PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.training import distributed
@@ -38,12 +38,8 @@ from vimpac.training.seeds import seed_dropout
 from vimpac.training.step import PretrainStep
 
 
-class Stopped(Exception):
-    """A signal asked the run to end; its checkpoint is written. `signal` is its number."""
-
-    def __init__(self, number: int, checkpoint: Path):
-        super().__init__(f"stopped by {signal.Signals(number).name}; {checkpoint} is written, go on with --resume")
-        self.signal = number
+def _stopped(number: int, checkpoint: Path) -> Stopped:
+    return Stopped(number, f"{checkpoint} is written, go on with --resume")
 
 
 class Trainer:
@@ -112,7 +108,7 @@ class Trainer:
                 if save:
                     path = self.save()
                 if stop:
-                    raise Stopped(self.signal[0] if self.signal else signal.SIGTERM, path)
+                    raise _stopped(self.signal[0] if self.signal else signal.SIGTERM, path)
         finally:
             self.close()
         if profile:
@@ -256,7 +252,7 @@ class Trainer:
 
     def stop_now(self, number: int, _frame) -> None:
         """After the last update its checkpoint is there."""
-        raise Stopped(number, list_checkpoints(self.run)[-1])
+        raise _stopped(number, list_checkpoints(self.run)[-1])
 
     # --- state --------------------------------------------------------------------------------------------------------
 
