@@ -1,6 +1,7 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
 # make test                                    install what is missing, then the whole test suite and ruff
 # make gpu [RESULTS=DIR]                       every kernel test and benchmark on this machine's GPU; installs nothing
+# make soak                                    every bit flipped, kills at random moments, mutated videos: 20 minutes on 2 cores
 # make sanitize                                the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make clean                                   remove the environment and what was built
 
@@ -15,7 +16,7 @@ PROCESSES ?= $(shell $(BIN)/python -c "import torch; print(max(1, torch.cuda.dev
 # What decides what is installed; a stamp holds its checksum, so that a second call installs nothing.
 STAMP := $(shell cat pyproject.toml setup.py Makefile csrc/* | cksum | cut -d' ' -f1)
 
-.PHONY: train test gpu sanitize clean
+.PHONY: train test gpu soak sanitize clean
 
 train: $(VENV)/run-$(STAMP)
 	$(BIN)/python -m vimpac.training.launch --standalone --nproc-per-node=$(PROCESSES) train.py $(ARGS)
@@ -30,6 +31,9 @@ gpu:
 	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \
 		{ echo "make gpu needs a Python with torch, triton, numpy and pytest, $(PYTHON) has not all: make gpu PYTHON=…" >&2; exit 1; }
 	$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results "$(RESULTS)")
+
+soak: $(VENV)/test-$(STAMP)
+	$(BIN)/python tests/soak/run.py
 
 sanitize: $(VENV)/test-$(STAMP)
 	$(BIN)/python tests/sanitize_cpu.py

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -325,6 +326,23 @@ def wait_until(condition, seconds=10):
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
     return condition()
+
+
+def test_a_data_set_cannot_bring_code(videos, whole, tmp_path):
+    """`vimpac tokenize . OUT` in a folder with a file for each module that is loaded here, or that Python has."""
+    data = shutil.copytree(videos, tmp_path / "data")
+    modules = {name.partition(".")[0] for name in [*sys.modules, *sys.stdlib_module_names]} - {"__main__", "__mp_main__"}
+    for name in modules:
+        (data / f"{name}.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'a').write({name!r} + ' ')\n")
+    (tmp_path / "bin").mkdir()
+    root = Path(tokenize_module.__file__).parents[2]
+    command = tmp_path / "bin" / "vimpac"  # as an installation writes it
+    command.write_text(f"import sys; sys.path.append({str(root)!r}); from vimpac.cli import main; sys.exit(main())\n")
+    words = ["tokenize", ".", tmp_path / "store", "--codes=32", "--frame-size=32", "--fps=5"]
+    ended = subprocess.run([sys.executable, command, *words], cwd=data, capture_output=True, text=True, timeout=120)
+    assert ended.returncode == 0, ended.stderr
+    assert content(tmp_path / "store") == content(whole)
+    assert not (tmp_path / "executed").exists(), (tmp_path / "executed").read_text()
 
 
 def test_two_ranks_make_the_same_store(videos, whole, tmp_path):
