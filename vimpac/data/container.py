@@ -25,6 +25,8 @@ END_FRAMES = 8
 _FORMATS = "3gp,asf,avi,flv,h264,hevc,m4v,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 _STEADY = ("mp4", "matroska", "avi")
 """Parts of the names of formats that time each frame from the file's start: their clocks do not jump."""
+_UNPRESENTED = ("avi", "asf")
+"""Formats whose frames have decoding times alone. FFmpeg guesses presentation times from them, wrongly with B-frames."""
 _AVI_CHUNKS = 10_000
 """Chunks to look through for an AVI file's frames: some programs write a few others before them."""
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
@@ -66,14 +68,15 @@ def timed_pictures(container: av.container.InputContainer, stream: av.VideoStrea
     context = stream.codec_context
     context.thread_type, context.thread_count = "NONE", 1
     steady = any(part in container.format.name for part in _STEADY)
+    presented = container.format.name not in _UNPRESENTED
     clock, damage, picture = Clock(stream.time_base, stream.average_rate, jumps=not steady), _Damage(), None
     for packet in _packets(container, stream):
         if packet is not None and not packet.size:  # shows the picture before it once more
             if picture is not None and not context.has_b_frames:
-                yield Shown(clock.seconds(packet.pts, packet.dts), _ticks(packet, stream), picture)
+                yield Shown(clock.seconds(packet.pts if presented else None, packet.dts), _ticks(packet, stream), picture)
             continue
         for picture in damage.decoded(context, packet):
-            yield Shown(clock.seconds(picture.pts, picture.dts), _ticks(picture, stream), picture)
+            yield Shown(clock.seconds(picture.pts if presented else None, picture.dts), _ticks(picture, stream), picture)
     damage.check()
 
 
