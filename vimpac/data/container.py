@@ -6,7 +6,6 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator
-from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -73,10 +72,10 @@ def timed_pictures(container: av.container.InputContainer, stream: av.VideoStrea
     for packet in _packets(container, stream):
         if packet is not None and not packet.size:  # shows the picture before it once more
             if picture is not None and not context.has_b_frames:
-                yield Shown(clock.seconds(packet.pts if presented else None, packet.dts), _ticks(packet, stream), picture)
+                yield Shown(clock.read(packet.pts if presented else None, packet.dts), packet.duration or 0, picture)
             continue
         for picture in damage.decoded(context, packet):
-            yield Shown(clock.seconds(picture.pts if presented else None, picture.dts), _ticks(picture, stream), picture)
+            yield Shown(clock.read(picture.pts if presented else None, picture.dts), picture.duration, picture)
     damage.check()
 
 
@@ -107,10 +106,6 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
             break
         yield packet
     yield None
-
-
-def _ticks(timed: av.Packet | av.VideoFrame, stream: av.VideoStream) -> Fraction:
-    return (timed.duration or 0) * stream.time_base
 
 
 class _Damage:
@@ -163,7 +158,8 @@ def _check_whole(container: av.container.InputContainer, stream: av.VideoStream)
     """A file cut between two packets decodes without complaint, so compare the sizes that the container promises."""
     name, path = container.format.name, container.name.removeprefix("file:")
     if "mp4" in name:
-        promised = max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+        with open(path, "rb") as file:
+            promised = _fragments_end(file) or max((entry.pos + entry.size for entry in stream.index_entries), default=0)
     elif "matroska" in name or name == "avi":
         with open(path, "rb") as file:
             promised = _riff_end(file) if name == "avi" else _segment_end(file)
@@ -171,6 +167,23 @@ def _check_whole(container: av.container.InputContainer, stream: av.VideoStream)
         return
     if promised > (file_size := os.path.getsize(path)):
         raise CorruptVideo(f"is truncated: it has {file_size} bytes, its index reaches to byte {promised}")
+
+
+def _fragments_end(file) -> int:
+    """Where the boxes of a fragmented MP4 end, 0 if it is none. FFmpeg takes a damaged box among them for the file's end."""
+    end, fragmented = 0, False
+    while len(header := file.read(16)) >= 8:
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if size == 1:
+            size = int.from_bytes(header[8:], "big")
+        if size < 8 or not kind.isascii() or not kind.decode().isprintable():
+            if fragmented and any(header):  # zeros may fill up the end
+                raise CorruptVideo(f"is damaged: at byte {end}, expected the next of its fragments")
+            break
+        fragmented = fragmented or kind == b"moof"
+        end += size
+        file.seek(end)
+    return end if fragmented else 0
 
 
 def _riff_end(file) -> int:

@@ -122,10 +122,17 @@ _HLG_PEAK, _HLG_GAMMA = 1000.0, 1.2
 
 def _to_srgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3]. swscale takes care of the frame's matrix and range, not of its transfer characteristics."""
+    import av
+
     if frame.color_trc in _NOT_SHOWN:
         raise CorruptVideo(f"has colours in {_NOT_SHOWN[frame.color_trc]} light, expected SDR, PQ or HLG")
     hdr = frame.color_trc in (_PQ, _HLG)
-    pixels = reformatter.reformat(frame, width, height, "rgb48le" if hdr else "rgb24", interpolation=_SCALING).to_ndarray()
+    try:
+        shown = reformatter.reformat(frame, width, height, "rgb48le" if hdr else "rgb24", interpolation=_SCALING)
+    except av.FFmpegError as error:  # such as YCgCo's or ICtCp's matrix
+        codes = f"pixel format {frame.format.name}, matrix {frame.colorspace} of ITU-T H.273"
+        raise CorruptVideo(f"has colours that cannot be converted to RGB ({codes}): {error.strerror}") from error
+    pixels = shown.to_ndarray()
     return _hdr_to_srgb(pixels, frame.color_trc, frame.color_primaries) if hdr else pixels
 
 

@@ -98,7 +98,7 @@ def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (Vie
         with open_video(path) as container:
             stream = best_stream(container)
             viewer = Viewer(size, views, float(stream.sample_aspect_ratio or 1))
-            yield from _chunks(pick(timed_pictures(container, stream), fps), viewer, chunk)
+            yield from _chunks(pick(timed_pictures(container, stream), fps, stream.time_base), viewer, chunk)
     except (CorruptVideo, MemoryError):
         raise
     except Exception as error:
