@@ -23,6 +23,7 @@ train: $(VENV)/run-$(STAMP)
 
 # A process a core, one thread each: most tests are Python, and more threads than cores would wait for each other.
 test: $(VENV)/test-$(STAMP)
+	@command -v ffmpeg >/dev/null || sh tests/install_debian.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder

@@ -3,6 +3,7 @@
 import errno
 import importlib.util
 import os
+import socket
 import struct
 from fractions import Fraction
 from itertools import pairwise
@@ -11,58 +12,12 @@ from pathlib import Path
 import av
 import numpy as np
 import pytest
+from av.stream import Disposition
 
-from vimpac.data import video as video_module
+from films import BLUE, CONTAINERS, GREEN, RED, WHITE, corner_colours, greys, noise, numbers, patch, quadrants, write_video
+from vimpac.data import container as container_module
 from vimpac.data.video import CorruptVideo, View, count_extensions, decode, find_videos, view_set
 from vimpac.errors import InputError
-
-CONTAINERS = {
-    "a.mp4": ("libx264", {}),
-    "front.mp4": ("libx264", {"movflags": "+faststart"}),
-    "fragmented.mp4": ("libx264", {"movflags": "frag_keyframe+empty_moov"}),
-    "a.mov": ("mpeg4", {}),
-    "a.m4v": ("mpeg4", {}),
-    "a.avi": ("mpeg4", {}),
-    "a.mkv": ("libx264", {}),
-    "vp9.webm": ("libvpx-vp9", {}),
-    "vp8.webm": ("libvpx", {}),
-    "a.mpg": ("mpeg2video", {}),
-    "a.wmv": ("wmv2", {}),
-    "a.flv": ("flv", {}),
-    "a.ts": ("mpeg2video", {}),
-}
-
-
-def write_video(path, pictures, rate=25, codec="libx264", times=None, options=None):
-    """pictures: uint8 [n, H, W, 3] with even sides; times: seconds of each, n / rate by default."""
-    quality = {"libx264": {"crf": "5"}, "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"}}.get(codec, {})
-    with av.open(str(path), "w", options=options or {}) as container:
-        stream = container.add_stream(codec, rate=rate)
-        stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"
-        stream.options, stream.gop_size, stream.bit_rate = quality, 12, 4_000_000
-        if times is not None:
-            stream.codec_context.time_base = Fraction(1, 1000)
-        for number, picture in enumerate(pictures):
-            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
-            frame.pts = number if times is None else round(1000 * times[number])
-            frame.time_base = 1 / Fraction(rate) if times is None else Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
-
-
-def greys(count, height=64, width=96, step=4):
-    """Frame i is the grey i * step: a frame's mean tells its number."""
-    return np.broadcast_to((np.arange(count) * step).astype(np.uint8)[:, None, None, None], (count, height, width, 3))
-
-
-def noise(count, height=64, width=96):
-    return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
-
-
-def numbers(path, fps, step=4, size=32):
-    frames = np.concatenate(list(decode(path, fps, size)), axis=1)
-    return np.rint(frames[0].mean((1, 2, 3)) / step).astype(int).tolist()
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -93,26 +48,6 @@ def test_variable_rate(tmp_path):
     assert numbers(path, 10, step=40)[:14] == [0] + [1] * 11 + [2, 3]
 
 
-def clock_times(pts, time_base=Fraction(1, 10), rate=10):
-    clock = video_module._Clock(time_base, rate)
-    return [float(clock.seconds(value)) for value in pts]
-
-
-@pytest.mark.parametrize(
-    "pts, expected",
-    [
-        ([7, 8, 9], [0, 0.1, 0.2]),
-        ([None, None, None], [0, 0.1, 0.2]),
-        ([0, None, 2, None, 4], [0, 0.1, 0.2, 0.3, 0.4]),
-        ([0, 2, 2, 6], [0, 0.2, 0.4, 0.8]),
-        ([0, 1, 10_000_000, 10_000_001], [0, 0.1, 0.2, 0.3]),
-        ([50, 51, 0, 1], [0, 0.1, 0.2, 0.3]),
-    ],
-)
-def test_clock_bridges_missing_and_jumping_timestamps(pts, expected):
-    assert clock_times(pts) == pytest.approx(expected)
-
-
 @pytest.mark.parametrize("chunk, sizes", [(4, [4, 4, 2]), (5, [5, 5]), (64, [10])])
 def test_chunks(tmp_path, chunk, sizes):
     path = write_video(tmp_path / "a.mp4", greys(50))
@@ -120,23 +55,6 @@ def test_chunks(tmp_path, chunk, sizes):
     assert [c.shape for c in chunks] == [(1, size, 3, 32, 32) for size in sizes]
     assert all(c.dtype == np.uint8 for c in chunks)
     np.testing.assert_array_equal(np.concatenate(chunks, axis=1), next(decode(path, 5, 32)))
-
-
-def quadrants(height, width):
-    """Red, green, blue and white quarters, from the top left by rows."""
-    picture = np.zeros((1, height, width, 3), np.uint8)
-    picture[:, : height // 2, : width // 2, 0] = 255
-    picture[:, : height // 2, width // 2 :, 1] = 255
-    picture[:, height // 2 :, : width // 2, 2] = 255
-    picture[:, height // 2 :, width // 2 :] = 255
-    return picture
-
-
-def corner_colours(frame):
-    return [tuple((frame[:, y, x] > 128).astype(int)) for y in (3, -4) for x in (3, -4)]
-
-
-RED, GREEN, BLUE, WHITE = (1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1)
 
 
 def test_views(tmp_path):
@@ -168,18 +86,6 @@ def test_odd_sizes(tmp_path, height, width):
         assert corner_colours(frames[0, 0]) == [RED, GREEN, BLUE, WHITE]
 
 
-def test_rotated_by_its_header(tmp_path):
-    """Phones store portrait as landscape with a matrix: a quarter turn clockwise brings blue to the top left."""
-    path = write_video(tmp_path / "a.mp4", quadrants(64, 64))
-    upright = struct.pack(">9i", 0x10000, 0, 0, 0, 0x10000, 0, 0, 0, 0x40000000)
-    clockwise = struct.pack(">9i", 0, 0x10000, 0, -0x10000, 0, 0, 0, 0, 0x40000000)
-    data = path.read_bytes()
-    track = data.index(b"tkhd")
-    assert data.index(upright, track) > 0
-    path.write_bytes(data[:track] + data[track:].replace(upright, clockwise, 1))
-    assert corner_colours(next(decode(path, 2, 32))[0, 0]) == [BLUE, RED, WHITE, GREEN]
-
-
 # Transport streams are left out: nothing in one tells where it should end.
 CUT = [name for name in CONTAINERS if name != "a.ts"]
 
@@ -208,14 +114,6 @@ def test_truncated_between_two_packets(tmp_path, name):
     path.write_bytes(path.read_bytes()[: position + size])
     with pytest.raises(CorruptVideo, match=r"truncated: it has \d+ bytes"):
         list(decode(path, 5, 32))
-
-
-def patch(path, *changes):
-    data = path.read_bytes()
-    for old, new in changes:
-        assert old in data
-        data = data.replace(old, new)
-    path.write_bytes(data)
 
 
 def test_lying_mp4_duration(tmp_path):
@@ -261,7 +159,7 @@ def test_too_many_corrupt_frames(tmp_path, monkeypatch):
     path.write_bytes(data)
     with pytest.raises(CorruptVideo, match=r"\d+ of its \d+ frames are corrupt"):
         list(decode(path, 5, 32))
-    monkeypatch.setattr(video_module, "CORRUPT_SHARE", 1.0)
+    monkeypatch.setattr(container_module, "CORRUPT_SHARE", 1.0)
     assert list(decode(path, 5, 32))
 
 
@@ -272,6 +170,120 @@ def write_audio(path):
         frame.sample_rate = 8000
         container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+
+
+NOISY = ["a.mp4", "a.mov", "a.mkv", "a.avi", "a.flv", "a.mpg", "a.ts", "fragmented.mp4"]
+"""Those whose decoders notice damage: VP8's and WMV2's do not."""
+
+
+def write_noise(path, places):
+    data = bytearray(path.read_bytes())
+    generator = np.random.default_rng(0)
+    for at in generator.integers(len(data) // 8, len(data) // 4 * 3, places):
+        data[at : at + 200] = generator.bytes(200)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", [*NOISY, "vp9.webm", "vp8.webm", "a.wmv"])
+def test_noise_in_the_middle_is_kept(tmp_path, name):
+    """One policy in all containers: what cannot be decoded is left out, and the picture before it stays."""
+    codec, options = CONTAINERS[name]
+    path = write_video(tmp_path / name, noise(100), codec=codec, options=options)
+    write_noise(path, 1)
+    assert len(numbers(path, 5)) == 20
+
+
+@pytest.mark.parametrize("name", NOISY)
+def test_much_noise_is_rejected(tmp_path, name):
+    codec, options = CONTAINERS[name]
+    path = write_video(tmp_path / name, noise(100), codec=codec, options=options)
+    write_noise(path, 60)
+    with pytest.raises(CorruptVideo, match=r"\d+ of its \d+ frames are corrupt|last frames are incomplete"):
+        list(decode(path, 5, 32))
+
+
+def test_damaged_fragments_do_not_shorten_a_video(tmp_path):
+    """FFmpeg takes a box that it cannot read for the end of the file."""
+    path = write_video(tmp_path / "a.mp4", noise(60), options={"movflags": "frag_keyframe+empty_moov"})
+    data = path.read_bytes()
+    second = data.index(b"moof", data.index(b"moof") + 1) - 4
+    for damage, reason in (
+        (b"\x01\x00\x00\x00", "reaches to byte"),
+        (bytes(3) + b"\x10", "expected the next of its fragments"),
+    ):
+        path.write_bytes(data[:second] + damage + data[second + 4 :])
+        with pytest.raises(CorruptVideo, match=reason):
+            list(decode(path, 5, 32))
+    path.write_bytes(data + bytes(1000))
+    assert len(numbers(path, 5)) == 12
+
+
+def test_a_song_with_a_cover(tmp_path):
+    path = tmp_path / "song.mp4"
+    with av.open(str(path), "w") as container:
+        sound, cover = container.add_stream("aac", rate=8000), container.add_stream("mjpeg", rate=1)
+        cover.width, cover.height, cover.pix_fmt, cover.disposition = 64, 64, "yuvj420p", Disposition.attached_pic
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 8000
+        for stream, content in ((cover, av.VideoFrame.from_ndarray(noise(1, 64, 64)[0], format="rgb24")), (sound, frame)):
+            container.mux(stream.encode(content))
+            container.mux(stream.encode(None))
+    with pytest.raises(CorruptVideo, match="has no video stream, only a cover picture"):
+        list(decode(path, 2, 32))
+
+
+def test_a_stream_that_appears_on_the_way(tmp_path):
+    """One bit of a packet's PID. PyAV's demuxer may then raise an IndexError after the last packet."""
+    path = write_video(tmp_path / "a.ts", greys(50), codec="mpeg2video")
+    data = bytearray(path.read_bytes())
+    packets = range(0, len(data), 188)
+    starts = [at for at in packets if data[at + 1] & 0x41 == 0x41 and data[at + 2] == 0]  # a frame begins, in stream 0x100
+    data[starts[len(starts) // 2] + 2] ^= 0x04
+    path.write_bytes(data)
+    assert len(numbers(path, 5)) == 10
+
+
+def test_the_demuxer_is_not_asked_beyond_the_last_packet():
+    class Container:
+        def demux(self, stream):
+            yield av.Packet(b"frame")
+            yield av.Packet()
+            raise IndexError("list index out of range")
+
+    packets = list(container_module._packets(Container(), None))
+    assert [packet and packet.size for packet in packets] == [5, None]
+
+
+@pytest.mark.parametrize(
+    "error", [IndexError("list index out of range"), TypeError("no time base"), OverflowError("too large")]
+)
+def test_whatever_the_demuxer_raises(tmp_path, monkeypatch, error):
+    def broken(*_):
+        raise error
+
+    path = write_video(tmp_path / "a.mp4", greys(5))
+    monkeypatch.setattr(container_module, "_packets", broken)
+    with pytest.raises(CorruptVideo, match=f"cannot be decoded: {type(error).__name__}: {error}"):
+        list(decode(path, 2, 32))
+    error = MemoryError()
+    with pytest.raises(MemoryError):
+        list(decode(path, 2, 32))
+
+
+def test_only_regular_files(tmp_path):
+    """A named pipe would wait for a writer for ever. find_videos leaves it in the list, so that it is reported."""
+    os.mkfifo(tmp_path / "pipe.mp4")
+    (tmp_path / "link.mp4").symlink_to("pipe.mp4")
+    (tmp_path / "folder.mp4").mkdir()
+    (tmp_path / "device.mp4").symlink_to("/dev/zero")
+    server = socket.socket(socket.AF_UNIX)
+    server.bind(os.path.relpath(tmp_path / "socket.mp4"))  # such a path may have no more than 107 bytes
+    for name, kind in (("pipe", "a named pipe"), ("link", "a named pipe"), ("folder", "a folder"), ("device", "a device")):
+        with pytest.raises(CorruptVideo, match=f"^is {kind}, expected a regular file$"):
+            list(decode(tmp_path / f"{name}.mp4", 2, 32))
+    with pytest.raises(CorruptVideo, match="is a socket, expected a regular file"):
+        list(decode(tmp_path / "socket.mp4", 2, 32))
+    server.close()
 
 
 def test_not_a_video(tmp_path):

@@ -1,0 +1,220 @@
+"""Video file → timed pictures: opening, what a whole file must hold, and how much damage is too much."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from vimpac.data.clock import LONGEST_STEP, Clock, Shown
+from vimpac.data.corrupt import CorruptVideo
+
+if TYPE_CHECKING:
+    import av
+
+CORRUPT_SHARE = 0.1
+"""A video with a larger share of frames that are damaged, or cannot be decoded at all, is rejected."""
+END_FRAMES = 8
+"""Damage among the last so many frames or packets means the file was cut short."""
+
+# Only real containers: FFmpeg would also follow playlists to other files and render text as video.
+_FORMATS = "3gp,asf,avi,flv,h264,hevc,m4v,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
+_STEADY = ("mp4", "matroska", "avi")
+"""Parts of the names of formats that time each frame from the file's start: their clocks do not jump."""
+_UNPRESENTED = ("avi", "asf")
+"""Formats whose frames have decoding times alone. FFmpeg guesses presentation times from them, wrongly with B-frames."""
+_AVI_CHUNKS = 10_000
+"""Chunks to look through for an AVI file's frames: some programs write a few others before them."""
+_KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
+
+
+def open_video(path: str | Path) -> av.container.InputContainer:
+    import av
+
+    size = _regular_size(path)
+    options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
+    # A tag need not be UTF-8: PyAV takes any from 19 on, and has to be told before.
+    tags = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    try:
+        # file: keeps a colon in a name from being read as a protocol.
+        return av.open(f"file:{os.path.abspath(path)}", options=options, **tags)
+    except (av.FFmpegError, OSError) as error:
+        if not size:
+            raise CorruptVideo("is an empty file") from error
+        raise CorruptVideo(f"is not a video, or cut short: {error.strerror or error}") from error
+
+
+def _regular_size(path: str | Path) -> int:
+    """Opening a named pipe would wait for a writer, and a device never ends."""
+    status = os.stat(path)
+    if not stat.S_ISREG(status.st_mode):
+        kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "a device")
+        raise CorruptVideo(f"is {kind}, expected a regular file")
+    return status.st_size
+
+
+def timed_pictures(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Shown]:
+    """All pictures of the stream in their order on screen, or CorruptVideo, at the latest at the end.
+
+    Damage is treated alike in all containers. What cannot be decoded is left out, and the picture before it stays. The video
+    is rejected if that, and frames that the decoder marks corrupt, are more than CORRUPT_SHARE, or among the last ones.
+    """
+    _check_whole(container, stream)
+    _check_rate(container, stream)
+    context = stream.codec_context
+    context.thread_type, context.thread_count = "NONE", 1
+    steady = any(part in container.format.name for part in _STEADY)
+    presented = container.format.name not in _UNPRESENTED
+    clock, damage, picture = Clock(stream.time_base, stream.average_rate, jumps=not steady), _Damage(), None
+    for packet in _packets(container, stream):
+        if packet is not None and not packet.size:  # shows the picture before it once more
+            if picture is not None and not context.has_b_frames:
+                yield Shown(clock.read(packet.pts if presented else None, packet.dts), packet.duration or 0, picture)
+            continue
+        for picture in damage.decoded(context, packet):
+            yield Shown(clock.read(picture.pts if presented else None, picture.dts), picture.duration, picture)
+    damage.check()
+
+
+def best_stream(container: av.container.InputContainer) -> av.VideoStream:
+    """The stream that FFmpeg would show, other than a song's cover or a film's thumbnails."""
+    from av.stream import Disposition
+
+    moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
+    best = container.streams.best("video")
+    if not moving:
+        raise CorruptVideo("has no video stream" + ", only a cover picture" * (best is not None))
+    stream = best if best in moving else moving[0]
+    if stream.codec_context is None:
+        raise CorruptVideo("has a video stream in a codec that this FFmpeg cannot decode")
+    if not stream.time_base:
+        raise CorruptVideo("has a video stream without a time base")
+    return stream
+
+
+def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
+    """The stream's packets, then None, which asks the decoder for what it holds back.
+
+    PyAV ends with a packet of its own for each stream. It is not waited for beyond this stream's: a stream that has
+    appeared on the way raises IndexError there.
+    """
+    for packet in container.demux(stream):
+        if not packet.buffer_ptr and packet.dts is None:
+            break
+        yield packet
+    yield None
+
+
+class _Damage:
+    """What could not be decoded, or only with faults."""
+
+    def __init__(self):
+        self._frames, self._corrupt = 0, 0
+        self._end: deque[bool] = deque(maxlen=END_FRAMES)
+        self._reason = ""
+
+    def decoded(self, context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
+        """The frames that the packet completes; None: those that the decoder still holds."""
+        import av
+
+        if packet is not None:
+            self._end.append(packet.is_corrupt)
+        try:
+            frames = context.decode(packet)
+        except av.FFmpegError as error:
+            self._reason = self._reason or f": {error.strerror or error}"
+            self._count(True)
+            return []
+        for frame in frames:
+            self._count(frame.is_corrupt)
+        return frames
+
+    def _count(self, corrupt: bool) -> None:
+        self._frames += 1
+        self._corrupt += corrupt
+        self._end.append(corrupt)
+
+    def check(self) -> None:
+        if self._corrupt == self._frames:
+            raise CorruptVideo(f"no frame could be decoded{self._reason}")
+        if any(self._end):
+            raise CorruptVideo("is truncated: its last frames are incomplete")
+        if self._corrupt > CORRUPT_SHARE * self._frames:
+            raise CorruptVideo(f"{self._corrupt} of its {self._frames} frames are corrupt")
+
+
+def _check_rate(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+    """AVI counts frames, and its header alone says how long each is."""
+    if container.format.name == "avi" and stream.time_base > LONGEST_STEP:
+        raise CorruptVideo(
+            f"has a damaged frame rate: {float(stream.time_base):.3g} seconds a frame, expected at most {LONGEST_STEP}"
+        )
+
+
+def _check_whole(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+    """A file cut between two packets decodes without complaint, so compare the sizes that the container promises."""
+    name, path = container.format.name, container.name.removeprefix("file:")
+    if "mp4" in name:
+        with open(path, "rb") as file:
+            promised = _fragments_end(file) or max((entry.pos + entry.size for entry in stream.index_entries), default=0)
+    elif "matroska" in name or name == "avi":
+        with open(path, "rb") as file:
+            promised = _riff_end(file) if name == "avi" else _segment_end(file)
+    else:
+        return
+    if promised > (file_size := os.path.getsize(path)):
+        raise CorruptVideo(f"is truncated: it has {file_size} bytes, its index reaches to byte {promised}")
+
+
+def _fragments_end(file) -> int:
+    """Where the boxes of a fragmented MP4 end, 0 if it is none. FFmpeg takes a damaged box among them for the file's end."""
+    end, fragmented = 0, False
+    while len(header := file.read(16)) >= 8:
+        size, kind = int.from_bytes(header[:4], "big"), header[4:8]
+        if size == 1:
+            size = int.from_bytes(header[8:], "big")
+        if size < 8 or not kind.isascii() or not kind.decode().isprintable():
+            if fragmented and any(header):  # zeros may fill up the end
+                raise CorruptVideo(f"is damaged: at byte {end}, expected the next of its fragments")
+            break
+        fragmented = fragmented or kind == b"moof"
+        end += size
+        file.seek(end)
+    return end if fragmented else 0
+
+
+def _riff_end(file) -> int:
+    """Where the frame data of an AVI file must end: the end of its first `movi` list, 0 if that is not recorded."""
+    file.seek(12)
+    for _ in range(_AVI_CHUNKS):
+        header = file.read(12)
+        if len(header) < 12:
+            break
+        length = int.from_bytes(header[4:8], "little")
+        if header[:4] == b"LIST" and header[8:] == b"movi":
+            return 0 if length in (0, 0xFFFFFFFF) else file.tell() - 4 + length
+        file.seek(length + length % 2 - 4, os.SEEK_CUR)
+    return 0
+
+
+def _segment_end(file) -> int:
+    """Where a Matroska file's Segment must end, 0 if that is not recorded (live recordings)."""
+    file.seek(4)  # the EBML header's id
+    file.seek(_vint(file) or 0, os.SEEK_CUR)
+    file.seek(4, os.SEEK_CUR)  # the Segment's id
+    length = _vint(file)
+    return file.tell() + length if length is not None else 0
+
+
+def _vint(file) -> int | None:
+    """EBML's integer: the leading zeros of its first byte count the bytes that follow; None if all ones, "unknown"."""
+    first = file.read(1)
+    if not first or not first[0]:
+        return None
+    extra = 8 - first[0].bit_length()
+    bits = 7 * (extra + 1)
+    value = int.from_bytes(first + file.read(extra), "big") & ((1 << bits) - 1)
+    return None if value == (1 << bits) - 1 else value
