@@ -205,7 +205,7 @@ class BothSums {
 // scores are shifted by the partner's, and otherwise by a running maximum, for which the square is visited whole.
 template <class T>
 bool partners_will_do(double temperature) {
-  return 2 / temperature <= (std::is_same_v<T, float> ? 64 : 600);
+  return temperature > 0 && 2 / temperature <= (std::is_same_v<T, float> ? 64 : 600);  // a learned one may have become anything
 }
 
 // s_ip of this process's rows, among all features.
@@ -293,30 +293,33 @@ Tensor gradient_of_units(const Tensor& grad, const Tensor& unit, const Tensor& l
   return out;
 }
 
-// Back through x / max(length, SHORTEST): (gradient - unit (unit·gradient)) / length.
+// Back through x / max(length, SHORTEST): (gradient - unit (unit·gradient)) / length, and unit·gradient.
 template <class T>
-Tensor backward_of(const Tensor& grad, const Tensor& features, const Tensor& inverse, const Tensor& lse, Problem problem,
-                   double temperature) {
+std::tuple<Tensor, Tensor> backward_of(const Tensor& grad, const Tensor& features, const Tensor& inverse, const Tensor& lse,
+                                       Problem problem, double temperature) {
   const int64_t d = features.size(1);
   const Tensor unit = units<T>(features, inverse), gradient = gradient_of_units<T>(grad, unit, lse, problem, temperature);
+  Tensor along = torch::stable::new_empty(inverse, {problem.rows});
   const double scale = 1 / (problem.rows / 2 * temperature);
   auto write = [&](auto* out) {
-    parallel(problem.rows, GRAIN, [&, lengths = input<T>(inverse), u = input<T>(unit), g = input<T>(gradient)](int64_t i) {
+    parallel(problem.rows, GRAIN, [&, lengths = input<T>(inverse), u = input<T>(unit), g = input<T>(gradient),
+                                   products = data<T>(along)](int64_t i) {
       const T *u_i = u + (problem.offset + i) * d, *g_i = g + i * d, length = lengths[problem.offset + i];
-      const T along = length < T(1) / T(SHORTEST) ? kernels<T>().dot(u_i, g_i, d) : T(0);
+      const T product = kernels<T>().dot(u_i, g_i, d), taken_out = length < T(1) / T(SHORTEST) ? product : T(0);
+      products[i] = static_cast<T>(product * scale);
       const T scale_i = static_cast<T>(scale * length);
       for (int64_t k = 0; k < d; ++k) {
-        out[i * d + k] = static_cast<std::remove_reference_t<decltype(*out)>>((g_i[k] - along * u_i[k]) * scale_i);
+        out[i * d + k] = static_cast<std::remove_reference_t<decltype(*out)>>((g_i[k] - taken_out * u_i[k]) * scale_i);
       }
     });
   };
   if (features.scalar_type() != ScalarType::BFloat16) {
     write(data<T>(gradient));
-    return gradient;
+    return {gradient, along};
   }
   Tensor rounded = torch::stable::new_empty(features, {problem.rows, d});
   write(data<BFloat16>(rounded));
-  return rounded;
+  return {rounded, along};
 }
 
 // --- ops ---------------------------------------------------------------------------------------------------------------
@@ -367,11 +370,38 @@ std::tuple<Tensor, Tensor> forward(
              temperature);
 }
 
-Tensor backward(const Tensor& grad, const Tensor& features, const Tensor& inverse, const Tensor& lse, int64_t offset,
-                int64_t rows, double temperature) {
+std::tuple<Tensor, Tensor> gradients(const Tensor& grad, const Tensor& features, const Tensor& inverse, const Tensor& lse,
+                                     int64_t offset, int64_t rows, double temperature) {
   auto* run = inverse.scalar_type() == ScalarType::Double ? backward_of<double> : backward_of<float>;
   return run(grad, torch::stable::contiguous(features), torch::stable::contiguous(inverse), lse,
              {features.size(0), offset, rows}, temperature);
+}
+
+Tensor backward(const Tensor& grad, const Tensor& features, const Tensor& inverse, const Tensor& lse, int64_t offset,
+                int64_t rows, double temperature) {
+  return std::get<0>(gradients(grad, features, inverse, lse, offset, rows, temperature));
+}
+
+double number(const Tensor& learned) {
+  STD_TORCH_CHECK(learned.numel() == 1, "info_nce_learned.cpu takes one temperature");
+  switch (learned.scalar_type()) {
+    case ScalarType::Float:
+      return *input<float>(learned);
+    case ScalarType::Double:
+      return *input<double>(learned);
+    default:
+      STD_TORCH_CHECK(false, "info_nce_learned.cpu takes a temperature of float32 or float64");
+  }
+}
+
+std::tuple<Tensor, Tensor> forward_learned(
+    const Tensor& features, const Tensor& inverse, const Tensor& learned, int64_t offset, int64_t rows) {
+  return forward(features, inverse, offset, rows, number(learned));
+}
+
+std::tuple<Tensor, Tensor> backward_learned(const Tensor& grad, const Tensor& features, const Tensor& inverse,
+                                            const Tensor& lse, const Tensor& learned, int64_t offset, int64_t rows) {
+  return gradients(grad, features, inverse, lse, offset, rows, number(learned));
 }
 
 }  // namespace
@@ -382,4 +412,6 @@ STABLE_TORCH_LIBRARY_IMPL(vimpac, CPU, m) {
   m.impl("info_nce_pack.cpu", TORCH_BOX(&vimpac::contrastive::pack));
   m.impl("info_nce.cpu", TORCH_BOX(&vimpac::contrastive::forward));
   m.impl("info_nce_backward.cpu", TORCH_BOX(&vimpac::contrastive::backward));
+  m.impl("info_nce_learned.cpu", TORCH_BOX(&vimpac::contrastive::forward_learned));
+  m.impl("info_nce_learned_backward.cpu", TORCH_BOX(&vimpac::contrastive::backward_learned));
 }

@@ -306,18 +306,13 @@ def _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D: tl.constex
     return unit, total
 
 
-@triton.jit
-def _along(unit, g, b_inverse):
-    """unit·g, which the normalisation takes out. A length below 1e-12 counts as 1e-12, whatever the features."""
-    return tl.where(b_inverse < 1e12, tl.sum(unit * g, 1), 0.0)
-
-
 @triton.jit(do_not_specialize=["rows", "offset", "splits"])
 def _finish(
     part,
     features,
     inverse,
     out,
+    along,
     rows,
     offset,
     splits,
@@ -325,26 +320,31 @@ def _finish(
     D: tl.constexpr,
     BD: tl.constexpr,
     R: tl.constexpr,
+    ALONG: tl.constexpr,
 ):
-    """Add the splits up and go back through the normalisation: (g - unit (unit·g)) / length. out may be part, for one split."""
+    """Add the splits up and go back through the normalisation: (g - unit (unit·g)) / length; with ALONG also write unit·g.
+    out may be part, for one split."""
     r = tl.program_id(0) * R + tl.arange(0, R)
     m_r = r < rows
     size = rows.to(tl.int64) * D
     row = r.to(tl.int64)[:, None] * D
     p_x = features + (offset + r).to(tl.int64)[:, None] * D
     b_inverse = tl.load(inverse + offset + r, mask=m_r, other=0.0)
-    along = tl.zeros((R,), tl.float32)
+    b_along = tl.zeros((R,), tl.float32)
     if D > BD:
         for k in range(0, D, BD):
             unit, g = _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D, BD, R)
-            along += _along(unit, g, b_inverse)
+            b_along += tl.sum(unit * g, 1)
     for k in range(0, D, BD):
         unit, g = _unit_and_sum(part, row, p_x, b_inverse, m_r, size, splits, k, D, BD, R)
         if D <= BD:
-            along = _along(unit, g, b_inverse)
-        dz = (g - unit * along[:, None]) * scale * b_inverse[:, None]
+            b_along = tl.sum(unit * g, 1)
+        taken_out = tl.where(b_inverse < 1e12, b_along, 0.0)  # a length below 1e-12 counts as 1e-12, whatever the features
+        dz = (g - unit * taken_out[:, None]) * scale * b_inverse[:, None]
         o_d = (k + tl.arange(0, BD))[None, :]
         tl.store(out + row + o_d, dz.to(out.dtype.element_ty), mask=m_r[:, None] & (o_d < D))
+    if ALONG:
+        tl.store(along + r, b_along * scale, mask=m_r)
 
 
 def pack(z1, z2):
@@ -379,6 +379,23 @@ def forward(features, inverse, offset, rows, temperature):
 
 def backward(grad, features, inverse, lse, offset, rows, temperature):
     """The gradient of both views, [rows, d]. grad has one number a rank."""
+    return _backward_of(grad, features, inverse, inverse, lse, offset, rows, temperature, None)
+
+
+def forward_learned(features, inverse, learned, offset, rows):
+    """γ goes into the features' lengths: no one waits for a number."""
+    return forward(features, inverse * learned.rsqrt(), offset, rows, 1.0)
+
+
+def backward_learned(grad, features, inverse, lse, learned, offset, rows):
+    """The gradient of both views, [rows, d], and each row's unit feature times the gradient of that, [rows]."""
+    root = learned.rsqrt()  # once in every feature, once in the gradient of a unit feature by a scaled one's
+    along = torch.empty(rows, dtype=torch.float32, device=features.device)
+    return _backward_of(grad * root, features, inverse * root, inverse, lse, offset, rows, 1.0, along), along
+
+
+def _backward_of(grad, features, scaled, inverse, lse, offset, rows, temperature, along):
+    """Scores and sums take features times `scaled`; the normalisation that the gradient goes back through took `inverse`."""
     N, D = features.shape
     launch = choose(BACKWARD, features)
     BD = block(D, launch.width)
@@ -388,15 +405,16 @@ def backward(grad, features, inverse, lse, offset, rows, temperature):
     part = torch.empty(splits, rows, D, dtype=torch.float32, device=features.device)
     for begin, end in ranges(columns, splits * COLUMNS // launch.BN if features.dtype == torch.float32 else columns):
         target = part if begin == 0 else torch.empty_like(part)
-        arguments = (grad, features, inverse, lse, target, N, rows, offset, splits, begin, end, LOG2_E.value / temperature)
+        arguments = (grad, features, scaled, lse, target, N, rows, offset, splits, begin, end, LOG2_E.value / temperature)
         _backward[(tiles * splits,)](*arguments, BD=BD, GROUP=rows < N, **options(launch, D))
         if begin:
             part += target
     in_place = splits == 1 and features.dtype == torch.float32
     out = part.view(rows, D) if in_place else features.new_empty(rows, D)
-    arguments = (part, features, inverse, out, rows, offset, splits, 2 / (rows * temperature))
+    arguments = (part, features, inverse, out, out if along is None else along)  # a pointer never written to
     grid = (triton.cdiv(rows, ROWS_PER_PROGRAM),)
-    _finish[grid](*arguments, D=D, BD=block(D, 256), R=ROWS_PER_PROGRAM, num_warps=4, **FUSED)
+    shape = {"D": D, "BD": block(D, 256), "R": ROWS_PER_PROGRAM, "ALONG": along is not None}
+    _finish[grid](*arguments, rows, offset, splits, 2 / (rows * temperature), **shape, num_warps=4, **FUSED)
     return out
 
 

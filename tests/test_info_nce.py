@@ -75,22 +75,35 @@ def slot_forward(features, inverse, offset, rows, temperature):
     return (lse - scores.gather(1, partner)[:, 0]).sum() / (rows // 2), lse
 
 
-def slot_backward(grad, features, inverse, lse, offset, rows, temperature):
+def slot_backward(*call):
+    return slot_gradients(*call)[0]
+
+
+def slot_gradients(grad, features, inverse, lse, offset, rows, temperature):
     unit, scores, partner = slot_scores(features, inverse, offset, rows, temperature)
     mine, lengths = slice(offset, offset + rows), inverse[offset : offset + rows, None]
     of_columns = grad.repeat_interleave(rows)
     weights = of_columns[mine, None] * (scores - lse[mine, None]).exp() + of_columns * (scores - lse).exp()
     weights = weights.scatter_add(1, partner, -2 * of_columns[mine, None])
     g = weights @ unit / (rows // 2 * temperature)
-    along = (g * unit[mine]).sum(1, keepdim=True) * (lengths < 1e12)
-    return ((g - along * unit[mine]) * lengths).to(features.dtype)
+    along = (g * unit[mine]).sum(1, keepdim=True)
+    return ((g - along * (lengths < 1e12) * unit[mine]) * lengths).to(features.dtype), along[:, 0]
+
+
+def slot_learned(features, inverse, learned, offset, rows):
+    return slot_forward(features, inverse, offset, rows, learned)
+
+
+def slot_learned_backward(grad, features, inverse, lse, learned, offset, rows):
+    return slot_gradients(grad, features, inverse, lse, offset, rows, learned)
 
 
 def add_slot():
     """A backend "slot" behind its own overloads, as a kernel would come."""
     from vimpac.ops.info_nce import SCHEMAS
 
-    for name, function in (("info_nce_pack", slot_pack), ("info_nce", slot_forward), ("info_nce_backward", slot_backward)):
+    functions = slot_pack, slot_forward, slot_backward, slot_learned, slot_learned_backward
+    for name, function in zip(SCHEMAS, functions, strict=True):
         backends.define_overload(name, "slot", *SCHEMAS[name])
         backends.implement(name, "slot", "CompositeExplicitAutograd", function)
     backends.register("info_nce", "slot", backends.always)
@@ -230,6 +243,96 @@ def test_second_derivatives_are_refused():
                 torch.autograd.grad(grad.square().sum() + z.square().sum(), z, retain_graph=True)
 
 
+# --- a learned temperature --------------------------------------------------------------------------------------------
+
+
+def with_temperature(z1, z2, temperature, dtype=None, upstream=1.75, **named):
+    """Loss, gradients of both views and of γ, a tensor."""
+    learned = torch.tensor(temperature, dtype=dtype or z1.dtype, device=z1.device, requires_grad=True)
+    loss = info_nce(z1, z2, learned, **named)
+    return loss, *torch.autograd.grad(loss, (z1, z2, learned), torch.full_like(loss, upstream))
+
+
+def is_learned(z1, z2, temperature, backend):
+    """Loss and gradients are those of a number, and the temperature's is float64's."""
+    got = with_temperature(z1, z2, temperature, backend=backend)
+    number = value_and_gradients(info_nce, z1, z2, temperature, backend=backend)
+    exact = with_temperature(*(z.detach().double().requires_grad_() for z in (z1, z2)), temperature, backend="reference")
+    for ours, theirs, true in zip(got, (*number, got[3]), exact, strict=True):
+        # γ as a float32 tensor and no double rounds each score once more: 6e-8 of 1 / γ, and so its exponential
+        tolerance = {"rtol": 1e-5 + 1e-6 / temperature, "atol": 1e-6 * max(1.0, float(true.detach().abs().max()))}
+        assert_close(ours, theirs, **tolerance)
+        assert_close(ours.double(), true, **tolerance)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.2, 3.0])
+@pytest.mark.parametrize("n, d", [(1, 1), (2, 3), (5, 3), (33, 16), (257, 40)])
+def test_learned_temperature(backend, n, d, temperature):
+    is_learned(*features(n, d), temperature, backend)
+
+
+def test_temperature_gradcheck(backend):
+    learned = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    torch.autograd.gradcheck(lambda *x: info_nce(*x, backend=backend), (*features(4, 3, dtype=torch.float64), learned))
+
+
+def test_temperature_of_short_features(backend):
+    """Below a length of 1e-12 the normalisation takes nothing out; the products with the unit features count all the same."""
+    z1, z2 = (z.detach() for z in features(4, 3, dtype=torch.float64))
+    z1[1], z2[2] = 0, z2[2] * 1e-14
+    call = z1.requires_grad_(), z2.requires_grad_(), 0.3
+    for ours, true in zip(with_temperature(*call, backend=backend), with_temperature(*call, backend="reference"), strict=True):
+        assert_close(ours, true, **EXACT)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_temperature_alone_and_of_any_dtype(backend, dtype):
+    z1, z2 = (z.detach() for z in features(5, 4))
+    learned = torch.tensor(0.25, dtype=dtype, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = info_nce(z1, z2, learned, backend=backend)
+    (grad,) = torch.autograd.grad(loss, learned)
+    expected = with_temperature(*features(5, 4), 0.25, backend="reference", upstream=1.0)[3]
+    assert grad.dtype == dtype
+    assert_close(grad.float(), expected, rtol=max(1e-5, torch.finfo(dtype).eps), atol=1e-6)
+
+
+def test_temperature_without_videos(backend):
+    loss, *_, grad = with_temperature(*features(0, 6, dtype=torch.bfloat16), 0.2, torch.float32, backend=backend)
+    assert (loss.item(), loss.dtype, grad.item()) == (0, torch.float32, 0)
+
+
+def test_temperature_has_no_second_derivative():
+    z1, z2 = features(5, 4)
+    learned = torch.tensor(0.2, requires_grad=True)
+    value = info_nce(z1, z2, learned, backend="slot")
+    for of, by in ((learned, learned), (learned, z1), (z1, learned)):
+        (grad,) = torch.autograd.grad(value, of, create_graph=True)
+        with pytest.raises(RuntimeError, match="info_nce: its kernels have no second derivative"):
+            torch.autograd.grad(grad.square().sum() + by.square().sum(), by, retain_graph=True)
+
+
+def test_temperature_is_not_read(backend, monkeypatch):
+    """No one waits for the device to say what it is."""
+
+    def read(*_):
+        raise AssertionError("the temperature's value was read")
+
+    for name in ("item", "tolist", "__bool__", "__float__", "__int__"):
+        monkeypatch.setattr(torch.Tensor, name, read)
+    with_temperature(*features(5, 4), 0.2, backend=backend)
+
+
+def test_temperature_compiles_whole(backend):
+    compiled = torch.compile(lambda *x: info_nce(*x, backend=backend), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, temperature in ((5, 0.2), (8, 0.4)):
+        learned = torch.tensor(temperature, requires_grad=True)
+        leaves = (*features(n, 6), learned)
+        expected = torch.autograd.grad(info_nce(*leaves, backend="reference"), leaves)
+        for ours, true in zip(torch.autograd.grad(compiled(*leaves), leaves), expected, strict=True):
+            assert_close(ours, true, **FLOAT32)
+
+
 # --- the slot under torch.compile and opcheck -------------------------------------------------------------------------
 
 
@@ -241,8 +344,11 @@ def test_opcheck(dtype, rows, ranks, offset):
     packed = slot_pack(z1, z2)
     torch.library.opcheck(backends.overload("info_nce", "slot"), (*packed, offset, rows, 0.2))
     lse = torch.cat([slot_forward(*packed, rank * rows, rows, 0.2)[1] for rank in range(ranks)])
-    arguments = (torch.full_like(lse[:ranks], 1.5), *packed, lse, offset, rows, 0.2)
-    torch.library.opcheck(backends.overload("info_nce_backward", "slot"), arguments)
+    arguments = (torch.full_like(lse[:ranks], 1.5), *packed, lse)
+    torch.library.opcheck(backends.overload("info_nce_backward", "slot"), (*arguments, offset, rows, 0.2))
+    learned = torch.full_like(lse[0], 0.2)
+    torch.library.opcheck(backends.overload("info_nce_learned", "slot"), (*packed, learned, offset, rows))
+    torch.library.opcheck(backends.overload("info_nce_learned_backward", "slot"), (*arguments, learned, offset, rows))
 
 
 @needs_compiler
@@ -279,6 +385,11 @@ def _rank(rank, folder):
             grads = torch.autograd.grad(loss, (z1, z2))
             assert all(torch.equal(a, b) for a, b in zip(again, grads, strict=True))
             results[backend, name] = loss.detach(), *grads
+            for x in (z1, z2):
+                x.grad = None
+            results[backend, name, "learned"] = [
+                x.detach() for x in with_temperature(z1, z2, 0.1, group=group, backend=backend, upstream=1.0 + rank)
+            ]
     grad = torch.ones(RANKS * ROWS, WIDTH)
     (summed,) = torch.autograd.grad(_AllGather.apply(z1, dist.group.WORLD), z1, grad)
     assert (summed == RANKS).all() and (grad == 1).all()  # the incoming gradient is someone else's: not summed in place
@@ -304,6 +415,23 @@ def test_ranks_equal_one_process(ranks, backend, members):
     for view in (1, 2):
         averaged = torch.cat([result[view] for result in results]) / len(members)
         assert (averaged - expected[view]).norm() <= 1e-6 * expected[view].norm()
+
+
+@pytest.mark.parametrize("members", [[0, 1, 2, 3], [0, 1], [2, 3]])
+def test_ranks_learn_one_temperature(ranks, backend, members):
+    """One parameter on all ranks: the mean of its gradients is that of the mean of losses, each with a factor of its own."""
+    z1, z2 = (z.detach()[ROWS * members[0] : ROWS * (members[-1] + 1)].requires_grad_() for z in features(RANKS * ROWS, WIDTH))
+    learned, unit = torch.tensor(0.1, requires_grad=True), [F.normalize(z, dim=1) for z in (z1, z2)]
+    offsets = [ROWS * i for i in range(len(members))]
+    losses = [info_nce_reference(*(u[i : i + ROWS] for u in unit), *unit, i, learned) for i in offsets]
+    mean = sum((1.0 + rank) * loss for rank, loss in zip(members, losses, strict=True)) / len(members)
+    expected = torch.autograd.grad(mean, (z1, z2, learned))
+    results = [ranks[rank][backend, "world" if len(members) == 4 else "pair", "learned"] for rank in members]
+    for view in (1, 2):
+        averaged = torch.cat([result[view] for result in results]) / len(members)
+        assert (averaged - expected[view - 1]).norm() <= 2e-6 * expected[view - 1].norm()
+    averaged = torch.stack([result[3] for result in results]).mean()
+    assert averaged.item() == pytest.approx(expected[2].item(), rel=5e-6)  # float32 sums of both signs
 
 
 def test_group_of_one_is_no_group(tmp_path):
@@ -339,6 +467,9 @@ Z = torch.zeros(4, 3)
         ((Z, Z, -0.2), "got -0.2"),
         ((Z, Z, math.nan), "got nan"),
         ((Z, Z, math.inf), "got inf"),
+        ((Z, Z, torch.ones(1)), r"number or a 0-dimensional floating tensor on cpu, got torch.float32 of shape \(1,\) on cpu"),
+        ((Z, Z, torch.tensor(1)), r"0-dimensional floating tensor on cpu, got torch.int64 of shape \(\) on cpu"),
+        ((Z, Z, torch.ones((), device="meta")), r"0-dimensional floating tensor on cpu, got torch.float32 .* on meta"),
         ((Z, Z, 0.2, None, "turbo"), "no backend 'turbo'; it has cpu, "),
     ],
 )

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
-from test_info_nce import features, value_and_gradients
+from test_info_nce import EXACT, features, is_learned, value_and_gradients, with_temperature
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
 
@@ -19,6 +19,7 @@ pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]  # or a busy mac
 SHAPES = [(1, 1), (1, 6), (2, 3), (5, 16), (65, 40), (129, 65), (256, 20), (257, 33), (520, 8)]
 TEMPERATURES = [0.01, 0.032, 0.2, 10]  # below 2 / 64 in float32, 2 / 600 in float64, another way of summing
 pack, forward, backward = (backends.overload(f"info_nce{x}", "cpu") for x in ("_pack", "", "_backward"))
+learned, learned_backward = (backends.overload(f"info_nce_learned{x}", "cpu") for x in ("", "_backward"))
 
 
 def doubles(*z):
@@ -164,6 +165,42 @@ def test_same_bits_for_any_number_of_threads(temperature):
     assert all(torch.equal(a, b) for a, b in zip(results[2], results[3], strict=True))
 
 
+# --- a learned temperature --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.2, 3.0])  # two ways of summing
+@pytest.mark.parametrize("n, d", [(1, 6), (5, 16), (257, 33)])
+def test_learned_temperature(n, d, temperature):
+    is_learned(*features(n, d), temperature, "cpu")
+
+
+@pytest.mark.parametrize("temperature", [0.003, 0.2])
+def test_temperature_in_float64(temperature):
+    z1, z2 = (z.detach() for z in features(65, 8, dtype=torch.float64))
+    z1[1] = 0  # nothing is taken out of its gradient
+    call = z1.requires_grad_(), z2.requires_grad_(), temperature
+    for ours, true in zip(with_temperature(*call, backend="cpu"), with_temperature(*call, backend="reference"), strict=True):
+        assert_close(ours, true, rtol=EXACT["rtol"], atol=EXACT["atol"] / temperature**2)
+
+
+@pytest.mark.parametrize("temperature", [-0.2, -0.001, 0.0, math.nan])
+def test_a_temperature_gone_astray_is_no_crash(temperature):
+    """A learned one may have become anything: the definition's number, or NaN."""
+    z = [x.detach() for x in features(5, 4)]
+    ours, theirs = (info_nce(*z, torch.tensor(temperature), backend=backend) for backend in ("cpu", "reference"))
+    assert ours.isnan() or not theirs.isfinite() or ours == pytest.approx(theirs.item(), rel=1e-5)
+    assert not temperature < 0 or ours.isfinite()
+
+
+@on_any_processor
+def test_temperature_compiles_whole():
+    compiled = torch.compile(lambda *x: info_nce(*x, backend="cpu"), fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (5, 8):
+        leaves = (*features(n, 6), torch.tensor(0.2, requires_grad=True))
+        got, expected = (torch.autograd.grad(f(*leaves), leaves) for f in (compiled, info_nce))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
 # --- the gathered form ------------------------------------------------------------------------------------------------
 
 
@@ -208,7 +245,10 @@ def test_opcheck(dtype, rows, ranks, offset):
     packed = pack(z1, z2)
     torch.library.opcheck(forward, (*packed, offset, rows, 0.2))
     lse = torch.cat([forward(*packed, rank * rows, rows, 0.2)[1] for rank in range(ranks)])
-    torch.library.opcheck(backward, (torch.full_like(lse[:ranks], 1.5), *packed, lse, offset, rows, 0.2))
+    call = (torch.full_like(lse[:ranks], 1.5), *packed, lse)
+    torch.library.opcheck(backward, (*call, offset, rows, 0.2))
+    torch.library.opcheck(learned, (*packed, torch.full_like(lse[0], 0.2), offset, rows))
+    torch.library.opcheck(learned_backward, (*call, torch.full_like(lse[0], 0.2), offset, rows))
 
 
 def test_packs():

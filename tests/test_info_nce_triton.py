@@ -177,6 +177,31 @@ def test_parts_of_many_programs_add_up(monkeypatch):
         assert count.item() == 10
 
 
+@runs_kernels
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n, d, temperature", [(1, 1, 0.2), (5, 16, 0.05), (65, 40, 0.2), (33, 300, 3.0)])
+def test_learned_temperature(n, d, temperature, dtype, monkeypatch):
+    """Against float64 on the same numbers, one feature shorter than counts; outputs start as NaN."""
+    poison_new_tensors(monkeypatch)
+    z1, z2 = inputs(n, d, dtype)
+    z1[-1] *= 1e-14
+
+    def gradient(z1, z2, backend):
+        learned = torch.tensor(temperature, device=DEVICE, dtype=torch.float64, requires_grad=True)
+        leaves = [z.detach().requires_grad_() for z in (z1, z2)]
+        loss = info_nce(*leaves, learned.to(torch.promote_types(z1.dtype, torch.float32)), backend=backend)
+        return loss.detach(), *torch.autograd.grad(1.75 * loss, (*leaves, learned))
+
+    got, exact = gradient(z1, z2, "triton"), gradient(z1.double(), z2.double(), "reference")
+    number = run(info_nce, z1, z2, temperature, backend="triton")
+    for ours, theirs in zip(got[:3], number, strict=True):
+        rounding = 2 * ROUNDING[ours.dtype] if ours.ndim else 0
+        assert_close(ours, theirs, rtol=1e-5 + rounding, atol=1e-6 + 1e-5 * float(theirs.abs().max()))
+    # weights of bfloat16 features keep 16 bits; sums of 2n terms of up to 2 / (n γ²), both signs
+    precision = 2e-6 if dtype == torch.float32 else 2**-15
+    assert abs(got[3] - exact[3]) <= precision * 3.5 * 2 / temperature**2 + 1e-7
+
+
 # --- the gathered form ------------------------------------------------------------------------------------------------
 
 
@@ -215,7 +240,11 @@ def test_opcheck(rows, ranks, offset, dtype):
     packed = pack(z1, z2)
     torch.library.opcheck(forward, (*packed, offset, rows, 0.2))
     lse = torch.cat([forward(*packed, rank * rows, rows, 0.2)[1] for rank in range(ranks)])
-    torch.library.opcheck(backward, (torch.full_like(lse[:ranks], 1.5), *packed, lse, offset, rows, 0.2))
+    call = (torch.full_like(lse[:ranks], 1.5), *packed, lse)
+    torch.library.opcheck(backward, (*call, offset, rows, 0.2))
+    learned = torch.full_like(lse[0], 0.2)
+    torch.library.opcheck(backends.overload("info_nce_learned", "triton"), (*packed, learned, offset, rows))
+    torch.library.opcheck(backends.overload("info_nce_learned_backward", "triton"), (*call, learned, offset, rows))
 
 
 @runs_kernels

@@ -273,6 +273,7 @@ def check_arguments(qkv, cls_qkv, axes, pad, dropout_p, seed) -> tuple[str, ...]
             f"pad must be bool [B, T, H, W] = {(B, T, H, W)} on {qkv.device}, "
             f"got {pad.dtype} of shape {tuple(pad.shape)} on {pad.device}"
         )
+    backends.check_numbers(dropout_p=dropout_p)
     if not 0.0 <= dropout_p < 1.0:
         raise ValueError(f"dropout_p must be in [0, 1), got {dropout_p}")
     if dropout_p > 0 and seed is None:

@@ -291,6 +291,13 @@ def check_tensors(**tensors) -> None:
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
 
 
+def check_numbers(**numbers) -> None:
+    """Raises ValueError for tensors in place of numbers: they would get no gradient, and someone waits for their value."""
+    for name, x in numbers.items():
+        if isinstance(x, torch.Tensor):
+            raise ValueError(f"{name} must be a number, got a tensor, which has no gradient here: give its value, {name}.item()")
+
+
 def full_precision(function: Callable) -> Callable:
     """Run a function of tensors in their own precision, inside autocast too, which would round float32 products to half."""
 

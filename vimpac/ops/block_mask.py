@@ -152,6 +152,7 @@ def _word(probability: float) -> int:
 
 def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
     backends.check_tensors(tokens=tokens, sample_ids=sample_ids)
+    backends.check_numbers(n_blocks=n_blocks, ratio=ratio, vocab_size=vocab_size)
     if tokens.ndim != 4 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens must be integer [B, T, H, W], got {tokens.dtype} of shape {tuple(tokens.shape)}")
     if 0 in tokens.shape[1:]:

@@ -107,6 +107,7 @@ def _check(x, y, p, seed) -> None:
         raise ValueError(f"x and y must be floating, got {x.dtype} and {y.dtype}")
     if x.device != y.device:
         raise ValueError(f"x and y must be on one device, got {x.device} and {y.device}")
+    backends.check_numbers(p=p)
     if not 0.0 <= p < 1.0:
         raise ValueError(f"p must be in [0, 1), got {p}")
     if p > 0 and seed is None:

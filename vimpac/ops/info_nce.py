@@ -6,6 +6,12 @@
 Written with local rows against all columns, so that the ranks of a process group share the work: rank r holds rows
 offset…offset + m of n. Each rank returns the mean over its own rows. The mean over ranks is Eq. 5, and the
 gradient that DistributedDataParallel averages is the gradient of Eq. 5 over the whole batch.
+
+A learned temperature's gradient takes no second look at the scores. Scaling all unit features by c is dividing γ by c², so
+
+    d loss / dγ = -1 / (2γ) Σ_i unit_i · (d loss / d unit_i)        over all 2n features
+
+and backward has these products at hand: the normalisation takes them out of the features' gradients.
 """
 
 from __future__ import annotations
@@ -25,22 +31,26 @@ from vimpac.ops.choice import order
 def info_nce(
     z1: Tensor,
     z2: Tensor,
-    temperature: float = 0.2,
+    temperature: float | Tensor = 0.2,
     group: dist.ProcessGroup | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Contrastive loss of paired features (Eq. 5), a float32 scalar (float64 for float64 features).
 
     z1, z2 [n, d] floating: features of the first and second clip of n videos, any length (they are normalised here).
-    temperature: γ > 0. group: gather the features of its ranks, each with the same n, as further negatives; the result is
-    then the mean over this rank's rows, whose mean over ranks is Eq. 5.
+    temperature: γ > 0, a number or, to learn it, a 0-dimensional floating tensor on the features' device. A tensor's value is
+    not read here: where it is not positive the loss means nothing.
+    group: gather the features of its ranks, each with the same n and temperature, as further negatives; the result is then the
+    mean over this rank's rows, whose mean over ranks is Eq. 5. So is the mean of gradients that DistributedDataParallel takes,
+    the temperature's too. A rank's own share of that one is its rows' under "reference", its features' under the others.
     backend: "reference", "triton" (CUDA), "cpu" or None (chooses).
 
     Raises ValueError for other shapes, dtypes, devices or temperatures, TypeError for what is not a tensor.
     """
     _check(z1, z2, temperature)
     if z1.shape[0] == 0:
-        return (z1.sum() + z2.sum()).to(torch.promote_types(z1.dtype, torch.float32))  # no rows: zero, with a gradient
+        zero = z1.sum() + z2.sum() + (0 * temperature if isinstance(temperature, Tensor) else 0)  # no rows, but a gradient
+        return zero.to(torch.promote_types(z1.dtype, torch.float32))
     group = None if group is None or group.size() == 1 else group
     match backends.choose("info_nce", backend, order("info_nce", z1.device.type), z1, z2):
         case "reference":
@@ -113,8 +123,14 @@ class _InfoNCE(torch.autograd.Function):
         if group is not None:
             offset = group.rank() * rows
             features, inverse = _all_gather_rows((features, inverse), group)
-        loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
-        ctx.save_for_backward(features, inverse, lse, z1, z2)
+        if isinstance(temperature, Tensor):
+            learned, temperature = temperature, None
+            call = features, inverse, learned.detach().to(inverse.dtype), offset, rows
+            loss, lse = backends.overload("info_nce_learned", backend)(*call)
+        else:
+            learned = None
+            loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
+        ctx.save_for_backward(features, inverse, lse, learned, z1, z2)
         ctx.options = offset, rows, temperature, group, backend
         ctx.dtype = z1.dtype
         return loss
@@ -122,15 +138,21 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     @backends.once_differentiable("info_nce")
     def backward(ctx, saved, grad):
-        features, inverse, lse, *_z = saved
+        features, inverse, lse, learned, *_z = saved
         offset, rows, temperature, group, backend = ctx.options
         grad = grad.reshape(1)
         if group is not None:
             lse, grad = _all_gather(torch.cat([lse, grad]), group).view(group.size(), -1).split([rows, 1], 1)
             lse, grad = lse.flatten(), grad.flatten()
-        op = backends.overload("info_nce_backward", backend)
-        dz = op(grad, features, inverse, lse, offset, rows, temperature).to(ctx.dtype)
-        return dz[: rows // 2], dz[rows // 2 :], None, None, None
+        call, of_temperature = (grad, features, inverse, lse), None
+        if learned is None:
+            dz = backends.overload("info_nce_backward", backend)(*call, offset, rows, temperature)
+        else:
+            op = backends.overload("info_nce_learned_backward", backend)
+            dz, along = op(*call, learned.detach().to(inverse.dtype), offset, rows)
+            of_temperature = (along.sum() / (-2 * learned)).to(learned.dtype)
+        dz = dz.to(ctx.dtype)
+        return dz[: rows // 2], dz[rows // 2 :], of_temperature, None, None
 
 
 def _check(z1, z2, temperature) -> None:
@@ -141,7 +163,13 @@ def _check(z1, z2, temperature) -> None:
         raise ValueError(f"z1 and z2 must share one floating dtype, got {z1.dtype} and {z2.dtype}")
     if z1.device != z2.device:
         raise ValueError(f"z1 and z2 must be on one device, got {z1.device} and {z2.device}")
-    if not 0.0 < temperature < math.inf:
+    if isinstance(temperature, Tensor):
+        if temperature.ndim != 0 or not temperature.is_floating_point() or temperature.device != z1.device:
+            raise ValueError(
+                f"temperature must be a number or a 0-dimensional floating tensor on {z1.device}, "
+                f"got {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device}"
+            )
+    elif not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
 
 
@@ -149,8 +177,10 @@ def _check(z1, z2, temperature) -> None:
 #   info_nce_pack      z1, z2 [m, d] → features [2m, d] (float16 widened to float32), inverse [2m] = 1 / max(length, 1e-12)
 #   info_nce           rows offset…offset + rows of features [N, d] against all of them → the mean over them, lse [rows]
 #   info_nce_backward  grad [N / rows], one a rank, lse [N] → the gradient of these rows' z1 and z2, [rows, d]
+# And the last two once more for a learned temperature, a tensor of the inverses' dtype, which no one waits for; backward also
+# returns each row's unit feature times the gradient of that, [rows].
 PACKED = "Tensor features, Tensor inverse"
-OPTIONS = "SymInt offset, SymInt rows, float temperature"  # symbolic: a changing batch compiles once
+ROWS = "SymInt offset, SymInt rows"  # symbolic: a changing batch compiles once
 
 
 def _accumulator(dtype):
@@ -175,10 +205,23 @@ def _fake_backward(grad, features, inverse, lse, offset, rows, temperature):
     return features.new_empty(rows, features.shape[1])
 
 
+def _fake_learned(features, inverse, learned, offset, rows):
+    return inverse.new_empty(()), inverse.new_empty(rows)
+
+
+def _fake_learned_backward(grad, features, inverse, lse, learned, offset, rows):
+    return features.new_empty(rows, features.shape[1]), inverse.new_empty(rows)
+
+
 SCHEMAS = {
     "info_nce_pack": ("(Tensor z1, Tensor z2) -> (Tensor features, Tensor inverse)", _fake_pack),
-    "info_nce": (f"({PACKED}, {OPTIONS}) -> (Tensor loss, Tensor lse)", _fake_forward),
-    "info_nce_backward": (f"(Tensor grad, {PACKED}, Tensor lse, {OPTIONS}) -> Tensor", _fake_backward),
+    "info_nce": (f"({PACKED}, {ROWS}, float temperature) -> (Tensor loss, Tensor lse)", _fake_forward),
+    "info_nce_backward": (f"(Tensor grad, {PACKED}, Tensor lse, {ROWS}, float temperature) -> Tensor", _fake_backward),
+    "info_nce_learned": (f"({PACKED}, Tensor learned, {ROWS}) -> (Tensor loss, Tensor lse)", _fake_learned),
+    "info_nce_learned_backward": (
+        f"(Tensor grad, {PACKED}, Tensor lse, Tensor learned, {ROWS}) -> (Tensor dz, Tensor along)",
+        _fake_learned_backward,
+    ),
 }
 for _name, (_schema, _fake) in SCHEMAS.items():
     backends.define(_name, _schema, _fake)
@@ -198,6 +241,8 @@ def _why_not_triton(z1, z2) -> list[str]:
 backends.implement_triton("info_nce_pack", "info_nce.pack")
 backends.implement_triton("info_nce", "info_nce.forward")
 backends.implement_triton("info_nce_backward", "info_nce.backward")
+backends.implement_triton("info_nce_learned", "info_nce.forward_learned")
+backends.implement_triton("info_nce_learned_backward", "info_nce.backward_learned")
 backends.register("info_nce", "triton", _why_not_triton)
 
 
