@@ -1,10 +1,13 @@
 """Options: the layout grammar, the presets, bad values."""
 
 import dataclasses
+import math
+import typing
 
 import pytest
 
-from vimpac.config import PRESETS, ModelConfig, TrainConfig
+from vimpac.config import PRESETS, ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
+from vimpac.data import tokenizer
 from vimpac.errors import InputError
 from vimpac.layouts import axis_dimensions, parse_layout
 
@@ -48,7 +51,7 @@ def test_axis_dimensions_are_in_grid_order():
         ({"dropout": float("nan")}, "got nan"),
         ({"layers": 0}, "model.layers must be at least 1, got 0"),
         ({"mlp_width": 0}, "mlp_width must be at least 1"),
-        ({"mlp_width": 10**30}, r"model.mlp_width must be below 2\^31, got 1000"),
+        ({"mlp_width": 10**30}, "model.mlp_width must be at most 1048576, got 1000"),
         ({"head_layers": 0}, "model.head_layers must be at least 1, got 0"),
         ({"vocab_size": 0}, "vocab_size"),
     ],
@@ -115,3 +118,60 @@ def test_presets_are_table_4():
 
 def test_special_ids_are_the_released_ones():
     assert (ModelConfig().pad_id, ModelConfig().mask_id) == (8193, 8196)
+
+
+# --- the ends of every range ----------------------------------------------------------------------------------------------
+
+ENDS = (0, -1, 1, 2**31, 2**32, 2**63, 2**64, 10**400, math.nan, math.inf, -math.inf, 1e-300, 1e-6, 1e6, 1e30, 1e300)
+# What the code behind can take: the largest number that each field lets through, and the least above 0 of those with a floor.
+MOST = {
+    SynthesizeConfig: {"videos": 1e6, "seconds": 1e8, "fps": 240, "size": 4096, "seed": 2**63 - 1},
+    TokenizeConfig: {"codes": 8192, "frame_size": 4096, "fps": 1000, "seed": 2**32 - 1},
+    ModelConfig: dict.fromkeys(("layers", "head_layers"), 1024)
+    | dict.fromkeys(("width", "heads", "attention_width", "mlp_width", "head_width", "head_out"), 2**20)
+    | {"grid": 4096, "vocab_size": 2**16, "dropout": 1},
+    TrainConfig: dict.fromkeys(("batch_size", "contrastive_videos", "micro_batch", "eval_batches", "synthetic_videos"), 1e6)
+    | dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 2**31 - 1)
+    | dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e30)
+    | dict.fromkeys(("epochs", "schedule_epochs", "temperature", "alpha", "weight_decay"), 1e6)
+    | dict.fromkeys(("warmup", "mask_ratio", "held_out", "betas"), 1)
+    | {"seed": 2**63 - 2, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
+}
+LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6}
+LEAST_OF = {TokenizeConfig: {"fps": 0.001}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}
+
+
+def numbers(cls):
+    """Name and number of values of each field that is one or several numbers."""
+    for name, kind in typing.get_type_hints(cls).items():
+        kinds = {*typing.get_args(kind), kind}
+        if typing.get_origin(kind) is not typing.Literal and kinds & {int, float}:
+            yield name, len(typing.get_args(kind)) if typing.get_origin(kind) is tuple else 1
+
+
+@pytest.mark.parametrize("cls, name, count", [(cls, *field) for cls in MOST for field in numbers(cls)])
+def test_ends_of_ranges(cls, name, count):
+    """Refused in one line that names the field, or within what the code behind can take."""
+    accepted = 0
+    for value in ENDS:
+        try:
+            cls(**{name: value if count == 1 else (value,) * count})
+        except InputError as error:
+            said = str(error).replace(" ", "_")
+            assert name in said and "\n" not in said, said
+            continue
+        accepted += 1
+        assert math.isfinite(value) and 0 <= value <= MOST[cls][name], value
+        assert value == 0 or value >= LEAST_OF.get(cls, LEAST).get(name, 0), value
+    assert accepted or name in ("codes", "frame_size", "size", "heads", "width", "attention_width")  # multiples of something
+
+
+def test_every_number_has_a_range():
+    for cls, most in MOST.items():
+        assert {name for name, _ in numbers(cls)} == most.keys()
+
+
+def test_tokenize_options_are_the_tokenizers():
+    assert TokenizeConfig(codes=tokenizer.MAX_CODES, frame_size=tokenizer.STRIDE)
+    with pytest.raises(InputError):
+        TokenizeConfig(codes=tokenizer.MAX_CODES + 1)

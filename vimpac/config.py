@@ -9,6 +9,12 @@ from typing import Literal
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 
+MOST_VIDEOS = 1_000_000  # that are generated
+MOST_PIXELS = 100_000_000  # of a generated video
+# What float32 holds, with room on both sides: eps of less would be 0, a learning rate of more infinite.
+SMALLEST, LARGEST = 1e-30, 1e30
+WIDEST = 2**20
+
 
 @dataclass(frozen=True)
 class TokenizeConfig:
@@ -19,11 +25,11 @@ class TokenizeConfig:
     tokenizer_path: str | None = None
     """An already fitted tokenizer: a .safetensors file, or a store whose tokenizer to reuse. Required for dalle."""
     codes: int = 512
-    """Vocabulary size of a newly fitted patch-vq, at most 8192; fewer come out where the patches are too alike."""
+    """Vocabulary size of a newly fitted patch-vq, 2 to 8192; fewer come out where the patches are too alike."""
     frame_size: int = 128
-    """Side of the square frames in pixels, a multiple of 8."""
+    """Side of the square frames in pixels, a multiple of 8, at most 4096."""
     fps: float = 2.0
-    """Frames kept per second of video."""
+    """Frames kept per second of video, 0.001 to 1000."""
     views: Literal["center", "train", "test"] = "center"
     """center: one centre crop (pre-training). train: Table 4's 12 views (2 sizes × 3 crops × 2 flips). test: 3 crops."""
     flip: bool = True
@@ -33,26 +39,57 @@ class TokenizeConfig:
     video_timeout: float = 3600.0
     """Seconds that decoding and encoding one video may take; one that takes longer is listed as failed."""
 
+    def __post_init__(self):
+        size, fps, codes = self.frame_size, self.fps, self.codes
+        if not 8 <= size <= 4096 or size % 8:
+            raise InputError(f"frame size is {size}, expected a positive multiple of 8, such as 128, and at most 4096")
+        if not 0.001 <= fps <= 1000:
+            raise InputError(f"fps is {fps}, expected a positive number of frames a second, such as 2: 0.001 to 1000")
+        if not 2 <= codes <= 8192:
+            raise InputError(f"codes is {codes}, expected 2 to 8192")
+        if not 0 <= self.seed < 2**32:
+            raise InputError(f"seed is {self.seed}, expected 0 to {2**32 - 1}")
+
 
 @dataclass(frozen=True)
 class SynthesizeConfig:
     """What `vimpac synthesize` draws: textured shapes moving on textured, moving backgrounds."""
 
     videos: int = 256
-    """How many videos to write."""
+    """How many videos to write, at most 1,000,000."""
     seconds: float = 8.0
     """Length of each video."""
     fps: float = 8.0
-    """Frames per second of the files."""
+    """Frames per second of the files, 0.1 to 240."""
     size: int = 96
-    """Side of the square frames in pixels, even."""
+    """Side of the square frames in pixels, even, 32 to 4096. A video is drawn whole: at most 100 million pixels in all."""
     seed: int = 0
-    """Seed of everything drawn, 0 or more: the same seed draws the same frames (H.264 encoders may round them otherwise)."""
+    """Seed of everything drawn, below 2⁶³: the same seed draws the same frames (H.264 encoders may round them otherwise)."""
+
+    def __post_init__(self):
+        if not 1 <= self.videos <= MOST_VIDEOS:
+            raise InputError(f"videos is {self.videos}, expected at least 1, and at most {MOST_VIDEOS}")
+        if not 0 <= self.seed < 2**63:
+            raise InputError(f"seed is {self.seed}, expected 0 or more, and below 2⁶³")
+        if not 0 < self.seconds < math.inf:
+            raise InputError(f"seconds is {self.seconds}, expected a number above 0")
+        if not 0.1 <= self.fps <= 240:
+            raise InputError(f"fps is {self.fps}, expected 0.1 to 240")
+        if not 32 <= self.size <= 4096 or self.size % 2:
+            raise InputError(f"size is {self.size}, expected an even number of pixels, at least 32 and at most 4096")
+        frames = round(self.seconds * self.fps) if self.seconds <= MOST_PIXELS else MOST_PIXELS
+        if frames < 1:
+            raise InputError(f"{self.seconds} seconds at {self.fps} fps hold no frame; give more seconds or a higher fps")
+        if frames * self.size**2 > MOST_PIXELS:
+            raise InputError(
+                f"{self.seconds} seconds at {self.fps} fps and size {self.size} are more than {MOST_PIXELS} pixels, and a "
+                "video is drawn whole; give fewer seconds, or a lower fps or size"
+            )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Shape of the transformer (Table 3) and of its heads (section C.1)."""
+    """Shape of the transformer (Table 3) and of its heads (section C.1): at most 1024 layers, 2²⁰ wide, 4096 along an axis."""
 
     layers: int = 6
     """Transformer layers."""
@@ -85,12 +122,16 @@ class ModelConfig:
 
     def __post_init__(self):
         object.__setattr__(self, "grid", tuple(self.grid))
-        for name in ("layers", "width", "heads", "head_layers", "head_width", "head_out", "vocab_size"):
-            _at_least_one(f"model.{name}", getattr(self, name))
+        for name in ("layers", "head_layers"):
+            _counts(f"model.{name}", getattr(self, name), 1024)
+        for name in ("width", "heads", "head_width", "head_out"):
+            _counts(f"model.{name}", getattr(self, name), WIDEST)
+        _counts("model.vocab_size", self.vocab_size, 2**16)
         if len(self.grid) != 3 or min(self.grid) < 1:
             raise InputError(f"model.grid must be three positive numbers T H W, got {self.grid}")
+        _require(max(self.grid) <= 4096, "model.grid", self.grid, "at most 4096 along each axis")
         for name, value in (("attention_width", self.key_width), ("mlp_width", self.hidden_width)):
-            _at_least_one(f"model.{name}", value)
+            _counts(f"model.{name}", value, WIDEST)
         if self.key_width % self.heads:
             raise InputError(f"attention width {self.key_width} must be a multiple of the {self.heads} heads")
         if self.norm not in ("post", "pre"):
@@ -132,9 +173,9 @@ class ModelConfig:
         return cls(**{**sizes, **options})
 
 
-def _at_least_one(name: str, value: int) -> None:
+def _counts(name: str, value: int, most: int) -> None:
     _require(value >= 1, name, value, "at least 1")
-    _require(value < 2**31, name, value, "below 2^31")
+    _require(value <= most, name, value, f"at most {most}")
 
 
 @dataclass(frozen=True)
@@ -232,24 +273,29 @@ class TrainConfig:
     def __post_init__(self):
         for name in ("data", "output", "continue_from", "init_from"):
             _require(getattr(self, name) != "", name, "''", "a path (is a variable of the shell unset?)")
-        for name in ("batch_size", "contrastive_videos", "log_every", "save_every", "keep_checkpoints", "eval_batches"):
-            _at_least_one(name, getattr(self, name))
-        for name in ("steps", "micro_batch", "n_blocks"):
+        for name in ("batch_size", "contrastive_videos", "micro_batch", "eval_batches"):
             if getattr(self, name) is not None:
-                _at_least_one(name, getattr(self, name))
-        for name in ("epochs", "learning_rate", "temperature", "eps", "grad_clip"):
-            _require(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a positive number")
+                _counts(name, getattr(self, name), MOST_VIDEOS)
+        for name in ("steps", "log_every", "save_every", "keep_checkpoints"):
+            if getattr(self, name) is not None:
+                _counts(name, getattr(self, name), 2**31 - 1)
+        for name in ("learning_rate", "eps", "grad_clip"):
+            _positive(name, getattr(self, name), SMALLEST, LARGEST)
+        for name in ("epochs", "temperature"):
+            _positive(name, getattr(self, name), 1e-6, 1e6)
         for name in ("alpha", "weight_decay"):
-            _require(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "0 or a positive number")
+            _not_negative(name, getattr(self, name), "0 or a positive number", 1e6)
         for name in ("warmup", "mask_ratio", "held_out"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2⁶³ - 2")
         _require(self.held_out > 0, "held_out", self.held_out, "above 0, since the run ends with an evaluation")
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
-        _require(self.d_max is None or 0 <= self.d_max < math.inf, "d_max", self.d_max, "0 or more seconds")
-        _require(self.synthetic_videos >= 0, "synthetic_videos", self.synthetic_videos, "0 or more")
+        if self.d_max is not None:
+            _not_negative("d_max", self.d_max, "0 or more seconds", 1e9)
+        _not_negative("synthetic_videos", self.synthetic_videos, "0 or more", MOST_VIDEOS)
         tokens = math.prod(self.model.grid)
+        _require(self.n_blocks is None or self.n_blocks >= 1, "n_blocks", self.n_blocks, "at least 1")
         _require((self.n_blocks or 1) <= tokens, "n_blocks", self.n_blocks, f"at most the {tokens} tokens of a clip")
         _, height, width = self.model.grid
         _require(
@@ -261,6 +307,7 @@ class TrainConfig:
         schedule = self.schedule_epochs
         fits = schedule is None or self.epochs <= schedule < math.inf
         _require(fits, "schedule_epochs", schedule, f"at least epochs={self.epochs}, and finite")
+        _require((schedule or 1) <= 1e6, "schedule_epochs", schedule, "at most 1e+06")
         _require(
             self.alpha == 0 or self.contrastive_videos >= 2,
             "contrastive_videos",
@@ -279,6 +326,16 @@ class TrainConfig:
             self.alpha,
             "above 0 without the mask task, or nothing is learned",
         )
+
+
+def _positive(name: str, value: float, least: float, most: float) -> None:
+    _require(0 < value < math.inf, name, value, "a positive number")
+    _require(least <= value <= most, name, value, f"from {least:g} to {most:g}")
+
+
+def _not_negative(name: str, value: float, kind: str, most: float) -> None:
+    _require(0 <= value < math.inf, name, value, kind)
+    _require(value <= most, name, value, f"at most {most:g}")
 
 
 def _require(ok: bool, name: str, value: object, expected: str) -> None:
