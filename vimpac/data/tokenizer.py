@@ -363,7 +363,6 @@ def _dalle_module(part: str) -> types.ModuleType:
 
 
 def _unpickle(path: str | Path, kind: str) -> torch.nn.Module:
-    import pickle
 
     import torch
 
