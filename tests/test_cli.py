@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -123,7 +124,8 @@ def test_tokenize_finds_damage(copy, capsys, damage, said):
             shard.unlink()
         case "list":
             sidecar = shard.with_suffix(".json")
-            sidecar.write_text(sidecar.read_text().replace('"frames": 4', '"frames": 3'))
+            text = re.sub(r', "checksum": "\w+"', "", sidecar.read_text())  # which would notice it first
+            sidecar.write_text(text.replace('"frames": 4', '"frames": 3'))
     before = {path.name: path.read_bytes() for path in store.iterdir()}
     assert cli.main(arguments) == 1
     captured = capsys.readouterr()
@@ -163,7 +165,7 @@ def test_verify_finds_damage(folders, tmp_path, capsys):
     "damage, said",
     [
         ("remove", "is missing"),
-        ("flip", "is damaged or another"),
+        ("flip", "it is damaged, its checksum is"),
         ("cut", "is not a tokenizer"),
         ("other", "or another store's"),
     ],

@@ -126,7 +126,7 @@ ENDS = (0, -1, 1, 2**31, 2**32, 2**63, 2**64, 10**400, math.nan, math.inf, -math
 # What the code behind can take: the largest number that each field lets through, and the least above 0 of those with a floor.
 MOST = {
     SynthesizeConfig: {"videos": 1e6, "seconds": 1e8, "fps": 240, "size": 4096, "seed": 2**63 - 1},
-    TokenizeConfig: {"codes": 8192, "frame_size": 4096, "fps": 1000, "seed": 2**32 - 1},
+    TokenizeConfig: {"codes": 8192, "frame_size": 4096, "fps": 1000, "seed": 2**32 - 1, "video_timeout": 1e9},
     ModelConfig: dict.fromkeys(("layers", "head_layers"), 1024)
     | dict.fromkeys(("width", "heads", "attention_width", "mlp_width", "head_width", "head_out"), 2**20)
     | {"grid": 4096, "vocab_size": 2**16, "dropout": 1},
@@ -138,7 +138,7 @@ MOST = {
     | {"seed": 2**63 - 2, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
 }
 LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6}
-LEAST_OF = {TokenizeConfig: {"fps": 0.001}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}
+LEAST_OF = {TokenizeConfig: {"fps": 0.001, "video_timeout": 1}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}
 
 
 def numbers(cls):

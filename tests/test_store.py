@@ -1,5 +1,6 @@
 """Token store: what goes in comes out, damage is named, the fast path equals plain slicing."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from runs import files_of_at_most
 from vimpac.atomic import TEMPORARY
+from vimpac.checked import write_json
 from vimpac.data import store as store_module
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, check_shards, finish_store
 from vimpac.data.video import View
@@ -294,6 +296,8 @@ def test_more_shards_than_files_may_be_open(tmp_path):
     finish_store(tmp_path)
     store, every = TokenStore(tmp_path), np.arange(40)
     expected = store.read_clips(every, 0 * every, 2)
+    store.close()
+    held = []
     before = resource.getrlimit(resource.RLIMIT_NOFILE)
     opened = len(os.listdir("/proc/self/fd"))
     try:
@@ -301,7 +305,7 @@ def test_more_shards_than_files_may_be_open(tmp_path):
         np.testing.assert_array_equal(store.read_clips(every, 0 * every, 2), expected)
         assert len(store._open) <= max(1, (opened + 10) // 4)
         store.close()
-        held = [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
+        held += [os.open("/dev/null", os.O_RDONLY) for _ in range(7)]
         np.testing.assert_array_equal(store.read_clips(every, 0 * every, 2), expected)
         store.close()
         with suppress(OSError):
@@ -329,7 +333,10 @@ def test_flipped_byte(folder):
 
 def test_ids_outside_the_vocabulary(folder):
     """With the right checksum: not written by this program, or `store.json` is another store's."""
-    edit(folder / "store.json", tokenizer={"name": "patch-vq", "vocab_size": 100, "stride": 8, "digest": "ab" * 32})
+    smaller = dataclasses.replace(SETTINGS, tokenizer=TokenizerInfo("patch-vq", 100, 8, "ab" * 32)).to_json()
+    edit(folder / "store.json", **smaller)
+    for sidecar in folder.glob("shard-*.json"):
+        edit(sidecar, settings=smaller)
     with pytest.raises(InputError, match=r"shard.*bin holds the id \d+, expected ids below .* 100"):
         TokenStore(folder)
 
@@ -367,7 +374,10 @@ def test_missing_shard_file(folder, suffix):
 
 
 def edit(path, **changes):
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    """Other values with a right checksum: what the checks behind it must see."""
+    fields = json.loads(path.read_text()) | changes
+    del fields["checksum"]
+    write_json(path, fields)
 
 
 @pytest.mark.parametrize(
@@ -396,8 +406,8 @@ def test_index_that_lacks_a_field(folder):
 def test_shard_list_that_lacks_a_field(folder, field):
     sidecar = first_shard(folder).with_suffix(".json")
     shard = json.loads(sidecar.read_text())
-    del shard[field]
-    sidecar.write_text(json.dumps(shard))
+    del shard[field], shard["checksum"]
+    write_json(sidecar, shard)
     for open_store in (TokenStore, check_shards):
         with pytest.raises(InputError, match=f"{sidecar.name} is damaged, it lacks {field}; copy"):
             open_store(folder)

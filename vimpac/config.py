@@ -49,6 +49,8 @@ class TokenizeConfig:
             raise InputError(f"codes is {codes}, expected 2 to 8192")
         if not 0 <= self.seed < 2**32:
             raise InputError(f"seed is {self.seed}, expected 0 to {2**32 - 1}")
+        if not 1 <= self.video_timeout <= 1e9:
+            raise InputError(f"video_timeout is {self.video_timeout}, expected 1 to 10⁹ seconds")
 
 
 @dataclass(frozen=True)

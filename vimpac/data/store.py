@@ -11,82 +11,30 @@ shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids,
 from __future__ import annotations
 
 import errno
-import json
 import os
 import resource
 import time
 import zlib
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from vimpac.atomic import TEMPORARY, create, naming, publish, temporary_of, write_text
-from vimpac.data.video import View
+from vimpac.atomic import TEMPORARY, create, naming, publish, temporary_of
+from vimpac.checked import write_json
+from vimpac.data.format import FORMAT, INDEX, VERSION, StoreSettings, read_index, read_shard
+from vimpac.data.format import TOKENIZER as TOKENIZER  # for those who import what a store is from here
+from vimpac.data.format import TokenizerInfo as TokenizerInfo
 from vimpac.errors import InputError
 
-FORMAT = "vimpac-tokens"
-VERSION = 1
-INDEX = "store.json"
-TOKENIZER = "tokenizer.safetensors"
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
 VERIFY_ON_OPEN_BYTES = 1 << 30
 OPEN_SHARDS = 512  # and at most a quarter of the descriptors that the process may have
 
 _ID = np.dtype("<u2")
-_VIDEO = {"name", "offset", "frames"}
-
-
-@dataclass(frozen=True)
-class TokenizerInfo:
-    """What identifies the tokenizer behind the ids. stride: pixels a token covers along each side."""
-
-    name: str
-    vocab_size: int
-    stride: int
-    digest: str
-
-
-@dataclass(frozen=True)
-class StoreSettings:
-    """What every video of a store shares. fps: frames kept per second; frame_size: pixels a side."""
-
-    tokenizer: TokenizerInfo
-    fps: float
-    frame_size: int
-    views: tuple[View, ...] = (View(),)
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        """Tokens a frame: (h, w)."""
-        side = self.frame_size // self.tokenizer.stride
-        return side, side
-
-    def to_json(self) -> dict:
-        return json.loads(json.dumps(asdict(self)))
-
-    @classmethod
-    def from_json(cls, fields: Mapping) -> StoreSettings:
-        return cls(
-            tokenizer=TokenizerInfo(**fields["tokenizer"]),
-            fps=fields["fps"],
-            frame_size=fields["frame_size"],
-            views=tuple(View(**view) for view in fields["views"]),
-        )
-
-    def difference(self, other: StoreSettings) -> str:
-        """`fps 2.0, not 4.0`-like list of the fields in which self differs from other; empty when equal."""
-        mine, theirs = (_flat(settings.to_json()) for settings in (self, other))
-        return ", ".join(f"{key} {mine[key]}, not {theirs[key]}" for key in mine if mine[key] != theirs[key])
-
-
-def _flat(settings: dict) -> dict:
-    tokenizer = {f"tokenizer {key}": value for key, value in settings["tokenizer"].items()}
-    views = " ".join(f"×{v['resize']:g} {v['crop']}{' flipped' * v['flip']};" for v in settings["views"])
-    return tokenizer | {"fps": settings["fps"], "frame size": settings["frame_size"], "views": views.rstrip(";")}
 
 
 class StoreWriter:
@@ -187,7 +135,7 @@ class _OpenShard:
                 raise OSError(errno.EIO, f"has {found} bytes after {length} were written", str(temporary))
             publish(temporary, self.path)
         shard = {"settings": settings.to_json(), "bytes": length, "crc32": crc, "videos": self._videos[:count]}
-        write_text(self.path.with_suffix(".json"), json.dumps(shard))
+        write_json(self.path.with_suffix(".json"), shard)
 
 
 def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) -> None:
@@ -197,7 +145,7 @@ def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) ->
     videos. Call it once, after every rank has closed its writer. Raises InputError if there is no shard.
     """
     folder = Path(folder)
-    before = _read_index(folder)["failed"] if (folder / INDEX).is_file() else []
+    before = read_index(folder)["failed"] if (folder / INDEX).is_file() else []
     failed = {entry["name"]: entry["reason"] for entry in before} | dict(failed or {})
     shards = _finished_shards(folder)
     if not shards:
@@ -214,7 +162,7 @@ def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) ->
         "videos": sum(len(shard["videos"]) for shard in shards.values()),
         "failed": [{"name": name, "reason": reason} for name, reason in sorted(failed.items()) if name not in stored],
     }
-    write_text(folder / INDEX, json.dumps(index, indent=1))
+    write_json(folder / INDEX, index, indent=1)
     _remove_leftovers(folder)
 
 
@@ -233,7 +181,7 @@ class TokenStore:
         """verify: check every checksum now (None: if the store is at most 1 GiB). Raises InputError for a folder
         that is missing, unfinished, of another format version, or that has a missing, truncated or damaged shard."""
         self.folder = Path(folder)
-        index = _read_index(self.folder)
+        index = read_index(self.folder)
         self.settings = StoreSettings.from_json(index)
         self.tokenizer, self.fps = self.settings.tokenizer, self.settings.fps
         self.frame_size, self.grid, self.views = self.settings.frame_size, self.settings.grid, self.settings.views
@@ -248,8 +196,9 @@ class TokenStore:
         """Shard by shard: what JSON makes of all of them would take several times the memory of what is kept."""
         names, tables, self._sizes, self._crcs = [], [np.empty((0, 3), np.int64)], [], []
         for number, path in enumerate(self._paths):
-            shard = _read_shard(Path(path))
+            shard = read_shard(Path(path))
             _check_layout(path, shard, self.settings)
+            _check_index_settings(path, shard, self.settings)
             names += (video["name"] for video in shard["videos"])
             rows = [(number, video["offset"], video["frames"]) for video in shard["videos"]]
             tables.append(np.array(rows, np.int64).reshape(-1, 3))
@@ -262,6 +211,7 @@ class TokenStore:
             )
         order = sorted(range(len(names)), key=names.__getitem__)
         self.names = [names[i] for i in order]
+        _check_distinct(self.folder, self.names)
         table = np.concatenate(tables)[order]
         self._shard, self.frames = (table[:, column].astype(np.int32) for column in (0, 2))
         self._offset = table[:, 1].copy()
@@ -388,7 +338,7 @@ class _Descriptor:
 
 def read_settings(folder: str | Path) -> StoreSettings:
     """The settings of a finished store, without opening its shards. Raises InputError if it is not one."""
-    return StoreSettings.from_json(_read_index(Path(folder)))
+    return StoreSettings.from_json(read_index(Path(folder)))
 
 
 def finished_settings(folder: str | Path) -> StoreSettings | None:
@@ -411,70 +361,10 @@ def check_shards(folder: str | Path) -> None:
             _check_contents(path, shard["crc32"], shard["settings"]["tokenizer"]["vocab_size"])
 
 
-def _read_index(folder: Path) -> dict:
-    if not folder.is_dir():
-        raise InputError(f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`")
-    if not (folder / INDEX).is_file():
-        if any(folder.glob("shard-*")):
-            raise InputError(f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it")
-        raise InputError(f"{folder} is not a token store (no {INDEX}); make one with `vimpac tokenize VIDEOS OUT`")
-    index = _read_json(folder / INDEX)
-    if index.get("format") != FORMAT:
-        raise InputError(f"{folder / INDEX} has format {index.get('format')!r}, expected {FORMAT!r}")
-    if index.get("version") != VERSION:
-        raise InputError(
-            f"{folder} is a store of version {index.get('version')}, this program reads version {VERSION}; "
-            "tokenize the videos again, or use the program that wrote it"
-        )
-    _check_fields(folder / INDEX, index, {"tokenizer", "fps", "frame_size", "views", "shards", "videos", "failed"})
-    return index
-
-
-def _read_shard(path: Path) -> dict:
-    """The JSON beside the shard `path`, after checking that both files are there and the size is the recorded one."""
-    sidecar = path.with_suffix(".json")
-    for file in (sidecar, path):
-        if not file.is_file():
-            raise InputError(f"{file} is missing from the store; copy the whole store again, or tokenize into a new folder")
-    shard = _read_json(sidecar)
-    _check_fields(sidecar, shard, {"settings", "bytes", "crc32", "videos"})
-    if path.stat().st_size != shard["bytes"]:
-        raise InputError(
-            f"{path} is truncated or overwritten: it has {path.stat().st_size} bytes, {shard['bytes']} were "
-            "written; copy it again, or tokenize into a new folder"
-        )
-    return shard
-
-
-def _read_json(path: Path) -> dict:
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path} is damaged, it is not JSON ({error}); tokenize again into a new folder") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path} holds a {type(value).__name__}, expected an object; tokenize again into a new folder")
-    return value
-
-
-def _check_fields(path: Path, fields: dict, expected: set[str]) -> None:
-    """Raises InputError for a store's JSON that lacks one of `expected`, a setting, or a field of a video."""
-    way_out = "copy the whole store again, or tokenize into a new folder"
-    missing = expected - fields.keys()
-    if missing:
-        raise InputError(f"{path} is damaged, it lacks {', '.join(sorted(missing))}; {way_out}")
-    try:
-        StoreSettings.from_json(fields.get("settings", fields))
-        whole = "settings" not in fields or all(video.keys() >= _VIDEO for video in fields["videos"])
-    except (KeyError, TypeError, AttributeError):
-        whole = False
-    if not whole:
-        raise InputError(f"{path} is damaged, its settings or its videos lack a field; {way_out}")
-
-
 def _finished_shards(folder: Path) -> dict[Path, dict]:
     """Shard contents by the path of the .bin, for every shard that was written to its end, sorted."""
     paths = sorted(path.with_suffix(".bin") for path in folder.glob("shard-?????-?????.json"))
-    return {path: _read_shard(path) for path in paths}
+    return {path: read_shard(path) for path in paths}
 
 
 def _check_contents(path: str | Path, expected: int, vocab_size: int) -> None:
@@ -498,16 +388,50 @@ def _check_contents(path: str | Path, expected: int, vocab_size: int) -> None:
 def _check_layout(path: str | Path, shard: dict, settings: StoreSettings) -> None:
     """Videos must lie one behind the other and fill the shard, or the list does not belong to these bytes."""
     height, width = settings.grid
-    sizes = np.array([v["frames"] for v in shard["videos"]], np.int64) * len(settings.views) * height * width
-    ends = np.cumsum(sizes)
-    offsets = np.array([v["offset"] for v in shard["videos"]], np.int64)
-    if not np.array_equal(offsets, ends - sizes) or (len(ends) and ends[-1] * _ID.itemsize != shard["bytes"]):
+    frame = len(settings.views) * height * width
+    frames = np.array([v["frames"] for v in shard["videos"]], np.int64)
+    fits = int(frames.max(initial=0)) * frame * _ID.itemsize <= shard["bytes"]  # or the products may leave 64 bits
+    if fits:
+        ends = np.cumsum(frames * frame)
+        offsets = np.array([v["offset"] for v in shard["videos"]], np.int64)
+        fits = np.array_equal(offsets, ends - frames * frame) and int(ends[-1:].sum()) * _ID.itemsize == shard["bytes"]
+    if not fits:
         raise InputError(f"{path}: the video list beside it does not fit it; tokenize again into a new folder")
 
 
 def _check_settings(path: Path, shard: dict, settings: StoreSettings) -> None:
     if difference := StoreSettings.from_json(shard["settings"]).difference(settings):
         raise InputError(f"{path} was written with {difference}; use the same settings, or another output folder")
+
+
+def _check_index_settings(path: str | Path, shard: dict, settings: StoreSettings) -> None:
+    """The list beside the shard and `store.json` say the same, or one of them is damaged, or another store's."""
+    if StoreSettings.from_json(shard["settings"]) != settings:
+        difference = settings.difference(StoreSettings.from_json(shard["settings"])) or "other settings"
+        raise InputError(
+            f"{path} does not fit {INDEX}, which says {difference}: one of the two is damaged or another store's; copy the "
+            "whole store again, or tokenize into a new folder"
+        )
+
+
+def _check_distinct(folder: Path, names: list[str]) -> None:
+    """names: sorted."""
+    twice = next((a for a, b in pairwise(names) if a == b), None)
+    if twice is not None:
+        raise InputError(
+            f"{folder} holds the video {twice!r} twice: its shards are damaged or of several stores; copy the whole store "
+            "again, or tokenize into a new folder"
+        )
+
+
+def check_listed(folder: str | Path) -> None:
+    """Raises InputError for a finished shard that `store.json` does not list, so that nobody can read its videos."""
+    listed = set(read_index(Path(folder))["shards"])
+    if unlisted := [path.stem for path in _finished_shards(Path(folder)) if path.stem not in listed]:
+        raise InputError(
+            f"{folder} has {', '.join(unlisted[:3])} ({len(unlisted)} in all), which {INDEX} does not list: a run was stopped "
+            f"before its end, or {INDEX} is another store's; run the same `vimpac tokenize` again to list them"
+        )
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -8,14 +8,19 @@ import importlib.util
 import json
 import sys
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from vimpac.atomic import replacing
-from vimpac.data.store import TOKENIZER, TokenizerInfo
+from vimpac.checked import check_names, typed
+from vimpac.data.format import MAX_VOCABULARY, TOKENIZER, TokenizerInfo
 from vimpac.errors import InputError
+from vimpac.tensorfile import UNSEALED, read_tensors, seal
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +64,7 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     if not path.is_file():
         raise InputError(f"{path} does not exist; expected a tokenizer's .safetensors file, or a token store")
     name, tensors, config = _read(path)
-    return PatchVQ(tensors["codebook"], **config) if name == PatchVQ.name else DalleVAE(tensors, config)
+    return PatchVQ(tensors["codebook"], **config) if name == PatchVQ.name else _dalle(path, tensors, config)
 
 
 def check_tokenizer_file(store: str | Path, expected: TokenizerInfo) -> None:
@@ -91,7 +96,8 @@ class PatchVQ:
 
     def __init__(self, codebook: np.ndarray, requested: int | None = None, seed: int | None = None):
         """codebook: uint8 [codes, 192], each a patch [3, 8, 8]. requested, seed: how it was fitted, if known."""
-        self.codebook = np.ascontiguousarray(codebook, np.uint8)
+        _check_codebook(codebook)
+        self.codebook = np.ascontiguousarray(codebook)
         self.vocab_size = len(self.codebook)
         self.requested, self.seed = requested, seed
         self.digest = _digest(self.name, {"codebook": self.codebook})
@@ -181,18 +187,22 @@ class DalleVAE:
         name, tensors, config = _read(Path(path))
         if name != cls.name:
             raise InputError(f"{path} holds a {name} tokenizer, expected {cls.name}; make one with `vimpac convert-dalle`")
-        return cls(tensors, config, device)
+        return _dalle(Path(path), tensors, config, device)
 
     @classmethod
     def convert(cls, encoder_pkl: str | Path, decoder_pkl: str | Path, out: str | Path) -> None:
         """Writes OpenAI's two pickled modules as one safetensors file, without running code that they could carry."""
-        modules = {"encoder": _unpickle(encoder_pkl, "Encoder"), "decoder": _unpickle(decoder_pkl, "Decoder")}
-        config = {part: {key: getattr(modules[part], key) for key in _ARGUMENTS[part]} for part in modules}
-        tensors = {
-            f"{part}.{key}": value.detach().float().numpy()
-            for part, module in modules.items()
-            for key, value in module.state_dict().items()
-        }
+        config, tensors = {}, {}
+        for part, path in (("encoder", encoder_pkl), ("decoder", decoder_pkl)):
+            module = _unpickle(path, part.capitalize())
+            try:
+                config[part], weights = _contents(module, part)
+                _empty_module(part, config[part], weights)
+            except InputError as error:
+                raise InputError(f"{path} is not OpenAI's {part}.pkl ({error}); download it again") from None
+            tensors |= {f"{part}.{key}": value for key, value in weights.items()}
+        typed(_DalleConfig, config)
+        _check_weights(tensors)
         _write(Path(out), cls.name, tensors, config)
 
     def encode(self, frames: np.ndarray) -> np.ndarray:
@@ -211,12 +221,9 @@ class DalleVAE:
     def _build(self, part: str) -> torch.nn.Module:
         import torch
 
-        # Built anew, not unpickled: an old pickle's Upsample lacks attributes that today's torch reads.
-        module = getattr(_dalle_module(part), part.capitalize())(**self._config[part])
-        prefix = f"{part}."
-        module.load_state_dict(
-            {k.removeprefix(prefix): torch.from_numpy(v) for k, v in self._tensors.items() if k.startswith(prefix)}
-        )
+        weights = {k.removeprefix(f"{part}."): v for k, v in self._tensors.items() if k.startswith(f"{part}.")}
+        module = _empty_module(part, self._config[part], weights)
+        module.load_state_dict({name: torch.from_numpy(x) for name, x in weights.items()}, assign=True)
         return module.to(self.device).eval()
 
     def _grouped(self, function, inputs: np.ndarray, shape: tuple[int, ...], dtype: type) -> np.ndarray:
@@ -245,10 +252,95 @@ class DalleVAE:
 
 
 _EPS = 0.1  # pixels are mapped to 0.1..0.9, inside the support of the VAE's logit-Laplace likelihood
-_ARGUMENTS = {
-    "encoder": ("n_hid", "n_blk_per_group", "input_channels", "vocab_size"),
-    "decoder": ("n_init", "n_hid", "n_blk_per_group", "output_channels", "vocab_size"),
-}
+_MAX_DALLE = 4096  # OpenAI's widest number, of channels, is 256
+
+
+# What the configuration of a tokenizer's file must hold.
+
+
+@dataclass(frozen=True)
+class _PatchVQConfig:
+    requested: int | None = None
+    seed: int | None = None
+
+
+@dataclass(frozen=True)
+class _EncoderConfig:
+    n_hid: int
+    n_blk_per_group: int
+    input_channels: int
+    vocab_size: int
+
+    def __post_init__(self):
+        _check_sizes(self, {"n_hid": 4, "input_channels": 3}, {"input_channels": 3})
+
+
+@dataclass(frozen=True)
+class _DecoderConfig:
+    n_init: int
+    n_hid: int
+    n_blk_per_group: int
+    output_channels: int
+    vocab_size: int
+
+    def __post_init__(self):
+        _check_sizes(self, {"n_hid": 4}, {})
+
+
+@dataclass(frozen=True)
+class _DalleConfig:
+    encoder: _EncoderConfig
+    decoder: _DecoderConfig
+
+    def __post_init__(self):
+        if self.encoder.vocab_size != self.decoder.vocab_size:
+            raise InputError(f"the encoder has {self.encoder.vocab_size} codes, the decoder {self.decoder.vocab_size}")
+
+
+def _check_sizes(config: _EncoderConfig | _DecoderConfig, least: dict[str, int], most: dict[str, int]) -> None:
+    for field in fields(config):
+        value, name = getattr(config, field.name), field.name
+        low, high = least.get(name, 1), most.get(name, MAX_VOCABULARY if name == "vocab_size" else _MAX_DALLE)
+        if not low <= value <= high:
+            raise InputError(f"{name} is {value}, expected {low} to {high}")
+
+
+_CONFIGS = {"patch-vq": _PatchVQConfig, "dalle": _DalleConfig}
+_PARTS = {"encoder": _EncoderConfig, "decoder": _DecoderConfig}
+
+
+def _empty_module(part: str, config: dict[str, int], weights: dict[str, np.ndarray]) -> torch.nn.Module:
+    """OpenAI's encoder or decoder without memory for its weights, after comparing their names and shapes with it.
+
+    Built anew, not unpickled: an old pickle's Upsample lacks attributes that today's torch reads.
+    """
+    import torch
+
+    if typed(_PARTS[part], config, part).n_blk_per_group > len(weights):
+        raise InputError(f"{part} has {len(weights)} tensors, which is fewer than its blocks")
+    module = getattr(_dalle_module(part), part.capitalize())(**config, device=torch.device("meta"))
+    expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
+    found = {name: x.shape for name, x in weights.items()}
+    if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
+        name = wrong[0]
+        raise InputError(
+            f"{part}.{name} has shape {found.get(name)}, expected {expected.get(name)} ({len(wrong)} differ in all)"
+        )
+    return module
+
+
+def _check_weights(tensors: dict[str, np.ndarray]) -> None:
+    for name, x in tensors.items():
+        if not name.startswith(("encoder.", "decoder.")) or x.dtype != np.float32 or not np.isfinite(x).all():
+            raise InputError(f"{name} is {x.dtype} {x.shape}, expected finite float32 weights of the encoder and the decoder")
+
+
+def _check_codebook(codebook: np.ndarray) -> None:
+    expected = f"uint8 [codes, {3 * STRIDE * STRIDE}], 1 to {MAX_VOCABULARY} codes"
+    if codebook.dtype != np.uint8 or codebook.ndim != 2 or codebook.shape[1] != 3 * STRIDE * STRIDE:
+        raise InputError(f"the codebook is {codebook.dtype} {codebook.shape}, expected {expected}")
+    if not 1 <= len(codebook) <= MAX_VOCABULARY:
+        raise InputError(f"the codebook has {len(codebook)} codes, expected {expected}")
 
 
 def _dalle_module(part: str) -> types.ModuleType:
@@ -271,7 +363,6 @@ def _dalle_module(part: str) -> types.ModuleType:
 
 
 def _unpickle(path: str | Path, kind: str) -> torch.nn.Module:
-    import pickle
 
     import torch
 
@@ -283,12 +374,28 @@ def _unpickle(path: str | Path, kind: str) -> torch.nn.Module:
     with torch.serialization.safe_globals([*own, *nn, torch.device, set]):
         try:
             module = torch.load(path, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, KeyError, AttributeError) as error:
+        except Exception as error:  # a damaged or hostile pickle makes torch.load raise nearly anything
             first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise InputError(f"{path} is not OpenAI's {kind.lower()}.pkl ({first_line}); download it again") from error
     if type(module).__name__ != kind:
         raise InputError(f"{path} holds a {type(module).__name__}, expected OpenAI's {kind.lower()}.pkl")
     return module
+
+
+def _contents(module: torch.nn.Module, part: str) -> tuple[dict[str, int], dict[str, np.ndarray]]:
+    """Arguments and weights of an unpickled module."""
+    try:
+        config = {field.name: getattr(module, field.name) for field in fields(_PARTS[part])}
+        weights = {key: x.detach() for key, x in module.state_dict().items()}
+        if not all(
+            x.is_contiguous() and x.is_floating_point() for x in weights.values()
+        ):  # a stride of 0 makes bytes terabytes
+            raise InputError("its weights are no plain arrays of floating-point numbers")
+        return config, {key: x.float().numpy() for key, x in weights.items()}
+    except InputError:
+        raise
+    except Exception as error:  # what a pickle calls a module may have anything for its parts
+        raise InputError(f"{type(error).__name__}: {error}") from None
 
 
 def _check_frames(frames: np.ndarray) -> None:
@@ -317,26 +424,54 @@ def _digest(name: str, tensors: dict[str, np.ndarray]) -> str:
 def _write(path: Path, name: str, tensors: dict[str, np.ndarray], config: dict) -> None:
     from safetensors.numpy import save
 
-    data = save(tensors, metadata={"format": _FORMAT, "version": "1", "name": name, "config": json.dumps(config)})
+    metadata = {"format": _FORMAT, "version": "1", "name": name, "config": json.dumps(config)}
+    data = save(tensors, metadata=metadata | UNSEALED)
     with replacing(path) as temporary:
         temporary.write_bytes(data)
+        seal(temporary)
 
 
 def _read(path: Path) -> tuple[str, dict[str, np.ndarray], dict]:
-    """(name, tensors, config) of a tokenizer file."""
-    from safetensors import SafetensorError, safe_open
-
+    """(name, tensors, config) of a tokenizer file, checked, but for DALL-E's shapes, which its modules know."""
     try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
-        config = json.loads(metadata.get("config", "{}"))
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store") from error
+        metadata, tensors = read_tensors(path, "numpy")
+    except InputError as error:
+        raise InputError(f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store") from None
     name = metadata.get("name")
-    if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name not in (PatchVQ.name, DalleVAE.name):
+    if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name not in _CONFIGS:
         raise InputError(
             f"{path} is a safetensors file but not a tokenizer of this program (format {metadata.get('format')!r}, "
             f"version {metadata.get('version')!r}, name {name!r}); fit one with `vimpac tokenize`"
         )
+    with _whole(path):
+        check_names(metadata, {"format", "version", "name", "config"})
+        config = _parsed(metadata["config"])
+        typed(_CONFIGS[name], config)
+        if name == DalleVAE.name:
+            _check_weights(tensors)
+        else:
+            check_names(tensors, {"codebook"})
+            _check_codebook(tensors["codebook"])
     return name, tensors, config
+
+
+def _parsed(config: str) -> dict:
+    try:
+        return json.loads(config)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"its configuration is not JSON ({error})") from None
+
+
+def _dalle(path: Path, tensors: dict[str, np.ndarray], config: dict, device: str | torch.device | None = None) -> DalleVAE:
+    _dalle_module("encoder")  # that it is missing is not the file's fault
+    with _whole(path):
+        return DalleVAE(tensors, config, device)
+
+
+@contextmanager
+def _whole(path: Path) -> Iterator[None]:
+    """Gives an InputError of the body, a reason, the name of the file and the way out."""
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{path} is damaged or was not written by this program: {error}; copy it again") from None
