@@ -82,20 +82,20 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig):
         super().__init__()
-        self.pre, self.dropout = config.norm == "pre", config.dropout
+        self.norm, self.dropout = config.norm, config.dropout
         self.attention = nn.ModuleList(Attention(config, axes) for axes in parse_layout(config.layout, config.heads))
         self.mlp = MLP(config)
         self.norms = nn.ModuleList(nn.LayerNorm(config.width, eps=EPS) for _ in range(len(self.attention) + 1))
 
     def forward(self, x: Tensor, pad: Tensor | None) -> Tensor:
         for attention, norm in zip(self.attention, self.norms, strict=False):
-            y = attention(norm(x) if self.pre else x, pad)
-            x = self.add(x, y, norm)
-        return self.add(x, self.mlp(self.norms[-1](x) if self.pre else x), self.norms[-1])
+            read = x if self.norm == "post" else norm(x)
+            x = self.add(read if self.norm == "pre" else x, attention(read, pad), norm)
+        return self.add(x, self.mlp(x if self.norm == "post" else self.norms[-1](x)), self.norms[-1])
 
     def add(self, x: Tensor, y: Tensor, norm: nn.LayerNorm) -> Tensor:
         x = x + F.dropout(y, self.dropout, self.training)
-        return x if self.pre else norm(x)
+        return norm(x) if self.norm == "post" else x
 
 
 class NaiveModel(nn.Module):
@@ -108,9 +108,10 @@ class NaiveModel(nn.Module):
         self.embedding = nn.Embedding(ids, C)
         self.time, self.height, self.breadth = (nn.Parameter(torch.empty(size, C)) for size in config.grid)
         self.cls, self.cls_position = nn.Parameter(torch.empty(C)), nn.Parameter(torch.empty(C))
-        self.embedding_norm = nn.LayerNorm(C, eps=EPS)
+        pre = config.norm != "post"
+        self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(C, eps=EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(C, eps=EPS) if config.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(C, eps=EPS) if pre else nn.Identity()
         self.dense, self.dense_norm = nn.Linear(C, C), nn.LayerNorm(C, eps=EPS)
         self.bias = nn.Parameter(torch.zeros(ids))
         self.cls_head = contrastive_head(config)

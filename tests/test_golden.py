@@ -1,17 +1,19 @@
-"""The model against one training step of the released program.
+"""The model against training steps of the released program.
 
 The contrastive head's batch norm sees 8 [CLS] states that differ by less than 1 % of their size, so it magnifies float32
 rounding: the released program's own features and gradients lie up to 2e-3 from the float64 result. Where it does, agreement
-to 1e-5 would only compare rounding, and one thread sums in another order than several. So two threads run it, the head is
-given the released [CLS] states (which ours match to 1e-6), and a gradient may differ by 1e-5 or, where the released program
-itself is further than that from float64, by half that distance.
+to 1e-5 would only compare rounding, and one thread sums in another order than several. So as many threads run it as wrote
+the file, the head is given the released [CLS] states (which ours match to 1e-6), and a gradient may differ by 1e-5 or,
+where the released program itself is further than that from float64, by half that distance.
 """
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from vimpac.config import ModelConfig
@@ -19,28 +21,32 @@ from vimpac.convert import from_authors, released_names
 from vimpac.ops import info_nce, masked_cross_entropy
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, grid=(3, 4, 6), dropout=0.0, head_layers=2, head_width=64, head_out=16)
+CASES = {"default": (CONFIG, 2), "prenorm": (replace(CONFIG, norm="pre"), 1)}  # threads: as many as round like the file
 TOLERANCE = 1e-5  # of a tensor's norm: float32 rounding (6e-8) over a few hundred additions and eight layers
 # Batch norm subtracts the mean over the batch, so these have no gradient at all; what is left is rounding.
 WITHOUT_GRADIENT = {"cls_head.hidden.0.linear.bias"}
 
 
-@pytest.fixture(autouse=True)
-def two_threads():
-    """As many as round like the released numbers."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
+@pytest.fixture(scope="module", params=CASES)
+def golden(request):
+    config, threads = CASES[request.param]
+    before = torch.get_num_threads()
     torch.set_num_threads(threads)
+    yield load(request.param) | {"config": config}
+    torch.set_num_threads(before)
 
 
-@pytest.fixture(scope="module")
-def golden():
-    return load_file(Path(__file__).parent / "golden" / "default.safetensors")
+def load(name):
+    return load_file(Path(__file__).parent / "golden" / f"{name}.safetensors")
+
+
+def released_weights(golden):
+    return {name[2:]: x for name, x in golden.items() if name.startswith("w/")}
 
 
 def run(golden, dtype=torch.float32, pinned=True):
     """Outputs and gradients by our names. pinned: the heads see the released hidden states, gradients flow to ours."""
-    model = from_authors({k[2:]: x for k, x in golden.items() if k.startswith("w/")}, CONFIG).to(dtype).train()
+    model = from_authors(released_weights(golden), golden["config"]).to(dtype).train()
     cls, hidden = model.backbone(golden["in/masked"])
     out = {"out/cls": cls, "out/tokens": hidden}
     if pinned:
@@ -98,7 +104,23 @@ def test_gradients(golden):
 
 
 def test_every_released_weight_is_used(golden):
-    model = from_authors({k[2:]: x for k, x in golden.items() if k.startswith("w/")}, CONFIG)
+    model = from_authors(released_weights(golden), golden["config"])
     used = [part for parts in released_names(model).values() for part in parts]
-    assert sorted(used) == sorted(k[2:] for k in golden if k.startswith("w/"))
-    assert sum(math.prod(p.shape) for p in model.parameters()) == sum(x.numel() for k, x in golden.items() if k[:2] == "w/")
+    assert sorted(used) == sorted(released_weights(golden))
+    assert sum(math.prod(p.shape) for p in model.parameters()) == sum(x.numel() for x in released_weights(golden).values())
+
+
+def test_fine_tuning():
+    """A step of the released classifier, two of whose clips end in PAD."""
+    golden = load("finetune")
+    config = ModelConfig(layers=2, width=32, heads=4, grid=(4, 4, 4), dropout=0.0)
+    model = from_authors(released_weights(golden), config).train()
+    logits = model(golden["in/codes"])
+    loss = F.cross_entropy(logits, golden["in/labels"])
+    loss.backward()
+    assert (golden["in/codes"] == config.pad_id).flatten(1).any(1).sum() == 2
+    assert distance(logits, golden["out/logits"]) < TOLERANCE and distance(loss, golden["out/loss"]) < TOLERANCE
+    names = released_names(model)
+    for name, parameter in model.named_parameters():
+        released = torch.cat([golden[f"grad/{part}"] for part in names[name]]).reshape(parameter.shape)
+        assert distance(parameter.grad, released) < TOLERANCE, name

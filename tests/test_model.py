@@ -53,15 +53,15 @@ def plain_backbone(model, ids):
     for layer in b.layers:
         for block in layer.attention:
             split = lambda y, block=block: block.qkv(y).unflatten(-1, (3, c.heads, -1))  # noqa: E731
-            read = block.norm if c.norm == "pre" else (lambda y: y)
-            a, a_cls = axial_attention_reference(
-                split(read(x)), split(read(cls)), block.axes, pad, cls_in_context=c.cls_in_context
-            )
+            read, read_cls = (x, cls) if c.norm == "post" else (block.norm(x), block.norm(cls))
+            a, a_cls = axial_attention_reference(split(read), split(read_cls), block.axes, pad, cls_in_context=c.cls_in_context)
+            if c.norm == "pre":
+                x, cls = read, read_cls
             x, cls = x + block.project(a.flatten(-2)), cls + block.project(a_cls.flatten(-2))
             if c.norm == "post":
                 x, cls = block.norm(x), block.norm(cls)
         mlp = layer.mlp
-        for_mlp = mlp.norm if c.norm == "pre" else (lambda y: y)
+        for_mlp = mlp.norm if c.norm != "post" else (lambda y: y)
         x, cls = (y + mlp.project(F.gelu(mlp.expand(for_mlp(y)))) for y in (x, cls))
         if c.norm == "post":
             x, cls = mlp.norm(x), mlp.norm(cls)
@@ -69,7 +69,7 @@ def plain_backbone(model, ids):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 @pytest.mark.parametrize("cls_in_context", [True, False])
 def test_every_layout_matches_the_equations(layout, norm, cls_in_context):
     config = tiny(layout=layout, norm=norm, cls_in_context=cls_in_context, heads=6, width=24, attention_width=12, mlp_width=20)
@@ -145,14 +145,14 @@ def test_activation_checkpointing_gives_the_same_gradients():
         assert_close(a, b, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 def test_initialisation(norm):
     torch.manual_seed(0)
     config = ModelConfig(layers=4, width=256, heads=4, grid=(64, 64, 64), norm=norm, head_width=64)
     model = PretrainModel(config)
     b = model.backbone
     block = b.layers[0].attention[0]
-    residual = 0.02 / 12**0.5 if norm == "pre" else 0.02  # 4 layers × (2 attention blocks + MLP)
+    residual = 0.02 / 12**0.5 if norm != "post" else 0.02  # 4 layers × (2 attention blocks + MLP)
     for weight, std in [
         (b.embedding.weight, 0.02),
         (b.positions.time, 0.02 / 3**0.5),

@@ -51,7 +51,7 @@ def distance(a, b):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 @pytest.mark.parametrize("layout", ["T,H|W", "T,H,W", "T|H|W", "T,HxW", "TxHxW"])
 def test_same_states_and_losses(layout, norm, dtype):
     ours, opponent = pair(dtype, layout=layout, norm=norm)
@@ -72,7 +72,7 @@ def test_same_states_and_losses(layout, norm, dtype):
         assert distance(got, expected) < TOLERANCE[dtype], name
 
 
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 def test_same_loss_and_gradients(norm):
     ours, opponent = pair(norm=norm)
     tokens, masked = batch(ours.config)

@@ -24,7 +24,8 @@ def test_what_decays(norm):
     assert undecayed == vectors
     for name in ("backbone.embedding.weight", "backbone.cls", "backbone.positions.time", "cls_head.out.weight"):
         assert name in decayed
-    for name in ("token_head.bias", "backbone.embedding_norm.weight", "cls_head.hidden.0.norm.weight"):
+    outer = "embedding_norm" if norm == "post" else "final_norm"
+    for name in ("token_head.bias", f"backbone.{outer}.weight", "cls_head.hidden.0.norm.weight"):
         assert name in undecayed
     assert all(group["betas"] == (0.9, 0.98) and group["eps"] == 1e-8 for group in optimizer.param_groups)
 

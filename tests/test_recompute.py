@@ -38,7 +38,7 @@ def saved_units(backbone, tokens):
 
 
 @needs_cpu
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 def test_what_a_layer_keeps(norm):
     """Norm inputs, q, k, v and GELU's input: 13 C a row and layer, where all would be 22. Counted as a difference of layers."""
     counts = {}

@@ -166,7 +166,7 @@ def test_autocast(dtype, error):
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["T,H|W", "T,HxW"])
-@pytest.mark.parametrize("norm", ["post", "pre"])
+@pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 def test_activation_checkpointing_changes_nothing(dtype, layout, norm):
     """Dropout included: the second forward pass draws what the first one drew. Same operations, so the same bits."""
     results = []

@@ -103,8 +103,9 @@ class ModelConfig:
     """Attention blocks of a layer (Table 13): `,` = one after another, `|` = heads split over axes, `x` = joined axes."""
     grid: tuple[int, int, int] = (5, 16, 16)
     """T, H, W of the token grid: frames of a clip, frame height and width divided by 8."""
-    norm: Literal["post", "pre"] = "post"
-    """Layer norm after each residual connection (Eq. 10, 14), or before each block."""
+    norm: Literal["post", "pre", "pre-vit"] = "post"
+    """post: layer norm after each residual connection (Eq. 10, 14). pre: before each block, as the released program has it.
+    pre-vit: before each block, as GPT and ViT have it: there attention adds to its input, in `pre` to its normalised input."""
     attention_width: int | None = None
     """Heads × head width; None = width. Large-Half uses half of it."""
     mlp_width: int | None = None
@@ -136,8 +137,8 @@ class ModelConfig:
             _counts(f"model.{name}", value, WIDEST)
         if self.key_width % self.heads:
             raise InputError(f"attention width {self.key_width} must be a multiple of the {self.heads} heads")
-        if self.norm not in ("post", "pre"):
-            raise InputError(f"model.norm must be 'post' or 'pre', got {self.norm!r}")
+        if self.norm not in ("post", "pre", "pre-vit"):
+            raise InputError(f"model.norm must be 'post', 'pre' or 'pre-vit', got {self.norm!r}")
         if not 0.0 <= self.dropout < 1.0:
             raise InputError(f"model.dropout must be in [0, 1), got {self.dropout}")
         parse_layout(self.layout, self.heads)

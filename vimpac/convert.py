@@ -141,10 +141,10 @@ def released_names(model: nn.Module) -> dict[str, list[str]]:
         "backbone.positions.time": ["backbone.positional_embedding.temporal_pos_embedding"],
         "backbone.positions.height": ["backbone.positional_embedding.height_pos_embedding"],
         "backbone.positions.width": ["backbone.positional_embedding.width_pos_embedding"],
-        **_both("backbone.embedding_norm", "backbone.ln_pre"),
     }
-    if model.config.norm == "pre":
-        names |= _both("backbone.final_norm", "backbone.ln_post")
+    pre = model.config.norm != "post"
+    names |= _both("backbone.final_norm", "backbone.ln_post") if pre else _both("backbone.embedding_norm", "backbone.ln_pre")
+    output = "" if pre else ".output"
     for i, layer in enumerate(model.backbone.layers):
         ours, theirs = f"backbone.layers.{i}", f"backbone.transformer.resblocks.{i}"
         for j, block in enumerate(layer.attention):
@@ -155,7 +155,7 @@ def released_names(model: nn.Module) -> dict[str, list[str]]:
                     for part in ("query", "key", "value")
                     for axis in range(len(block.axes))
                 ]
-            names |= _both(f"{a}.project", f"{b}.output.dense") | _both(f"{a}.norm", f"{b}.output.LayerNorm")
+            names |= _both(f"{a}.project", f"{b}{output}.dense") | _both(f"{a}.norm", f"{b}{output}.LayerNorm")
         names |= _both(f"{ours}.mlp.expand", f"{theirs}.mlp.c_fc") | _both(f"{ours}.mlp.project", f"{theirs}.mlp.c_proj")
         names |= _both(f"{ours}.mlp.norm", f"{theirs}.ln")
     if isinstance(model, ClassificationModel):

@@ -45,16 +45,17 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + SPECIAL_IDS, config.width)
         self.cls = nn.Parameter(torch.empty(config.width))
         self.positions = Positions(config.grid, config.width)
-        self.embedding_norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        pre = config.norm != "post"  # what enters each block is normalised then, and what leaves the last one
+        self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
-        self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS) if config.norm == "pre" else nn.Identity()
+        self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS) if pre else nn.Identity()
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         self.apply(init_weights)
         nn.init.normal_(self.cls, std=INIT_STD)
         self.positions.reset_parameters(INIT_STD)
-        if self.config.norm == "pre":
+        if self.config.norm != "post":
             blocks = [block for layer in self.layers for block in (*layer.attention, layer.mlp)]
             for block in blocks:
                 nn.init.normal_(block.project.weight, std=INIT_STD / math.sqrt(len(blocks)))
@@ -121,18 +122,23 @@ class Layer(nn.Module):
 
 
 class Residual(nn.Module):
-    """x → norm(x + dropout(f(x))) (post, Eq. 10) or x + dropout(f(norm(x))) (pre)."""
+    """x → norm(x + dropout(f(x))) (post, Eq. 10), x + dropout(f(norm(x))) (pre-vit), or pre: attention blocks of the released
+    program add to what they normalised, norm(x) + dropout(f(norm(x))), its MLPs to x.
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.pre = config.norm == "pre"
+        self.pre = config.norm != "post"
+        self.adds_to_normalised = False
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
     def residual(self, x: Tensor, seed: Tensor | None, *arguments) -> Tensor:
-        y = self.transform(remade(self.norm, x) if self.pre else x, seed, *arguments)
-        x = dropout_add(x, y, self.dropout_p, seed)
-        return x if self.pre else remade(self.norm, x)
+        if not self.pre:
+            return remade(self.norm, dropout_add(x, self.transform(x, seed, *arguments), self.dropout_p, seed))
+        normalised = remade(self.norm, x)
+        y = self.transform(normalised, seed, *arguments)
+        return dropout_add(normalised if self.adds_to_normalised else x, y, self.dropout_p, seed)
 
     @property
     def dropout_p(self) -> float:
@@ -144,6 +150,7 @@ class AttentionBlock(Residual):
 
     def __init__(self, config: ModelConfig, axes: tuple[str, ...]):
         super().__init__(config)
+        self.adds_to_normalised = config.norm == "pre"
         self.grid, self.axes, self.heads = config.grid, axes, config.heads
         self.cls_in_context = config.cls_in_context
         self.qkv = Linear(config.width, 3 * config.key_width)
