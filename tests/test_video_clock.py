@@ -133,14 +133,15 @@ def test_empty_packets_repeat_the_picture():
     assert len(frames) == len(packets) == 37
 
 
-def test_avi_frame_rate_with_a_flipped_bit(tmp_path):
+@pytest.mark.parametrize("field, seconds", [(20, r"2.68e\+07"), (24, "3.73e-09")])  # dwScale, dwRate
+def test_avi_frame_rate_with_a_flipped_bit(tmp_path, field, seconds):
     path = write_video(tmp_path / "a.avi", greys(40), rate=10, codec="mpeg4")
     data = bytearray(path.read_bytes())
-    scale = data.index(b"strh") + 8 + 20
-    assert int.from_bytes(data[scale : scale + 4], "little") == 1
-    data[scale + 3] ^= 0x10
+    at = data.index(b"strh") + 8 + field
+    assert int.from_bytes(data[at : at + 4], "little") == {20: 1, 24: 10}[field]
+    data[at + 3] ^= 0x10
     path.write_bytes(data)
-    with pytest.raises(CorruptVideo, match=r"damaged frame rate: 2.68e\+07 seconds a frame, expected at most 60"):
+    with pytest.raises(CorruptVideo, match=f"damaged frame rate: {seconds} seconds a frame, expected 0.001 to 60"):
         list(decode(path, 2, 32))
 
 
