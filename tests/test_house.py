@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A part may import itself, the leaves, and what stands beside it here. Everything flows one way.
 LEAVES = {"vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.config", "vimpac.cores", "vimpac.atomic"}
-LEAVES |= {"vimpac.checked", "vimpac.tensorfile"}
+LEAVES |= {"vimpac.checked", "vimpac.tensorfile", "vimpac.meta"}
 MAY_IMPORT = {
     "vimpac.data": set(),
     "vimpac.kernels": {"vimpac.ops.backend"},

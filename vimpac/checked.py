@@ -120,9 +120,12 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     else:
         right = type(value) is kind
     if not right:
-        expected = " or ".join(map(repr, arguments)) if arguments else f"a {kind.__name__}"
+        expected = " or ".join(map(repr, arguments)) if arguments else _WORDS[kind]
         raise InputError(f"{name} is {repr(value)[:60]}, expected {expected}")
     return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _dataclass(kind: type, value: Any, name: str) -> Any:

@@ -74,13 +74,15 @@ def load(
         model = empty_model(make, config, len(state))
         check_state(state, model.state_dict())
     except InputError as error:
-        raise InputError(f"{path} does not fit the model that it describes: {error}; it was damaged, copy it again") from None
+        reason = str(error)[:500]
+        raise InputError(f"{path} does not fit the model that it describes: {reason}; it was damaged, copy it again") from None
     if grid is not None:
         config = dataclasses.replace(config, grid=tuple(grid))
         state = interpolate_state(state, config.grid, IN_BACKBONE)
         model = empty_model(make, config, len(state))
-    model = model.to_empty(device="cpu")
-    model.load_state_dict(state)
+    own = model.state_dict()  # copies of the file's memory map, in float32
+    whole = {name: x.to(own[name].dtype, copy=True, memory_format=torch.contiguous_format) for name, x in state.items()}
+    model.load_state_dict(whole, assign=True)
     return model.eval()
 
 
@@ -98,7 +100,8 @@ def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     try:
         typed(_Header, header)
     except InputError as error:
-        raise InputError(f"{path} is damaged or was not written by this program: {error}; copy it again") from None
+        reason = str(error)[:500]
+        raise InputError(f"{path} is damaged or was not written by this program: {reason}; copy it again") from None
     return header, state
 
 
@@ -149,7 +152,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     names = released_names(empty)
     names |= {ours: parts for ours, parts in released_statistics(empty).items() if parts[0] in released}
     missing = sorted({r for parts in names.values() for r in parts} - released.keys())
-    unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - IGNORED)
+    unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - TIED.keys())
     if missing or unknown:
         raise InputError(
             f"checkpoint does not fit {config.layout=} {config.layers=}: missing {missing[:5]}, unexpected {unknown[:5]} "
@@ -193,30 +196,29 @@ def _released_classes(released: Mapping[str, Tensor], config: ModelConfig) -> in
 
 def _check_released(released: Mapping[str, Tensor], names: Mapping[str, list[str]], own: Mapping[str, Tensor]) -> None:
     """Raises InputError unless every released tensor is what its part of ours takes, before they are put together."""
-    wrong = []
-    for ours, parts in names.items():
-        like = own[ours]
-        for name in parts:
-            x, shape = released[name], (like.shape[0] // len(parts), *like.shape[1:]) if like.ndim else like.shape
-            if ours == IN_BACKBONE + "cls":  # released as [1, C], or [C]
-                reason = misfit(x, like.dtype, None) or (None if x.numel() == len(like) else misfit(x, like.dtype, shape))
-            elif ours.startswith(IN_BACKBONE):  # of any grid
-                reason = misfit(x, like.dtype, None)
-                reason = reason or (None if x.ndim == 2 and len(x) and x.shape[1] == shape[1] else misfit(x, like.dtype, shape))
-            else:
-                reason = misfit(x, like.dtype, shape)
-            if reason:
-                wrong.append(f"{name} {reason}")
-    wrong += [
-        f"{name} {reason}"
-        for name in sorted(IGNORED & released.keys())
-        if (reason := misfit(released[name], torch.float32, None))
-    ]
-    if wrong:
+    reasons = {
+        name: _misfit_part(ours, released[name], own[ours], len(parts)) for ours, parts in names.items() for name in parts
+    }
+    for name in TIED.keys() & released.keys():
+        reasons[name] = misfit(released[name], torch.float32, own[TIED[name]].shape if TIED[name] in own else None)
+    if wrong := [f"{name} {reason}" for name, reason in reasons.items() if reason]:
         raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
 
 
-IGNORED = {"mlm_head.decoder.weight", "mlm_head.decoder.bias"}  # tied to the embedding and to mlm_head.bias
+def _misfit_part(ours: str, x: Tensor, like: Tensor, parts: int) -> str | None:
+    """Why x cannot be one of the equal parts of our tensor `like`, or None: it can."""
+    shape = (like.shape[0] // parts, *like.shape[1:]) if like.ndim else like.shape
+    if reason := misfit(x, like.dtype, None):
+        return reason
+    if ours == IN_BACKBONE + "cls" and x.numel() == len(like):  # released as [1, C]
+        return None
+    if ours.startswith(IN_BACKBONE) and x.ndim == 2 and len(x) and x.shape[1:] == shape[1:]:  # positions, of any grid
+        return None
+    return misfit(x, like.dtype, shape)
+
+
+TIED = {"mlm_head.decoder.weight": "backbone.embedding.weight", "mlm_head.decoder.bias": "token_head.bias"}
+"""What a checkpoint may hold a second time, and which of our tensors it is then the same as."""
 
 
 def released_names(model: nn.Module) -> dict[str, list[str]]:

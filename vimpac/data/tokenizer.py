@@ -20,6 +20,7 @@ from vimpac.atomic import replacing
 from vimpac.checked import check_names, typed
 from vimpac.data.format import MAX_VOCABULARY, TOKENIZER, TokenizerInfo
 from vimpac.errors import InputError
+from vimpac.meta import without_memory
 from vimpac.tensorfile import UNSEALED, read_tensors, seal
 
 if TYPE_CHECKING:
@@ -324,7 +325,8 @@ def _empty_module(part: str, config: dict[str, int], weights: dict[str, np.ndarr
 
     if typed(_PARTS[part], config, part).n_blk_per_group > len(weights):
         raise InputError(f"{part} has {len(weights)} tensors, which is fewer than its blocks")
-    module = getattr(_dalle_module(part), part.capitalize())(**config, device=torch.device("meta"))
+    with without_memory():
+        module = getattr(_dalle_module(part), part.capitalize())(**config, device=torch.device("meta"))
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
     found = {name: x.shape for name, x in weights.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
+from vimpac.meta import without_memory
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)  # a number of batches
@@ -27,7 +28,7 @@ def empty_model(make: Callable[[ModelConfig], nn.Module], config: ModelConfig, t
             f"layers={config.layers}, layout={config.layout[:60]!r} and head_layers={config.head_layers} need more"
         )
     try:
-        with torch.device("meta"):
+        with without_memory():
             return make(config)
     except RuntimeError as error:  # the product of two sizes leaves 64 bits
         raise InputError(f"no model has the sizes of {config}: {str(error).splitlines()[0]}") from None

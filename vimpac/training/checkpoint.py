@@ -9,6 +9,7 @@ run's seed and their number. So a checkpoint fits any number of processes.
 from __future__ import annotations
 
 import math
+import os
 import re
 import zipfile
 import zlib
@@ -117,23 +118,30 @@ def _check_archive(path: Path) -> None:
 
     Raises BadZipFile.
     """
-    with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
-        size = path.stat().st_size
-        for entry in archive.infolist():
-            if entry.is_dir() or entry.external_attr & 0x10 or entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
-                raise zipfile.BadZipFile(f"{entry.filename} is no plain file of the archive")
-            if entry.file_size > size:
-                raise zipfile.BadZipFile(f"{entry.filename} is said to have {entry.file_size} bytes, the whole file has {size}")
-        file.seek(max(0, size - 64))
-        end = file.read()
-        if sealed := re.search(rb"%b([0-9a-f]{%d})\Z" % (_COMMENT, _DIGITS), end):
-            file.seek(0)
-            if _crc(file, size - _DIGITS) != int(sealed[1], 16):
-                raise zipfile.BadZipFile("checksum of the file is wrong")
-        elif end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0":  # the end of an archive without comment, as once written
-            raise zipfile.BadZipFile("checksum of the file is missing")
-        elif bad := archive.testzip():
-            raise zipfile.BadZipFile(f"checksum of {bad} is wrong")
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        sealed = _is_sealed(file, size)
+        with zipfile.ZipFile(file) as archive:
+            for entry in archive.infolist():
+                if entry.is_dir() or entry.external_attr & 0x10 or entry.compress_type != zipfile.ZIP_STORED:
+                    raise zipfile.BadZipFile(f"{entry.filename} is no plain file of the archive")
+                if entry.file_size > size:
+                    raise zipfile.BadZipFile(f"{entry.filename} is said to have {entry.file_size} bytes, the whole has {size}")
+            if not sealed and (bad := archive.testzip()):
+                raise zipfile.BadZipFile(f"checksum of {bad} is wrong")
+
+
+def _is_sealed(file: BinaryIO, size: int) -> bool:
+    """Compares the file's checksum. False for an archive without any comment: of an earlier version."""
+    file.seek(max(0, size - 64))
+    end = file.read()
+    if sealed := re.search(rb"%b([0-9a-f]{%d})\Z" % (_COMMENT, _DIGITS), end):
+        file.seek(0)
+        if _crc(file, size - _DIGITS) != int(sealed[1], 16):
+            raise zipfile.BadZipFile("checksum of the file is wrong")
+    elif end[-22:-18] != b"PK\5\6" or end[-2:] != b"\0\0":
+        raise zipfile.BadZipFile("checksum of the file is missing")
+    return sealed is not None
 
 
 def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
