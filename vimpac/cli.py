@@ -96,17 +96,18 @@ def synthesize(
 
 
 def verify(store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]) -> None:
-    """Check every checksum, id and the tokenizer of a token store, and print what it holds.
+    """Check every checksum, id and the tokenizer of a token store, that its parts fit each other, and print what it holds.
 
     Example: vimpac verify store/
 
     Args:
         store: Folder that `vimpac tokenize` wrote.
     """
-    from vimpac.data.store import TokenStore
+    from vimpac.data.store import TokenStore, check_listed
     from vimpac.data.tokenizer import check_tokenizer_file
 
     tokens = TokenStore(store, verify=True)
+    check_listed(store)
     check_tokenizer_file(store, tokens.tokenizer)
     tokenizer, (height, width) = tokens.tokenizer, tokens.grid
     frames = int(tokens.frames.sum())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from vimpac.atomic import replacing
+from vimpac.checked import check_regular
 from vimpac.errors import InputError
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
@@ -94,22 +94,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _lines(path: Path) -> list[dict]:
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        check_regular(path, "the metrics.jsonl of a run")
+        texts = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except InputError as error:
+        raise InputError(f"cannot read {path}: {error}") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected the metrics.jsonl of a run") from error
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            lines.append(json.loads(text.decode()))
+        except (ValueError, RecursionError) as error:
             if number == len(texts):  # a killed run was writing it
                 break
-            raise InputError(f"{path} line {number} is {text[:40]!r}, expected JSON; remove that line") from error
+            shown = text[:40].decode(errors="replace")
+            raise InputError(f"{path} line {number} is {shown!r}, expected JSON; remove that line") from error
     return [line for line in lines if isinstance(line, dict)]
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _draw(series: dict[str, np.ndarray], final: dict[str, float]):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from vimpac.atomic import naming, write_text
+from vimpac.checked import check_regular
 from vimpac.errors import InputError
 from vimpac.training import distributed
 from vimpac.training.checkpoint import list_checkpoints
@@ -29,6 +31,7 @@ class MetricsLog:
         self.waiting: list[dict] = []
         self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
+        self.start, self.kept = step, set()  # the steps up to it that have a line
         self.dropped = 0  # lines of updates after `step`, which are made again
         if world.is_first:
             self._drop_lines_after(step)
@@ -91,22 +94,53 @@ class MetricsLog:
         if self.path.exists():
             lines = [line for line in read_lines(self.path) if not line.get("final")]
             kept = [line for line in lines if line["step"] <= step]
-            self.dropped = len(lines) - len(kept)
+            self.dropped, self.kept = len(lines) - len(kept), {line["step"] for line in kept}
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def gap(self, first: int | None) -> str | None:
+        """What the log lacks of the updates before this run went on, as a sentence; None where it lacks nothing.
+
+        first: the run's first update; None = the first that the log has.
+        """
+        first = min(self.kept, default=self.start) if first is None else first
+        missing = [step for step in range(first, self.start + 1) if step not in self.kept]
+        if not missing or not self.world.is_first:
+            return None
+        return (
+            f"{self.path} lacks {len(missing)} of the updates up to step {self.start}, the first of them {missing[0]}: lines "
+            "were lost or damaged; the weights are whole, and the run goes on"
+        )
+
+    def sync(self) -> None:
+        """Makes what is written durable, so that no checkpoint outlives the lines of the updates before it."""
+        if self.world.is_first and self.path.exists():
+            for path in (self.path, self.path.parent):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict]:
-    """What a metrics.jsonl holds, if it is there, without a line that was cut short."""
+    """The lines of a metrics.jsonl, if it is there. One that is cut short or damaged is left out: it is UTF-8, an object, and
+    has a step, or it is no line."""
     if not path.exists():
         return []
-    return [line for text in path.read_text(encoding="utf-8").splitlines() if (line := _parsed(text))]
-
-
-def _parsed(line: str) -> dict | None:
     try:
-        return json.loads(line)
-    except ValueError:  # cut short when the run was killed
+        check_regular(path, "the metrics of a run")
+    except InputError as error:
+        raise InputError(f"cannot read {path}: {error}") from None
+    return [line for text in path.read_bytes().split(b"\n") if (line := _parsed(text))]
+
+
+def _parsed(text: bytes) -> dict | None:
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
         return None
+    whole = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63
+    return line if whole else None
 
 
 def not_finite(line: dict) -> list[str]:
