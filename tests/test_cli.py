@@ -37,8 +37,27 @@ def test_tokenize_reports(folders, capsys):
     arguments = ["tokenize", str(videos), str(store), "--frame-size", "32", "--codes", "8"]
     assert cli.main(arguments) == 0
     output = capsys.readouterr().out
-    assert "1 videos were in the store already, it is complete" in output
-    assert "1 videos failed:\n  empty.mp4: is an empty file" in output
+    assert "\n1 video was in the store already\n" in output
+    assert "\n1 video failed:\n  empty.mp4: is an empty file\n" in output
+    (videos.parent / "whole").mkdir()
+    shutil.copyfile(videos / "good.mp4", videos.parent / "whole" / "good.mp4")
+    assert cli.main(["tokenize", str(videos.parent / "whole"), *arguments[2:]]) == 0
+    assert "\n1 video was in the store already, nothing was missing\n" in capsys.readouterr().out
+
+
+def test_tokenize_names_deleted_videos(copy, tmp_path, capsys):
+    """And control characters of a name are escaped."""
+    videos, _, arguments = copy
+    shutil.copyfile(videos / "good.mp4", videos / "odd\x1b[31m\n.mp4")
+    try:
+        assert cli.main(arguments) == 0
+        assert "not in" not in capsys.readouterr().out
+    finally:
+        (videos / "odd\x1b[31m\n.mp4").unlink()
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"\n1 video of the store, not in {videos} any more; the store keeps what it has of them:\n" in output
+    assert "\n  odd\\x1b[31m\\n.mp4\n" in output and "\x1b" not in output
 
 
 @pytest.fixture
@@ -61,9 +80,9 @@ def test_tokenize_counts_what_it_passes_over(copy, tmp_path, capsys):
     for name in ("a.gif", "b.GIF", "labels.csv"):
         (more / name).touch()
     assert cli.main([command, str(more), *arguments]) == 0
-    assert "\n3 files were passed over for their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
+    assert "\n3 files are no videos by their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
     assert cli.main([command, videos, *arguments]) == 0
-    assert "passed over" not in capsys.readouterr().out
+    assert "extension" not in capsys.readouterr().out
 
 
 def test_tokenize_names_folders_that_it_cannot_look_into(copy, tmp_path, monkeypatch, capsys):
@@ -72,7 +91,7 @@ def test_tokenize_names_folders_that_it_cannot_look_into(copy, tmp_path, monkeyp
     (more / "private").mkdir()
     close_folder(monkeypatch, more / "private")
     assert cli.main([command, str(more), *arguments]) == 0
-    said = "\n1 folders could not be looked into, the store lacks what they hold:\n  private: Permission denied\n"
+    said = "\n1 folder could not be looked into; the store lacks what is in there:\n  private: Permission denied\n"
     assert said in capsys.readouterr().out
 
 
@@ -102,7 +121,7 @@ def test_tokenize_names_changed_files(copy, tmp_path, capsys):
     with open(changed / "good.mp4", "ab") as file:
         file.write(b"more")
     assert cli.main([command, str(changed), *arguments]) == 0
-    assert "\n1 files changed since, the store keeps their old contents" in (out := capsys.readouterr().out)
+    assert "\n1 file has another size than when tokenized; the store keeps the old contents" in (out := capsys.readouterr().out)
     assert "\n  good.mp4\n" in out
 
 

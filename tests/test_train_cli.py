@@ -18,6 +18,7 @@ from runs import ROOT, arguments, files_of_at_most, metrics, train_main, write_s
 from vimpac.atomic import LOCK, locked
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.errors import InputError
+from vimpac.ranks import LAUNCHER
 from vimpac.training import launch
 from vimpac.training.checkpoint import list_checkpoints
 
@@ -534,8 +535,10 @@ time.sleep(60)
 """)
     code = """
 import os, sys
+from vimpac import cores
 from vimpac.training import launch
 os.sched_getaffinity = lambda _: range(7)
+cores.cores_allowed = lambda: None
 sys.exit(launch.main())
 """
     environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -568,6 +571,7 @@ def test_torchrun_is_no_cause_itself(monkeypatch, capsys, tmp_path, codes, statu
         raise ChildFailedError("script.py", failures)
 
     monkeypatch.setattr(run, "run", fail)
+    monkeypatch.setenv(LAUNCHER, "")  # given back after the test
     assert launch.main(["--nproc-per-node=1", "script.py"]) == status
     assert capsys.readouterr().err == said
 
@@ -579,7 +583,9 @@ def test_torchrun_threads(monkeypatch, processes, given, threads):
     """What the user chose stays; one process takes all cores, as without torchrun."""
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # given back after the test
     monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setenv(LAUNCHER, "")  # given back, too
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr("vimpac.cores.cores_allowed", lambda: None)
     monkeypatch.setattr("torch._utils.cpu_count", lambda: 16, raising=False)  # what torchrun asks; before torch 2.13 the next
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr("torch.distributed.run.run", lambda options: None)

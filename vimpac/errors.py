@@ -7,7 +7,14 @@ import sys
 
 
 class InputError(ValueError):
-    """A bad file, option or shape. Its message names the value, what was expected and the way out."""
+    """A bad file, option or shape. Its message names the value, what was expected and the way out, in one line.
+
+    explanation: lines of our own, such as a grammar, that follow the message.
+    """
+
+    def __init__(self, message: str = "", explanation: str = ""):
+        super().__init__(f"{message}\n{explanation}" if explanation else message)
+        self.explanation = explanation
 
 
 class Stopped(Exception):

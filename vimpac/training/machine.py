@@ -6,16 +6,18 @@ import ctypes
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from vimpac.cgroup import memory_left
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model.calls import Call, op_calls
 from vimpac.ops.backend import check_environment, choose, named_by_environment, why_not
+from vimpac.ranks import read_place
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,8 +56,8 @@ def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
 
 
 def check_backends(config: TrainConfig, device: torch.device) -> None:
-    """Raises InputError where VIMPAC_BACKEND names what an op does not have, or what cannot run the model's calls here."""
-    if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+    """Raises InputError where VIMPAC_BACKEND or VIMPAC_CPU_ISA names what there is not, or what cannot run the model here."""
+    if not any(os.environ.get(name) for name in ("VIMPAC_BACKEND", "VIMPAC_CPU_ISA")):  # each op takes one that can
         return
     try:
         check_environment()
@@ -87,7 +89,7 @@ def check_memory(config: TrainConfig, plan: BatchPlan, world: World) -> None:
     system ends the process."""
     if world.device.type != "cpu" or (available := available_memory()) is None:
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = read_place().local_size
     a_video = activation_bytes(config) * processes
     needed = a_video * plan.micro_batch
     if needed <= available:
@@ -109,16 +111,13 @@ def activation_bytes(config: TrainConfig) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, where Linux says so: of the machine, and of its control group."""
+    """Bytes that this process may still take, where Linux says so: of the machine, and of its control groups."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
         return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit, or none of this kind
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(free, default=None)
+    return min([*free, *([] if (left := memory_left()) is None else [left])], default=None)
 
 
 def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None]:
