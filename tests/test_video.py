@@ -279,6 +279,15 @@ def test_whatever_the_demuxer_raises(tmp_path, monkeypatch, error):
         list(decode(path, 2, 32))
 
 
+def test_too_little_memory_is_no_damage(tmp_path):
+    class Context:
+        def decode(self, packet):
+            raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    with pytest.raises(MemoryError):
+        container_module._Damage().decoded(Context(), None)
+
+
 def test_only_regular_files(tmp_path):
     """A named pipe would wait for a writer for ever. find_videos leaves it in the list, so that it is reported."""
     os.mkfifo(tmp_path / "pipe.mp4")

@@ -129,6 +129,8 @@ class _Damage:
             self._end.append(packet.is_corrupt)
         try:
             frames = context.decode(packet)
+        except MemoryError:  # FFmpeg's is an FFmpegError, too, but says nothing about the video
+            raise
         except av.FFmpegError as error:
             self._reason = self._reason or f": {error.strerror or error}"
             self._count(True)
