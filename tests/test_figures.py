@@ -146,6 +146,16 @@ def test_nothing_to_draw_is_one_clear_error(tmp_path, lines, message):
     assert not (tmp_path / "curves.png").exists()
 
 
+def test_bytes_that_are_no_text_and_numbers_without_bound(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0, "grad_norm": 1%b}\n\xff{"step"\n{"step": 2}\n' % (b"0" * 400))
+    with pytest.raises(InputError, match=r"line 2 is .*expected JSON; remove that line"):
+        read_metrics(path)
+    path.write_bytes(path.read_bytes().replace(b'\xff{"step"\n', b"[]\n7\n") + b"\xff")
+    series, final = read_metrics(path)
+    assert {name: points.tolist() for name, points in series.items()} == {"loss": [[1, 2.0]]} and final == {}
+
+
 def test_missing_file_and_missing_folder(run):
     with pytest.raises(InputError, match="cannot read"):
         plot_curves(run / "nothing.jsonl", run / "curves.png")

@@ -185,7 +185,7 @@ def outcome_of(name: str, read: Callable[[], Any], expected: Any) -> tuple[str, 
 
 
 def campaign(
-    folder: Path, every: int = 1, most: int | None = None, earlier: int = 20_000
+    folder: Path, every: int = 1, most: int | None = None, earlier: int = 10_000
 ) -> tuple[dict[str, Counter], list[str]]:
     """Flips each `every`th bit of a file of each kind, at most about `most` of them; makes the files in `folder`.
 
