@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from vimpac.atomic import naming
-from vimpac.errors import FIXABLE, InputError, Stopped, reader_left
+from vimpac.errors import FIXABLE, InputError, Stopped, forget_output, reader_left
 from vimpac.ranks import speaks
 
 STANDARD_OUTPUT = Path("standard output")
@@ -61,6 +61,8 @@ def run_command(command: Callable[[], int | None], prog: str) -> int:
     except OSError as error:
         if error.errno not in FIXABLE:
             raise
+        if error.filename == str(STANDARD_OUTPUT):
+            forget_output()
         said, status = f"error: {explained(error)}", 1
     except Stopped as stopped:
         said, status = printable(stopped), 128 + stopped.signal

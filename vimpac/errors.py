@@ -34,5 +34,10 @@ FIXABLE = (
 
 def reader_left() -> int:
     """The exit status after a BrokenPipeError of standard output (`--help | head`); what is left of it goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends and writes the rest
+    forget_output()
     return 128 + signal.SIGPIPE
+
+
+def forget_output() -> None:
+    """What is left of standard output goes nowhere, or Python complains when it ends and writes the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -18,6 +18,7 @@ from vimpac.errors import InputError
 from vimpac.training import distributed
 from vimpac.training.checkpoint import list_checkpoints
 from vimpac.training.distributed import World
+from vimpac.training.events import EventLog
 from vimpac.training.progress import Progress
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "mask_accuracy")
@@ -36,9 +37,7 @@ class MetricsLog:
         if world.is_first:
             self._drop_lines_after(step)
             if importlib.util.find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+                self.events = EventLog(run / "tensorboard", step + 1)
 
     def add(self, metrics: dict) -> None:
         self.waiting.append(metrics)
@@ -70,6 +69,7 @@ class MetricsLog:
         if self.world.is_first and lines:
             self.write(lines)
             progress.update(lines[-1])
+            self.note_failure(progress)
         if bad:
             kept = list_checkpoints(self.path.parent)
             raise InputError(
@@ -83,11 +83,13 @@ class MetricsLog:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.events is not None:
-            for line in lines:
-                for name, value in line.items():
-                    if name not in ("step", "final") and value is not None:
-                        self.events.add_scalar(f"{'final' if line.get('final') else 'train'}/{name}", value, line["step"])
-            self.events.flush()
+            self.events.write(lines)
+
+    def note_failure(self, progress: Progress) -> None:
+        """Says once why events are no longer written."""
+        if self.events is not None and self.events.failure:
+            progress.note(self.events.failure)
+            self.events = None
 
     def _drop_lines_after(self, step: int) -> None:
         """A resumed run writes the updates after its checkpoint again."""

@@ -134,12 +134,13 @@ def finish(trainer: Trainer, held_out: ClipPairs, videos: int, log: MetricsLog, 
         found = evaluate(step, held_out, config.eval_batches, videos, trainer.plan.micro_batch, most_frequent)
     result = {"final": True, "step": trainer.step, **found, "held_out_videos": len(held_out.videos)}
     log.write([result])
+    log.note_failure(progress)
     if importlib.util.find_spec("matplotlib"):
         from vimpac.figures import plot_curves
 
         plot_curves(log.path, trainer.run / "curves.png")
     else:
-        progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
+        progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
     return result
 

@@ -337,7 +337,7 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
         return PretrainModel(config.model)
     from vimpac import convert  # safetensors, which a fresh start does without
 
-    model = convert.load(config.init_from, config.model.grid, store.tokenizer.digest)
+    model = convert.load(model_file(Path(config.init_from)), config.model.grid, store.tokenizer.digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
         raise InputError(
             f"init_from={config.init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "
@@ -346,6 +346,18 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
     fresh = PretrainModel(config.model)  # the configuration's dropout, not the file's
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+def model_file(path: Path) -> Path:
+    """The file itself; of a run folder its model, or its newest checkpoint where it has not ended."""
+    if not path.is_dir():
+        return path
+    found = [x for x in (*list_checkpoints(path), path / "model.safetensors") if x.exists()]
+    if not found:
+        raise InputError(
+            f"init_from={path} is a folder without a model.safetensors or checkpoints: expected a run folder, or one of these"
+        )
+    return found[-1]
 
 
 def shape_of(config: ModelConfig) -> dict:
