@@ -4,6 +4,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -79,13 +80,13 @@ def test_only_regular_files(tmp_path):
         ("/dev/zero", "device"),
         (tmp_path / "no", "No such"),
     ):
-        with pytest.raises(InputError, match=f"{kind}.*; expected a cake"):
-            check_regular(type(tmp_path)(path), "a cake")
+        with pytest.raises(InputError, match=kind):
+            check_regular(Path(path))
     (tmp_path / "link").symlink_to(tmp_path / "file")
     (tmp_path / "file").touch()
-    check_regular(tmp_path / "link", "a cake")
+    check_regular(tmp_path / "link")
     with pytest.raises(InputError, match="null"):
-        check_regular(tmp_path / "a\0b", "a cake")
+        check_regular(tmp_path / "a\0b")
 
 
 @dataclass(frozen=True)

@@ -28,15 +28,14 @@ JSON_BYTES = 1 << 30
 _PLACE = re.compile(rb'"checksum": "([0-9a-f]{8})"')  # within a name or a reason the quotes are escaped
 
 
-def check_regular(path: Path, expected: str) -> None:
-    """Raises InputError, "…; expected …", unless `path` is a file: a folder cannot be read, a pipe or a device has no end."""
+def check_regular(path: Path) -> None:
+    """Raises InputError, a reason, unless `path` is a file: a folder cannot be read, a pipe or a device may have no end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise InputError(f"{getattr(error, 'strerror', None) or error}; expected {expected}") from None
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
     if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "pipe, a socket or a device"
-        raise InputError(f"it is a {kind}; expected {expected}")
+        raise InputError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, a socket or a device'}")
 
 
 def write_json(path: Path, fields: Mapping[str, Any], indent: int | None = None) -> None:
@@ -51,7 +50,7 @@ def load_json(path: Path) -> tuple[dict[str, Any], bytes]:
 
     Raises InputError with the reason, without the file's name.
     """
-    check_regular(path, "a JSON file")
+    check_regular(path)
     if path.stat().st_size > JSON_BYTES:
         raise InputError(f"it has {path.stat().st_size} bytes, expected at most {JSON_BYTES}")
     data = path.read_bytes()

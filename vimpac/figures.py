@@ -95,10 +95,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _lines(path: Path) -> list[dict]:
     try:
-        check_regular(path, "the metrics.jsonl of a run")
+        check_regular(path)
         texts = path.read_bytes().rstrip(b"\n").split(b"\n")
     except InputError as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}; expected the metrics.jsonl of a run") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected the metrics.jsonl of a run") from error
     lines = []

@@ -66,9 +66,9 @@ def list_checkpoints(run: Path) -> list[Path]:
 def load_checkpoint(path: Path) -> dict:
     """Read a checkpoint, onto the CPU. Raises InputError for a file that is missing, cut short, damaged or foreign."""
     try:
-        check_regular(path, f"RUN/{FOLDER}/step-########.pt")
+        check_regular(path)
     except InputError as error:
-        raise InputError(f"cannot read checkpoint {path}: {error}") from None
+        raise InputError(f"cannot read checkpoint {path}: {error}; expected RUN/{FOLDER}/step-########.pt") from None
     try:
         _check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)

@@ -130,9 +130,9 @@ def read_lines(path: Path) -> list[dict]:
     if not path.exists():
         return []
     try:
-        check_regular(path, "the metrics of a run")
+        check_regular(path)
     except InputError as error:
-        raise InputError(f"cannot read {path}: {error}") from None
+        raise InputError(f"cannot read {path}: {error}; expected the metrics of a run") from None
     return [line for text in path.read_bytes().split(b"\n") if (line := _parsed(text))]
 
 
