@@ -94,13 +94,20 @@ def test_one_that_leaves_without_a_word_is_lost():
 def test_one_that_is_killed_is_lost(monkeypatch):
     """It beats no longer, and says nothing."""
     monkeypatch.setattr(meeting, "LOST_LOOKS", 10)
+    noticed = threading.Event()
+
+    def wait(met):
+        try:
+            return met.gather(0)
+        finally:
+            noticed.set()
 
     def killed(met):
         met.ended.set()
-        time.sleep(1.5)
+        return noticed.wait(20)
 
-    first, _ = together(lambda met: met.gather(0), killed)
-    assert str(first) == LOST
+    first, second = together(wait, killed)
+    assert str(first) == LOST and second
 
 
 def test_what_served_the_store_is_killed():
