@@ -1,5 +1,7 @@
 """Processes that wait for each other: threads here, each with a connection of its own."""
 
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -8,6 +10,7 @@ import pytest
 
 from runs import free_port
 from vimpac import meeting
+from vimpac.data.tokenize import _ranks
 from vimpac.errors import InputError
 from vimpac.meeting import connect, meet
 from vimpac.ranks import Place
@@ -94,19 +97,26 @@ def test_one_that_leaves_without_a_word_is_lost():
 def test_one_that_is_killed_is_lost(monkeypatch):
     """It beats no longer, and says nothing."""
     monkeypatch.setattr(meeting, "LOST_LOOKS", 10)
+    noticed = threading.Event()
+
+    def wait(met):
+        try:
+            return met.gather(0)
+        finally:
+            noticed.set()
 
     def killed(met):
         met.ended.set()
-        time.sleep(1.5)
+        return noticed.wait(20)
 
-    first, _ = together(lambda met: met.gather(0), killed)
-    assert str(first) == LOST
+    first, second = together(wait, killed)
+    assert str(first) == LOST and second
 
 
-def test_what_served_the_store_is_killed():
-    import subprocess
-    import sys
-
+def test_tokenizing_says_that_another_process_was_lost(monkeypatch):
+    """The one that served the store: the others notice at once."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
     code = """
 import time
 from vimpac.meeting import meet
@@ -118,11 +128,12 @@ with meet(Place(0, 2), "") as met:
 """
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
-        with pytest.raises(InputError, match=LOST), meet(Place(1, 2), LOST) as met:
-            met.gather(1)
+        said = "another process was lost, so this one ends: run the same command again"
+        with pytest.raises(InputError, match=said), _ranks(1, 2) as gather:
+            gather(1)
             assert server.stdout.readline() == b"met\n"
             server.kill()
-            met.gather(1)
+            gather(1)
     finally:
         server.kill()
         server.wait()

@@ -38,6 +38,10 @@ LOST = (
 OTHER_PORT = "wait for its end, or choose another --master-port"
 
 
+class PeerLost(InputError):
+    """Another process is gone without a word."""
+
+
 class Meeting:
     """All ranks of a run, once each has found the others. name: unlike that of any meeting before in the same store."""
 
@@ -79,7 +83,7 @@ class Meeting:
                 word = beat.decode("utf-8", "replace")
                 if (word.startswith(LEFT) or silent[rank] >= LOST_LOOKS) and not self.store.check([keys[rank]]):
                     why = word.removeprefix(LEFT).strip() if word.startswith(LEFT) else ""
-                    raise InputError(f"rank {rank} failed: {why}" if why else self.lost)
+                    raise InputError(f"rank {rank} failed: {why}") if why else PeerLost(self.lost)
             last = now
             time.sleep(pause)
             pause = min(2 * pause, LOOK_SECONDS)
@@ -92,7 +96,7 @@ class Meeting:
         except RuntimeError as error:
             if not is_loss(error):
                 raise
-            raise InputError(self.lost) from None
+            raise PeerLost(self.lost) from None
 
     def _say(self, word: str) -> None:
         self.store.set(f"beat/{self.place.rank}", word)
@@ -104,13 +108,13 @@ class Meeting:
                 number += 1
                 self._say(str(number))
 
-    def _leave(self, word: str) -> None:
-        """Says that this rank will not come again, and why. Who serves the store stays until the others need it no longer."""
+    def _leave(self, word: str, stay: bool) -> None:
+        """Says that this rank will not come again, and why. stay: until nobody needs the store, if this serves it."""
         self.ended.set()
         self.beating.join(LEAVE_SECONDS)
         with suppress(RuntimeError):
             self._say(f"{LEFT} {word}")
-            if self.place.rank == 0 and not torchrun_serves():
+            if stay and self.place.rank == 0 and not torchrun_serves():
                 beats = [f"beat/{rank}" for rank in range(self.place.size)]
                 until = time.monotonic() + LEAVE_SECONDS
                 while not all(x.startswith(LEFT.encode()) for x in self.store.multi_get(beats)) and time.monotonic() < until:
@@ -126,14 +130,16 @@ def meet(place: Place, lost: str) -> Iterator[Meeting]:
     store = connect(place)
     meeting = Meeting(store, place, _find_all(store, place), lost)
     meeting.beating.start()
-    word = ""
+    word, stay = "", False
     try:
         yield meeting
+        stay = True
     except Exception as error:
+        stay = not isinstance(error, PeerLost)
         word = " ".join(f"{'' if isinstance(error, InputError | OSError) else type(error).__name__ + ': '}{error}".split())
         raise
     finally:
-        meeting._leave(word[:1000])
+        meeting._leave(word[:1000], stay)
 
 
 def connect(place: Place) -> Any:

@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from vimpac.errors import InputError
-from vimpac.meeting import CONNECT_SECONDS, GONE, Meeting, is_loss, meet
+from vimpac.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, is_loss, meet
 from vimpac.ranks import Place, read_place
 from vimpac.training.checkpoint import list_checkpoints
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)
-"""How long a collective waits for a peer that is there, as for the first one to write a checkpoint."""
+COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
+"""How long a collective waits for a peer that is there, as for the first one to write a checkpoint: torch's own limits."""
 AGAIN = "start again with --resume (torchrun --max-restarts does it by itself)"
 
 
@@ -73,7 +73,7 @@ def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
     store = dist.PrefixStore("group", meeting.store)
     connecting = timedelta(seconds=CONNECT_SECONDS)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=connecting)
-    dist.distributed_c10d._set_pg_timeout(COLLECTIVE_TIMEOUT)
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_MINUTES[device.type]))
 
 
 def leave_world() -> None:
@@ -124,7 +124,7 @@ def lost_peers_explained(said: Callable[[], str]) -> Iterator[None]:
         if not is_loss(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they refer to the reducer: see leave_world
-        raise InputError(said()) from None
+        raise PeerLost(said()) from None
 
 
 @dataclass(frozen=True)

@@ -66,9 +66,7 @@ class EventLog:
         try:
             with naming(self.path):
                 yield
-        except (
-            Exception
-        ) as error:  # beside the disk's: releases of tensorboard and protobuf that do not fit raise nearly anything
+        except Exception as error:  # the disk's; tensorboard and protobuf that do not fit raise nearly anything
             reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             self.failure = f"TensorBoard's events are no longer written, metrics.jsonl is: {' '.join(reason.split())[:300]}"
             if self.file is not None:

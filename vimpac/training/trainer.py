@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -256,7 +256,8 @@ class Trainer:
                 apart = self.look_every if self.world.size > 1 else 1
                 when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
                 again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
+                with suppress(OSError):  # who read it may be gone: the checkpoint is written all the same
+                    os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self.signal[1] > 2:
             raise KeyboardInterrupt
 
