@@ -229,6 +229,7 @@ def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dro
 
 ATTENTION_TYPES = {
     "pad": "*i1",
+    "padded": "*i1",
     "seed": "*i64",
     "part": "*fp32",
     "B": "i32",

@@ -24,6 +24,7 @@ from kernel_checks import (
     runs_kernels,
     uneven_sums,
 )
+from test_axial_attention import nothing_leaves_padding
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
 from vimpac.ops.philox import philox, split_words
@@ -212,6 +213,27 @@ def test_cls_is_not_read_where_it_is_no_key(axes):
     cls[:, 1:] = float("inf")
     for a, b in zip(run(axial_attention, qkv, cls, axes, None, 0.0, None, False, backend="triton"), expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=2e-5)  # as above
+
+
+@runs_kernels
+@pytest.mark.parametrize(
+    "grid, axes, value, dtype",
+    [
+        ((5, 2, 2), ("T",), float("nan"), torch.float32),  # several lines a block
+        ((2, 9, 1), ("H", "T"), float("inf"), torch.float16),
+    ],
+)
+def test_what_is_not_finite_stays_in_padding(grid, axes, value, dtype):
+    qkv, cls, pad = inputs(grid, 2, 16, dtype, clips=3)
+    pad[1] = False  # a clip that runs the code for none
+
+    def attend(*call):
+        return run(axial_attention, *call[:2], axes, *call[2:], backend="triton")
+
+    nothing_leaves_padding(attend, qkv, cls, pad, value, apart=False)
+    alone = attend(qkv[1:2], cls[1:2], None, 0.0, None, True)
+    for all_three, one in zip(attend(qkv, cls, pad, 0.0, None, True)[:2], alone[:2], strict=True):
+        assert torch.equal(all_three[1:2], one)
 
 
 @runs_kernels

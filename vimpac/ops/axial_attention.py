@@ -8,7 +8,8 @@ line's tokens and [CLS], and so are the queries:
     out[line] = dropout(softmax(q kᵀ / √D)) v          cls_out = mean over lines of [CLS]'s output on the line
 
 With `cls_in_context=False` (Eq. 12-15 read literally) the keys are the line's tokens only. PAD positions are never keys; a
-line left without any key gives zeros.
+line left without any key gives zeros. What stands at a PAD position reaches its own output only: its key and value are not
+read, and its query counts as zeros where that is not finite. So NaN there is no one else's NaN, forward or backward.
 
 Dropout is a function of (seed, element). A row of probabilities belongs to query token r (raster index over B, T, H, W;
 for [CLS] the line's first token) and head n. Its key k (tokens in line order, [CLS] last) reads 16 bits of
@@ -56,7 +57,8 @@ def axial_attention(
 
     qkv [B, T, H, W, 3, N, D] and cls_qkv [B, 3, N, D]: queries, keys, values, floating, one dtype, last dimension contiguous.
     axes: one per head group, each "T", "H", "W" or a product such as "HxW"; N must divide by their number.
-    pad [B, T, H, W] bool: True where the position is padding (never a key).
+    pad [B, T, H, W] bool: True where the position is padding: never a key, and a query like any other unless that is NaN or
+    infinite, which counts as zeros.
     dropout_p in [0, 1): dropout of the attention probabilities, rounded to a multiple of 2^-16; needs `seed`, an int or a
     0-dimensional int64 tensor. backend: "reference", "sdpa", "triton", "cuda" (both CUDA), "cpu" or None (chooses). "sdpa"
     draws its dropout from torch's own generator instead of `seed`.
@@ -117,6 +119,7 @@ def axial_attention_packed(
 def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The definition, in plain float32 (float64 stays float64)."""
     dtype, outs, cls_outs = qkv.dtype, [], []
+    qkv = without_broken_padding(qkv, pad)
     qkv, cls_qkv = (x.to(torch.promote_types(dtype, torch.float32)) for x in (qkv, cls_qkv))
     for heads, axis in head_groups(qkv.shape[5], axes):
         q, k, v = line_qkv(qkv, cls_qkv, heads, axis)  # [B, S, n, L + 1, D]: S lines of L tokens, then [CLS]
@@ -136,6 +139,7 @@ def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=
 def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The same through torch's scaled_dot_product_attention on transposed copies; dropout from torch's generator."""
     outs, cls_outs = [], []
+    qkv = without_broken_padding(qkv, pad)
     for heads, axis in head_groups(qkv.shape[5], axes):
         q, k, v = line_qkv(qkv, cls_qkv, heads, axis)
         B, S, L = q.shape[0], q.shape[1], q.shape[3] - 1
@@ -230,6 +234,13 @@ def line_pad(pad: Tensor | None, axis: str, q: Tensor) -> Tensor:
     if pad is None:
         return torch.zeros(1, 1, 1, 1, q.shape[3], dtype=torch.bool, device=q.device)
     return F.pad(to_lines(pad, axis), (0, 1), value=False)[:, :, None, None]
+
+
+def without_broken_padding(qkv: Tensor, pad: Tensor | None) -> Tensor:
+    """Zeros in place of queries, keys and values at PAD positions that are not finite: 0 · NaN would reach other tokens."""
+    if pad is None:
+        return qkv
+    return qkv.masked_fill(pad[..., None, None, None] & ~qkv.isfinite().all(-1, keepdim=True), 0.0)
 
 
 def unpack(rows: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -295,9 +295,7 @@ def check_numbers(**numbers) -> None:
     """Raises ValueError for tensors in place of numbers: they would get no gradient, and someone waits for their value."""
     for name, x in numbers.items():
         if isinstance(x, torch.Tensor):
-            raise ValueError(
-                f"{name} must be a number, got a tensor, which has no gradient here: give its value, {name}.item()"
-            )
+            raise ValueError(f"{name} must be a number, got a tensor, which has no gradient here: give {name}.item()")
 
 
 def full_precision(function: Callable) -> Callable:
