@@ -1,5 +1,6 @@
 """Processes that wait for each other: threads here, each with a connection of its own."""
 
+import socket
 import subprocess
 import sys
 import threading
@@ -163,6 +164,17 @@ def test_ranks_that_do_not_come(monkeypatch):
         pass
 
 
+def test_something_else_listens(monkeypatch):
+    """It takes the connection and never answers."""
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.5)
+    with socket.socket() as silent:
+        silent.bind(("127.0.0.1", 0))
+        silent.listen()
+        monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
+        with pytest.raises(InputError, match=r"rank 1 cannot connect to 127\.0\.0\.1:\d+ \(something else answers there\)"):
+            connect(Place(1, 2))
+
+
 def test_two_of_one_rank(monkeypatch):
     """Two runs on one port: who comes second is told."""
     monkeypatch.setattr(meeting, "CONNECT_SECONDS", 2)
@@ -192,8 +204,6 @@ def test_two_of_one_rank(monkeypatch):
 
 def test_a_port_in_use(monkeypatch):
     first = connect(Place(0, 2))
-    import socket
-
     with socket.socket() as taken:
         taken.bind(("", 0))
         taken.listen()

@@ -144,20 +144,32 @@ def meet(place: Place, lost: str) -> Iterator[Meeting]:
 
 def connect(place: Place) -> Any:
     """The store at MASTER_ADDR and MASTER_PORT, which torchrun serves, or rank 0."""
+    answer: list[Any] = []
+    opening = threading.Thread(target=_open, args=(place, answer), daemon=True)
+    opening.start()
+    opening.join(CONNECT_SECONDS + BEAT_SECONDS)  # torch waits for ever for what listens there and is no store
+    said = "something else answers there"
+    if answer and not isinstance(answer[0], RuntimeError):
+        return answer[0]
+    if answer:
+        said = str(answer[0]).strip().splitlines()[0][:200]
+    if "EADDRINUSE" in said or "already in use" in said:
+        raise InputError(port_taken(address()))
+    raise InputError(
+        f"rank {place.rank} cannot connect to {address()} ({said}): is rank 0 running, and are MASTER_ADDR and MASTER_PORT the "
+        "same on all machines?"
+    )
+
+
+def _open(place: Place, answer: list) -> None:
     from torch.distributed import TCPStore
 
     serves = place.rank == 0 and not torchrun_serves()
     options = {"is_master": serves, "wait_for_workers": False, "timeout": timedelta(seconds=CONNECT_SECONDS)}
     try:
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.size, **options)
+        answer.append(TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), place.size, **options))
     except RuntimeError as error:
-        said = str(error).strip().splitlines()[0]
-        if "EADDRINUSE" in said or "already in use" in said:
-            raise InputError(port_taken(address())) from None
-        raise InputError(
-            f"rank {place.rank} cannot connect to {address()} ({said[:200]}): is rank 0 running, and are MASTER_ADDR and "
-            "MASTER_PORT the same on all machines?"
-        ) from None
+        answer.append(error)
 
 
 def torchrun_serves() -> bool:

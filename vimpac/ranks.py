@@ -76,7 +76,7 @@ def begin_rank() -> None:
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_after, args=(os.getppid(), os.environ.get(LAUNCHER, "")), daemon=True).start()
     if "WORLD_SIZE" in os.environ:  # a peer that is lost is explained in a sentence, not by torch's frames of C++
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def launcher_left(parent: int, launcher: str) -> bool:
