@@ -16,7 +16,7 @@ from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model.calls import Call, op_calls
-from vimpac.ops.backend import check_environment, choose, named_by_environment, why_not
+from vimpac.ops.backend import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
 from vimpac.ranks import read_place
 from vimpac.training.distributed import BatchPlan, World
 
@@ -57,10 +57,10 @@ def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
 
 def check_backends(config: TrainConfig, device: torch.device) -> None:
     """Raises InputError where VIMPAC_BACKEND or VIMPAC_CPU_ISA names what there is not, or what cannot run the model here."""
-    if not any(os.environ.get(name) for name in ("VIMPAC_BACKEND", "VIMPAC_CPU_ISA")):  # each op takes one that can
-        return
     try:
         check_environment()
+        if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+            return
         for op, preference, call in device_calls(config, device):
             choose(op, None, preference, *call)
     except ValueError as error:
@@ -77,9 +77,11 @@ def plain_ops(config: TrainConfig, device: torch.device) -> str | None:
     """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
     found: dict[str, list[str]] = {}  # reasons → ops
     for op, preference, call in device_calls(config, device):
-        if named_by_environment(op) is None and choose(op, None, preference, *call) == "reference":
+        if named_by_environment(op) is None and pick(op, None, preference, *call)[0] == "reference":
             reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
             found.setdefault(reasons, []).append(op)
+    if found:
+        MISSING.update(LIBRARIES)  # said here: no warning of the ops, too
     slow = "run as plain PyTorch, several times slower than their kernels"
     return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
