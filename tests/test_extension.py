@@ -280,7 +280,7 @@ for _ in range(2):
 @pytest.mark.parametrize(
     "call, named, warnings",
     [
-        ("info_nce(z, z)", "", 1),
+        ("info_nce(z, z); axial_attention(torch.ones(1, 2, 1, 1, 3, 1, 4), torch.ones(1, 3, 1, 4), ('T',))", "", 1),
         ("info_nce(z.half(), z.half()); info_nce(z, z)", "", 1),
         ("torch.compile(lambda z: info_nce(z, z + 1), fullgraph=True, backend='aot_eager')(z)", "", 1),
         ("info_nce(z, z, backend='reference')", "", 0),

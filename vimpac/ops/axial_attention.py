@@ -8,8 +8,8 @@ line's tokens and [CLS], and so are the queries:
     out[line] = dropout(softmax(q kᵀ / √D)) v          cls_out = mean over lines of [CLS]'s output on the line
 
 With `cls_in_context=False` (Eq. 12-15 read literally) the keys are the line's tokens only. PAD positions are never keys; a
-line left without any key gives zeros. What stands at a PAD position reaches its own output only: its key and value are not
-read, and its query counts as zeros where that is not finite. So NaN there is no one else's NaN, forward or backward.
+line left without any key gives zeros. What stands at a PAD position reaches its own output only: its key and value do not
+count, and its query counts as zeros where that is not finite. So NaN there is no one else's NaN, forward or backward.
 
 Dropout is a function of (seed, element). A row of probabilities belongs to query token r (raster index over B, T, H, W;
 for [CLS] the line's first token) and head n. Its key k (tokens in line order, [CLS] last) reads 16 bits of
