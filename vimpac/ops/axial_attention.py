@@ -336,8 +336,9 @@ backends.register("axial_attention", "sdpa", backends.always)
 
 
 # Item size, head width → bytes of shared memory that a block takes, on lines of more than 32 tokens; all else takes at most
-# 80 KB, and the smallest GPU has 99.
+# 96 KB, and the smallest GPU has 99.
 TRITON_SHARED = {(2, 128): 135168, (4, 64): 131072, (4, 128): 245760}
+TRITON_SHARED_PADDED = {(4, 128): 147456}  # and on lines of 17 to 32 tokens, where there is PAD
 
 
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
@@ -346,12 +347,14 @@ def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) ->
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
         reasons.append(f"head width {qkv.shape[6]}, it takes at most 128")
-    if longest_line(axes, qkv.shape) > 32 and qkv.shape[6] > 32 and qkv.device.type == "cuda":
-        needed = TRITON_SHARED.get((qkv.itemsize, 64 if qkv.shape[6] <= 64 else 128), 0)
+    longest = longest_line(axes, qkv.shape)
+    if longest > 16 and qkv.shape[6] > 32 and qkv.device.type == "cuda":
+        shorter, table = (32, TRITON_SHARED) if longest > 32 else (16, {} if pad is None else TRITON_SHARED_PADDED)
+        needed = table.get((qkv.itemsize, 64 if qkv.shape[6] <= 64 else 128), 0)
         if needed > (has := backends.shared_memory(qkv.device)):
             reasons.append(
-                f"lines of more than 32 tokens, head width {qkv.shape[6]}, {qkv.dtype}: backward takes {needed} bytes of "
-                f"shared memory, {qkv.device} has {has}"
+                f"lines of more than {shorter} tokens, head width {qkv.shape[6]}, {qkv.dtype}: backward takes {needed} bytes "
+                f"of shared memory, {qkv.device} has {has}"
             )
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
         reasons.append("bfloat16 in Triton's interpreter, which multiplies it wrongly")
