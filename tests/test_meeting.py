@@ -45,17 +45,17 @@ def together(*works):
 def test_gather_is_in_order_and_a_barrier():
     def work(met):
         time.sleep(0.1 * (3 - met.place.rank))
-        return [met.gather((met.place.rank, turn)) for turn in range(3)]
+        return [met.gather({"rank": met.place.rank, "turn": turn, "name": "caf\udce9.mp4"}) for turn in range(3)]
 
-    expected = [[(rank, turn) for rank in range(4)] for turn in range(3)]
+    expected = [[{"rank": rank, "turn": turn, "name": "caf\udce9.mp4"} for rank in range(4)] for turn in range(3)]
     assert together(*[work] * 4) == [expected] * 4
 
 
 def test_values_larger_than_the_store_takes(monkeypatch):
     assert meeting.CHUNK < 8 << 20
-    large = bytes(20 << 20)
-    first, second = together(lambda met: met.gather(large), lambda met: met.gather(b""))
-    assert first == second == [large, b""]
+    large = "x" * (20 << 20)
+    first, second = together(lambda met: met.gather(large), lambda met: met.gather(""))
+    assert first == second == [large, ""]
 
 
 def test_a_slow_one_is_waited_for(monkeypatch):
