@@ -20,6 +20,9 @@
 // ([CLS]'s output, its gradients) collect in registers, each warp writes its part of them, and a second kernel adds the parts
 // in a fixed order: no atomics, the same inputs give the same bits, and a clip's bits do not depend on the batch.
 //
+// What stands at PAD counts as zeros, since 0 · NaN would reach other tokens: keys and values, and queries that are not finite.
+// Tiles without PAD skip that.
+//
 // Backward recomputes the probabilities. First all probabilities and gradients of scores of the tile, kept as packed operands,
 // then one product after another, whose Pairs are loaded again and come from the L1 cache.
 
@@ -265,6 +268,45 @@ DEVICE Same<D> load_same(const char* row, bool exists = true) {
     }
   }
   return same;
+}
+
+// Zeros in place of a row, or of rows of Pairs, 16 from `first` on, that are not to be kept.
+template <int D>
+DEVICE void keep(Rows<D>& rows, bool kept) {
+  UNROLL
+  for (int c = 0; c < D / 32; ++c) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) rows.w[c][i] = kept ? rows.w[c][i] : 0;
+  }
+}
+
+// Of two rows: the low halves of words are the first's, the high ones the second's.
+DEVICE uint32_t halves_of(uint32_t rows, int first) {
+  return (rows >> first & 1 ? 0xFFFFu : 0) | (rows >> first & 2 ? 0xFFFF0000u : 0);
+}
+
+template <int D>
+DEVICE void keep(Pairs<D>& pairs, uint32_t rows, int first) {
+  UNROLL
+  for (int k = 0; k < 2; ++k) {
+    const uint32_t kept = halves_of(rows, first + 2 * lane_of_quad() + 8 * k);
+    UNROLL
+    for (int j = 0; j < D / 8; ++j) pairs.w[j][k] &= kept;
+  }
+}
+
+// Which of rows 0 … 7 are not finite: bits 0, 4, … 28 of a word.
+template <class Half, int D>
+DEVICE uint32_t not_finite(const Rows<D>& rows) {
+  uint32_t found = 0;
+  UNROLL
+  for (int c = 0; c < D / 32; ++c) {
+    UNROLL
+    for (int i = 0; i < 4; ++i) found |= warp::not_finite<Half>(rows.w[c][i]);
+  }
+  uint32_t lanes = warp::ballot(found);
+  lanes |= lanes >> 1;
+  return (lanes | lanes >> 2) & 0x11111111;
 }
 
 // Rows g (half = 0) or g + 8 (half = 1) of a product with Pairs, to the row at `to`.
@@ -557,7 +599,27 @@ struct Tile {
   }
 
   DEVICE bool exists(int i) const { return rows >> (8 * i + row_of_quad()) & 1; }
+  DEVICE uint32_t pads() const { return rows & ~keys; }
 };
+
+// Zeros in place of the query of row 8i + g if that is at PAD and not finite.
+template <class Half, int D, int M>
+DEVICE void drop_broken(Rows<D>& q, const Tile<M>& at, int i) {
+  keep(q, !(at.pads() >> (8 * i + row_of_quad()) & not_finite<Half>(q) >> (4 * row_of_quad()) & 1));
+}
+
+// Rows of the tile whose query is at PAD and not finite. Reads them once more, as who keeps them has no register left.
+template <class Half, int D, int M>
+DEVICE uint32_t broken_queries(const char* q, const Tile<M>& at) {
+  uint32_t rows = 0;
+  UNROLL
+  for (int i = 0; i < 2 * M; ++i) {
+    const uint32_t found = not_finite<Half>(load_rows<D>(q, at.mine.of_row(8 * i + row_of_quad()).source));
+    UNROLL
+    for (int g = 0; g < 8; ++g) rows |= (found >> (4 * g) & 1) << (8 * i + g);
+  }
+  return rows & at.pads();
+}
 
 // The keys of rows 8i + g and of [CLS]'s rows: those on the row's line.
 template <int M>
@@ -666,6 +728,10 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     UNROLL
     for (int m = 0; m < M; ++m) {
       if (m > 0) load_queries(m);
+      if (at.pads()) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) drop_broken<Half>(q[m][half], at, 2 * m + half);
+      }
       Row<K> row[2];
       multiply<Half, D>(row, q[m][0], q[m][1], k, cls_k);
       UNROLL
@@ -681,6 +747,10 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
     }
 
     if (M > 1) load_values();
+    if (at.pads()) {
+      UNROLL
+      for (int n = 0; n < M; ++n) keep(v[n], at.keys, 16 * n);
+    }
     UNROLL
     for (int n = 0; n < M; ++n) add_sums<Half, D>(sums, v[n], cls_probs[n]);
     UNROLL
@@ -768,6 +838,10 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
     UNROLL
     for (int m = 0; m < M; ++m) {
       if (m > 0) load_queries(m);
+      if (at.pads()) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) drop_broken<Half>(q[m][half], at, 2 * m + half);
+      }
       multiply<Half, D>(row[m], q[m][0], q[m][1], k, load_rows<D>(warp::opaque(head.cls_k)));
       UNROLL
       for (int half = 0; half < 2; ++half) {
@@ -781,6 +855,10 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
     uint32_t cls_probs[M][2], cls_ds[M][2];  // [CLS]'s rows
     uint32_t probs_on_cls[M], ds_on_cls[M];  // of rows g and g + 8
     if (M > 1) load_values();
+    if (at.pads()) {
+      UNROLL
+      for (int i = 0; i < 2 * M; ++i) keep(v[i], at.keys >> (8 * i + row_of_quad()) & 1);
+    }
     Row<K> cls_dp;
     multiply_cls<Half, D>(cls_dp, load_rows<D>(warp::opaque(head.cls_grad)), v);
     cls_dp.cls = dp_itself;
@@ -846,12 +924,14 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       }
     }
 
+    const uint32_t broken = at.pads() ? broken_queries<Half, D>(base(head.q), at) : 0;
     {  // keys: transposed gradients of scores by queries
       Pairs<D> q[M];
       UNROLL
       for (int m = 0; m < M; ++m) {
         sources(offset, at.mine, 16 * m);
         q[m] = load_pairs<D>(base(head.q), offset);
+        if (broken) keep(q[m], at.rows & ~broken, 16 * m);  // rows without a token read another's, a broken one's, too
         to_column(weights, ds_on_cls[m], DK);
         add_sums<Half, D>(sums, q[m], weights);
       }
@@ -874,6 +954,7 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
       for (int n = 0; n < M; ++n) {
         sources(offset, at.mine, 16 * n);
         k[n] = load_pairs<D>(base(head.k), offset);
+        if (at.pads()) keep(k[n], at.keys, 16 * n);
         add_sums<Half, D>(sums, k[n], cls_ds[n]);
       }
       Same<D> cls_k = load_same<D>(warp::opaque(head.cls_k), context);
@@ -884,6 +965,10 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
         for (int n = 0; n < M; ++n) add_product<Half, D>(y, ds[m][n], k[n]);
         bool first = lane_of_quad() == 0;  // a column of 8, as first_column
         add_product<Half, D>(y, {first ? ds_on_cls[m] & 0xFFFF : 0, first ? ds_on_cls[m] >> 16 : 0}, cls_k);
+        if (broken) {
+          UNROLL
+          for (int i = 0; i < D / 2; ++i) y[i / 4][i % 4] = broken >> (16 * m + i % 4 / 2 * 8 + row_of_quad()) & 1 ? 0 : y[i / 4][i % 4];
+        }
         store_tile(y, m, 0);
       }
     }

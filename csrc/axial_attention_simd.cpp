@@ -43,7 +43,7 @@ struct Scratch {
   static constexpr int KEYS = LONGEST_LINE + 16;  // of a row of weights: the line's, [CLS]'s, and what is computed beside them
 
   int width;  // of a head, filled up to whole registers
-  A *copies[4], *keys, *values, *weights, *score_gradients;
+  A *copies[4], *keys, *values, *weights, *score_gradients, *zeros;
   MaskWord<A>* is_key;
   uint16_t* bits;
 
@@ -60,6 +60,7 @@ struct Scratch {
     take(values, LONGEST_LINE * width);
     take(weights, ROW_LIMIT * KEYS);
     take(score_gradients, ROW_LIMIT * KEYS);
+    take(zeros, width);  // memory comes as zeros, and these are never written
     take(is_key, LONGEST_LINE);
     take(bits, ROW_LIMIT * 96);
     return used;
@@ -219,6 +220,7 @@ struct Line {
   int64_t clip;
   int axis, line, head, L;
   bool in_place;  // rows are used where they lie
+  bool broken[LONGEST_LINE];  // PAD tokens whose query is not finite
   int64_t offset[LONGEST_LINE], number[LONGEST_LINE];  // of the line's tokens: in qkv, and in raster order of all clips
   Rows<A> q, k, v, g;
   const T* ahead[4 * LONGEST_LINE];  // rows of the next head, to ask memory for while this one is computed
@@ -248,11 +250,25 @@ struct Line {
     return copy;
   }
 
+  // What stands at PAD: keys and values are no one's, and a query that is not finite counts as zeros. Else 0 · NaN would reach
+  // the line's other tokens.
+  bool counts_as_zeros(int part, int i, const T* from) {
+    if (s.is_key[i]) return broken[i] = false;
+    if (part > 0) return true;
+    A sum = 0;
+    for (int d = 0; d < call.D; ++d) sum += to_arithmetic(from[d]) - to_arithmetic(from[d]);  // 0, or NaN of what is not finite
+    return broken[i] = sum != 0;
+  }
+
   void read(int part, Rows<A>& rows) {
     const T* tokens = static_cast<const T*>(call.qkv) + part * call.s_3 + head * call.s_n;
     const T* cls = static_cast<const T*>(call.cls) + clip * call.c_b + part * call.c_3 + head * call.c_n;
     for (int i = 0; i < L; ++i) ahead[rows_ahead++] = tokens + offset[i] + call.s_n;
-    for (int i = 0; i <= L; ++i) rows.row[i] = row(i < L ? tokens + offset[i] : cls, s.copies[part] + i * s.width);
+    for (int i = 0; i <= L; ++i) {
+      const T* from = i < L ? tokens + offset[i] : cls;
+      bool zeros = i < L && counts_as_zeros(part, i, from);
+      rows.row[i] = zeros ? s.zeros : row(from, s.copies[part] + i * s.width);
+    }
     for (int i = L + 1; i < ROW_LIMIT; ++i) rows.row[i] = rows.row[L];
   }
 
@@ -325,7 +341,7 @@ struct Line {
           V dp[NK];
           for (int n = 0; n < NK; ++n) dp[n] = load<LANES>(gradients + r * APART + n * LANES) * keep[n];
           A dp_cls = from_cls[r] * keep_cls;
-          softmax_gradient<Lanes>(p, cls, dp, dp_cls, scale);
+          softmax_gradient<Lanes>(p, cls, dp, dp_cls, first + r < L && broken[first + r] ? A(0) : scale);
           for (int n = 0; n < NK; ++n) store<LANES>(gradients + r * APART + n * LANES, dp[n]);
           gradients[r * APART + L] = dp_cls;
         }

@@ -89,6 +89,13 @@ struct Float16 {
 #endif
 };
 
+// The sign's bit in each half of a word that is NaN or infinite: an exponent of ones carries into it.
+template <class Half>
+DEVICE uint32_t not_finite(uint32_t word) {
+  constexpr uint32_t EXPONENT = Half::IS_BFLOAT ? 0x7F807F80 : 0x7C007C00, LOWEST = Half::IS_BFLOAT ? 0x00800080 : 0x04000400;
+  return ((word & EXPONENT) + LOWEST) & 0x80008000;
+}
+
 template <class Half>
 DEVICE uint32_t pack(float low, float high) {
 #ifdef __CUDACC__

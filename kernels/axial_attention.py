@@ -10,6 +10,10 @@ token's output is one more product, weights · c. Sums over lines ([CLS]'s outpu
 16-row accumulator; each program writes its part, and a second kernel adds the parts in a fixed order. No atomics: the same
 inputs give the same bits, and a clip's bits do not depend on the batch.
 
+What stands at PAD counts as zeros, in backward too, since 0 · NaN would reach other tokens: keys and values, and queries that
+are not finite. That costs instructions (a third to two thirds more), so only clips with PAD in them pay: each program looks
+whether its clip has any, and a clip without runs the same code as a call without `pad`.
+
 Backward recomputes the probabilities from q and k. Bytes moved: 4 tensors [B, T, H, W, N, D] forward (q, k, v, out), 7 backward
 (q, k, v, grad, and three gradients).
 """
@@ -204,6 +208,18 @@ def _lines(block, S: tl.constexpr, Q: tl.constexpr, PACK: tl.constexpr):
 
 
 @triton.jit
+def _zeros_unless(keep, x):
+    """[R, C] without the rows that are not to be kept, whatever they hold."""
+    return tl.where(keep[:, None], x, tl.zeros_like(x))
+
+
+@triton.jit
+def _whole(score_cls, m_key):
+    """Which queries count as they stand: all but those at PAD that are not finite, whose product with [CLS]'s key is not."""
+    return m_key | (tl.abs(score_cls) < float("inf"))
+
+
+@triton.jit
 def _softmax(scores, score_cls, m_line, CONTEXT: tl.constexpr):
     """exp2(scores) [R, LP] and exp2(score_cls) [R], each row divided by their sum; 0 where there is nothing to sum."""
     top = tl.max(scores, 1)
@@ -314,8 +330,11 @@ def _forward_axis(
                 keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
                 cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
         scores = _dot(q, tl.trans(k)) * LOG2
-        scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
+        if PAD:
+            whole = _whole(score_cls, m_key)
+            scores, score_cls, v = _zeros_unless(whole, scores), tl.where(whole, score_cls, 0.0), _zeros_unless(m_key, v)
+        scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
         cls_scores = _column(_dot(k, tl.trans(c)), 0) * LOG2
         cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
@@ -339,6 +358,7 @@ def _forward(
     qkv,
     cls_qkv,
     pad,
+    padded,
     seed,
     out,
     part,
@@ -365,34 +385,36 @@ def _forward(
     group = head // (N // len(AXES))
     for g in tl.static_range(len(AXES)):
         if FIRST[g] == g and _shares_code(group, g, FIRST):
-            _forward_axis(
-                qkv,
-                cls_qkv,
-                pad,
-                seed,
-                out,
-                part,
-                b,
-                head,
-                split,
-                strides,
-                cls_strides,
-                group,
-                g,
-                AXES,
-                FIRST,
-                GRID,
-                N,
-                D,
-                BD,
-                LPS[g],
-                SPLITS,
-                SCALE,
-                THRESHOLD,
-                CONTEXT,
-                PAD,
-                WIDE,
-            )
+            for hides in tl.static_range(PAD + 1):
+                if not PAD or tl.load(padded + b) == hides:
+                    _forward_axis(
+                        qkv,
+                        cls_qkv,
+                        pad,
+                        seed,
+                        out,
+                        part,
+                        b,
+                        head,
+                        split,
+                        strides,
+                        cls_strides,
+                        group,
+                        g,
+                        AXES,
+                        FIRST,
+                        GRID,
+                        N,
+                        D,
+                        BD,
+                        LPS[g],
+                        SPLITS,
+                        SCALE,
+                        THRESHOLD,
+                        CONTEXT,
+                        hides,
+                        WIDE,
+                    )
 
 
 @triton.jit
@@ -487,6 +509,9 @@ def _backward_axis(
                 first = _distance(its_line, tl.zeros((Q,), tl.int32), steps, INNER, tl.int32)
                 keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
                 cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
+        if PAD:
+            whole = _whole(_column(_dot(q, tl.trans(c)), 1), m_key)
+            q, k, v = _zeros_unless(whole, q), _zeros_unless(m_key, k), _zeros_unless(m_key, v)
         scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
@@ -527,6 +552,8 @@ def _backward_axis(
             dq = _dot(_place(ds_cls, 1, kind), c, dq)
             collected = _dot(_place_row(ds_cls, 1, kind), q, collected)
             ds_itself += cls_prob * (cls_dp_itself - cls_delta)
+        if PAD:
+            dq = _zeros_unless(whole, dq)
         tl.store(p_out, dq.to(kind), mask=mask)
     ds = tl.sum(ds_itself, 0) * (SCALE / S)
     row = o_c[:, None]
@@ -542,6 +569,7 @@ def _backward(
     qkv,
     cls_qkv,
     pad,
+    padded,
     seed,
     dqkv,
     part,
@@ -569,36 +597,38 @@ def _backward(
     group = head // (N // len(AXES))
     for g in tl.static_range(len(AXES)):
         if FIRST[g] == g and _shares_code(group, g, FIRST):
-            _backward_axis(
-                grad,
-                qkv,
-                cls_qkv,
-                pad,
-                seed,
-                dqkv,
-                part,
-                b,
-                head,
-                split,
-                B,
-                strides,
-                cls_strides,
-                group,
-                g,
-                AXES,
-                FIRST,
-                GRID,
-                N,
-                D,
-                BD,
-                LPS[g],
-                SPLITS,
-                SCALE,
-                THRESHOLD,
-                CONTEXT,
-                PAD,
-                WIDE,
-            )
+            for hides in tl.static_range(PAD + 1):
+                if not PAD or tl.load(padded + b) == hides:
+                    _backward_axis(
+                        grad,
+                        qkv,
+                        cls_qkv,
+                        pad,
+                        seed,
+                        dqkv,
+                        part,
+                        b,
+                        head,
+                        split,
+                        B,
+                        strides,
+                        cls_strides,
+                        group,
+                        g,
+                        AXES,
+                        FIRST,
+                        GRID,
+                        N,
+                        D,
+                        BD,
+                        LPS[g],
+                        SPLITS,
+                        SCALE,
+                        THRESHOLD,
+                        CONTEXT,
+                        hides,
+                        WIDE,
+                    )
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -639,7 +669,8 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
     shape = launch_shape(kernel is _forward, *block)
     splits = options["SPLITS"]
     part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
-    optional = (out if pad is None else pad.contiguous(), out if seed is None else seed)  # pointers never read
+    padding = (out, out) if pad is None else (pad.contiguous(), pad.flatten(1).any(1))  # the first two: never read
+    optional = (*padding, out if seed is None else seed)
     strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
     grid = (B * splits * N,)
     kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape, **FUSED)
@@ -671,7 +702,7 @@ def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
         "SCALE": D**-0.5,
         "THRESHOLD": min(round(dropout_p * 65536), 65535),
         "CONTEXT": int(cls_in_context),
-        "PAD": padded,
+        "PAD": int(padded),
         "WIDE": max(3 * T * H * W * N * D, extent) >= 2**31,
     }
 

@@ -88,7 +88,9 @@ def sums(hidden, weight, bias, target, gradients):
         )
         if gradients:
             torch.mm(logits, weight, out=grad_h[rows])
-            _add_product(grad_w, logits.T, h)
+            _add_product(
+                grad_w, logits.T, h.masked_fill(target[rows, None] < 0, 0.0)
+            )  # their gradient is 0, and 0 · NaN is NaN
             grad_b += logits.sum(0, dtype=torch.float32)
     return loss.sum(), hits.sum(), grad_h, grad_w, grad_b
 

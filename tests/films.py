@@ -24,9 +24,16 @@ CONTAINERS = {
 }
 
 
+QUALITY = {
+    "libx264": {"crf": "5"},
+    "libx265": {"x265-params": "log-level=none"},
+    "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"},
+}
+
+
 def write_video(path, pictures, rate=25, codec="libx264", times=None, options=None, **coding):
     """pictures: uint8 [n, H, W, 3] with even sides; times: seconds of each, n / rate by default; coding: the encoder's."""
-    quality = {"libx264": {"crf": "5"}, "libvpx-vp9": {"cpu-used": "8", "deadline": "realtime"}}.get(codec, {})
+    quality = QUALITY.get(codec, {})
     with av.open(str(path), "w", options=options or {}) as container:
         stream = container.add_stream(codec, rate=rate)
         stream.height, stream.width, stream.pix_fmt = *pictures.shape[1:3], "yuv420p"

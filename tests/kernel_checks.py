@@ -215,12 +215,14 @@ def compile_kernel(function, architecture: int, signature: dict, constants: dict
     return Binary(binary.asm["ptx"], binary.asm["cubin"], binary.metadata.shared)
 
 
-def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dropout_p=0.1) -> tuple[Binary, dict]:
+def compile_attention(
+    architecture, kernel, grid, heads, width, axes, dtype, dropout_p=0.1, padded=False
+) -> tuple[Binary, dict]:
     """A kernel of axial_attention for contiguous tensors of a shape, and what it is launched with."""
     from vimpac.kernels import axial_attention as kernels
 
     strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
-    options = kernels.constants((*grid, 3, heads, width), strides, axes, False, dropout_p, True)
+    options = kernels.constants((*grid, 3, heads, width), strides, axes, padded, dropout_p, True)
     function = getattr(kernels, kernel)
     types = {name: "*bf16" if dtype == torch.bfloat16 else "*fp32" for name in function.arg_names} | ATTENTION_TYPES
     launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], dtype.itemsize)
@@ -229,6 +231,7 @@ def compile_attention(architecture, kernel, grid, heads, width, axes, dtype, dro
 
 ATTENTION_TYPES = {
     "pad": "*i1",
+    "padded": "*i1",
     "seed": "*i64",
     "part": "*fp32",
     "B": "i32",

@@ -115,6 +115,30 @@ def values_and_gradients(function, qkv, cls_qkv, *options, **named):
     return *outputs, *torch.autograd.grad(outputs, (qkv, cls_qkv), upstream(outputs))
 
 
+def nothing_leaves_padding(run, qkv, cls_qkv, pad, value, dropout=(0.0, None), apart=True):
+    """What is not finite at PAD gives what zeros there give, in every output and every gradient but the broken queries' own,
+    which is zero: in q, k and v at once, and with `apart` in each alone.
+
+    run(qkv, cls_qkv, pad, dropout_p, seed, cls_in_context) → outputs and gradients, tokens' first.
+    """
+    zeros = qkv.detach().masked_fill(pad[..., None, None, None], 0.0)
+    broken = zeros.clone()
+    broken[..., 0][pad] = value  # of each row in q, k and v
+    parts = [zeros.clone() for _ in range(3 * apart)]
+    for part, x in enumerate(parts):
+        x[..., part, :, 0][pad] = value
+    for context in (True, False):
+        expected = run(zeros, cls_qkv, pad, *dropout, context)
+        for x in (broken, *parts):
+            got = run(x, cls_qkv, pad, *dropout, context)
+            of_queries = got[2][..., 0, :, :][pad]
+            assert not of_queries.any() if x is broken else of_queries.isfinite().all()
+            for ours, true in zip(got, expected, strict=True):
+                assert ours.isfinite().all()
+                ours, true = (y[~pad] if y.shape[:4] == pad.shape and y.ndim == 7 else y for y in (ours, true))
+                assert torch.equal(ours, true)
+
+
 def packed(qkv, cls_qkv, *options, **named):
     """The packed function under the other one's signature."""
     B, *grid = qkv.shape[:4]
@@ -307,6 +331,20 @@ def test_pad_hides_keys_only(backend):
     assert_close(after[0][~pad], before[0][~pad], rtol=0, atol=0)
     assert_close(after[1], before[1], rtol=0, atol=0)
     assert before[0][pad].abs().min() > 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("axes", [("T",), ("H", "W"), ("HxW",)], ids="|".join)
+def test_what_is_not_finite_stays_in_padding(backend, axes, value):
+    """0 · NaN is NaN: forward the value, backward the value, the key and the query of a PAD position would reach its line."""
+    skip_beyond(backend, axes)
+    pad, dropout = padding(2, (2, 3, 4)), (0.0, None) if backend == "sdpa" else (0.3, 5)
+
+    def run(qkv, cls_qkv, *call):
+        leaves = (x.detach().requires_grad_() for x in (qkv, cls_qkv))
+        return values_and_gradients(axial_attention, *leaves, axes, *call, backend=backend)
+
+    nothing_leaves_padding(run, *inputs(2, (2, 3, 4), 2, 8), pad, value, dropout)
 
 
 @pytest.mark.parametrize("axes", [("T",), ("H", "W"), ("HxW",)], ids="|".join)

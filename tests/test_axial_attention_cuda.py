@@ -2,6 +2,7 @@
 
 import ctypes
 import itertools
+import math
 import re
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import torch
 import nvcc
 from extension import needs_gpu
 from kernel_checks import uneven_sums
+from test_axial_attention import nothing_leaves_padding
 from vimpac.ops import axial_attention, axial_attention_packed
 from vimpac.ops.axial_attention import axial_attention_reference, pack, unpack
 
@@ -240,6 +242,25 @@ def test_cls_is_not_read_where_it_is_no_key(emulated):
     cls[:, 1:] = float("inf")
     got = emulated(qkv, cls, *call), emulated(qkv, cls, *call, grad=grad)
     assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    "grid, axes, width", [((5, 2, 3), "T", 64), ((2, 16, 2), "HT", 32), ((1, 32, 2), "H", 64), ((2, 17, 2), "H", 32)]
+)
+def test_what_is_not_finite_stays_in_padding(emulated, grid, axes, width, dtype, value):
+    """Several lines a tile, one, and one of two halves."""
+    qkv, cls, pad = inputs(grid, 2, width, dtype)
+    tokens = 2 * math.prod(grid)
+    grad = torch.randn(tokens + 2, 2, width, generator=torch.Generator().manual_seed(4)).to(dtype)
+
+    def attend(qkv, cls, *call):
+        seed = None if call[2] is None else torch.tensor(call[2])
+        rows = [emulated(qkv, cls, axes, *call[:2], seed, call[3], grad=g) for g in (None, grad)]
+        return [x for both in rows for x in unpack(both, (2, *grid))]
+
+    nothing_leaves_padding(attend, qkv, cls, pad, value, (0.3, 5))
 
 
 @pytest.mark.parametrize("far", ["clips", "frames", "heads", "kinds"])

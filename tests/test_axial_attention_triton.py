@@ -24,6 +24,7 @@ from kernel_checks import (
     runs_kernels,
     uneven_sums,
 )
+from test_axial_attention import nothing_leaves_padding
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
 from vimpac.ops import backend as backends
 from vimpac.ops.philox import philox, split_words
@@ -215,6 +216,27 @@ def test_cls_is_not_read_where_it_is_no_key(axes):
 
 
 @runs_kernels
+@pytest.mark.parametrize(
+    "grid, axes, value, dtype",
+    [
+        ((5, 2, 2), ("T",), float("nan"), torch.float32),  # several lines a block
+        ((2, 9, 1), ("H", "T"), float("inf"), torch.float16),
+    ],
+)
+def test_what_is_not_finite_stays_in_padding(grid, axes, value, dtype):
+    qkv, cls, pad = inputs(grid, 2, 16, dtype, clips=3)
+    pad[1] = False  # a clip that runs the code for none
+
+    def attend(*call):
+        return run(axial_attention, *call[:2], axes, *call[2:], backend="triton")
+
+    nothing_leaves_padding(attend, qkv, cls, pad, value, apart=False)
+    alone = attend(qkv[1:2], cls[1:2], None, 0.0, None, True)
+    for all_three, one in zip(attend(qkv, cls, pad, 0.0, None, True)[:2], alone[:2], strict=True):
+        assert torch.equal(all_three[1:2], one)
+
+
+@runs_kernels
 def test_words_of_rows_past_two_to_the_32():
     """No tensor here has so many rows; the counter's high word, and a seed's, count all the same."""
     global tl, kernel_philox  # where Triton looks names up
@@ -303,7 +325,8 @@ def test_says_why_it_cannot_run():
         (torch.float64, 64, 128, 232448, 0),
     ],
 )
-def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, has, needed):
+@pytest.mark.parametrize("padded", [False, True])
+def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, has, needed, padded):
     from vimpac.ops.axial_attention import _why_not_triton
 
     monkeypatch.setattr(backends, "_unfit_for_triton", lambda device: "")
@@ -311,24 +334,30 @@ def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, ha
     qkv = SimpleNamespace(
         shape=(1, 2, length, 2, 3, 1, width), dtype=dtype, itemsize=dtype.itemsize, device=torch.device("cuda", 0)
     )
-    reasons = [text for text in _why_not_triton(qkv, None, ("H",), None, 0.0, None, True) if "shared" in text]
+    pad = torch.zeros(()) if padded else None
+    if padded and (dtype, length, width) == (torch.float32, 32, 128):
+        needed = 147456
+    reasons = [text for text in _why_not_triton(qkv, None, ("H",), pad, 0.0, None, True) if "shared" in text]
     assert [re.search(r"takes (\d+) bytes .* has (\d+)", text).groups() for text in reasons] == (
         [(str(needed), str(has))] if needed else []
     )
 
 
-def check_shared(architecture, dtype, width):
-    """What is said of lines of 33 to 64 tokens holds, and all else fits into the smallest GPU."""
-    from vimpac.ops.axial_attention import TRITON_SHARED
+def check_shared(architecture, dtype, width, length=64, padded=False):
+    """What is said of lines of 33 to 64 tokens, and where there is PAD, holds, and all else fits into the smallest GPU."""
+    from vimpac.ops.axial_attention import TRITON_SHARED, TRITON_SHARED_PADDED
 
+    table = TRITON_SHARED if length > 32 else TRITON_SHARED_PADDED if padded else {}
     for kernel in ("_forward", "_backward"):
-        binary, _ = compile_attention(architecture, kernel, (2, 64, 3), 1, width, ("H",), dtype)
-        assert binary.shared <= TRITON_SHARED.get((dtype.itemsize, width), 99 << 10)
+        binary, _ = compile_attention(architecture, kernel, (2, length, 3), 1, width, ("H",), dtype, padded=padded)
+        assert binary.shared <= table.get((dtype.itemsize, width), 99 << 10)
 
 
 @not_interpreted
 def test_shared_memory_of_long_lines():
-    check_all(check_shared, [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128), (90, torch.float32, 32)])
+    jobs = [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128), (90, torch.float32, 32)]
+    with_pad = [(90, torch.bfloat16, 64, 64, True), (90, torch.float32, 128, 32, True)]
+    check_all(check_shared, jobs + with_pad)
 
 
 # --- compiled without a GPU -------------------------------------------------------------------------------------------
@@ -373,6 +402,19 @@ def test_compiles_to_tensor_cores_without_spills():
         kinds = itertools.product(("_forward", "_backward"), GRIDS, heads, (("T",), ("H", "W")))
         jobs += [(architecture, kernel, grid, *shape, axes) for kernel, grid, shape, axes in kinds]
     check_all(check_compiled, jobs)
+
+
+def check_padded(kernel, grid, heads, width, axes):
+    """Where there is PAD the code is longer, and 10×32×32 backward may spill as much as before that."""
+    binary, launch = compile_attention(90, kernel, grid, heads, width, axes, torch.bfloat16, padded=True)
+    assert int(binary.usage.split("STACK:")[1].split()[0]) <= (16 if grid == (10, 32, 32) else 0)
+    assert 8 // launch["num_warps"] * (binary.shared + 1024) <= SHARED_BYTES[90]
+
+
+@not_interpreted
+def test_padding_does_not_spill():
+    kinds = itertools.product(("_forward", "_backward"), [(GRIDS[0], *HEADS[0]), (GRIDS[3], *HEADS[2])], (("T",), ("H", "W")))
+    check_all(check_padded, [(kernel, *shape, axes) for kernel, shape, axes in kinds])
 
 
 def check_float32(architecture, kernel, width, axes):

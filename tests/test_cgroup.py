@@ -36,6 +36,7 @@ def memory(group: str, limit: object, usage: int, cached: int = 0) -> dict[str, 
         (memory("a/b/", 4 * GIB, 4 * GIB, cached=GIB), GIB),  # pages of files make room
         (memory("a/b/", GIB, 2 * GIB), 0),
         (memory("a/b/", "max", GIB), None),
+        ({"a/b/memory.max": f"{3 * GIB}", "a/b/memory.current": f"{GIB}"}, 2 * GIB),  # without statistics
         ({"a/b/memory.max": "junk"}, None),
         ({}, None),
     ],

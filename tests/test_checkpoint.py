@@ -2,6 +2,7 @@
 
 import errno
 import os
+import zipfile
 
 import pytest
 import torch
@@ -121,6 +122,59 @@ def test_a_flipped_weight_is_noticed(tmp_path):
     place = data.index(weight) + 7
     path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
     with pytest.raises(InputError, match=r"checksum of .* is wrong"):
+        load_checkpoint(path)
+
+
+def without_checksum(path):
+    """As an earlier version wrote it."""
+    data = path.read_bytes()
+    comment = len(b"vimpac crc32 ") + 8
+    assert data[-comment:].startswith(b"vimpac crc32 ")
+    path.write_bytes(data[: -comment - 2] + b"\0\0")
+    return path
+
+
+def test_a_checkpoint_without_a_checksum_is_an_earlier_versions(tmp_path):
+    path = without_checksum(save_checkpoint(tmp_path, state(1), keep=1))
+    assert same_tensors(load_checkpoint(path), state(1))
+    data, weight = path.read_bytes(), state(1)["model"]["w"].numpy().tobytes()
+    place = data.index(weight) + 7
+    path.write_bytes(data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :])
+    with pytest.raises(InputError, match=r"checksum of archive/data/\d is wrong"):
+        load_checkpoint(path)
+
+
+def test_a_damaged_checksum_is_not_a_missing_one(tmp_path):
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    data = path.read_bytes()
+    for end in (1, 8, 9, 21, 22):
+        path.write_bytes(data[:-end] + bytes([data[-end] ^ 1]) + data[len(data) - end + 1 :])
+        with pytest.raises(InputError, match=r"checksum of the file is (wrong|missing)"):
+            load_checkpoint(path)
+
+
+def test_the_archive_stays_torchs(tmp_path):
+    """Other programs read it: the checksum is a comment of the archive."""
+    path = save_checkpoint(tmp_path, state(1), keep=1)
+    assert same_tensors(torch.load(path, weights_only=True), state(1))
+    with zipfile.ZipFile(path) as archive:
+        assert archive.testzip() is None and archive.comment.startswith(b"vimpac crc32 ")
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+def test_an_entry_marked_as_a_folder(tmp_path, earlier):
+    """One bit: torch reads nothing for it, and gives memory as it was."""
+    path = without_checksum(save_checkpoint(tmp_path, state(1), keep=1))
+    data = bytearray(path.read_bytes())
+    entry = data.rindex(b"archive/data/0") - 46  # its record in the central directory
+    assert data[entry : entry + 4] == b"PK\1\2"
+    data[entry + 38] ^= 0x10  # external attributes
+    path.write_bytes(data)
+    if not earlier:  # with a right checksum
+        with path.open("r+b") as file:
+            file.seek(0, 2)
+            checkpoint._seal(file)
+    with pytest.raises(InputError, match=r"archive/data/0 is no plain file of the archive"):
         load_checkpoint(path)
 
 

@@ -13,6 +13,7 @@ import pytest
 from runs import ROOT, train_main
 from test_video import close_folder, noise, write_video
 from vimpac import __version__, cli
+from vimpac.console import count
 from vimpac.data import store as store_module
 from vimpac.data.store import TokenStore
 from vimpac.data.tokenizer import PatchVQ
@@ -37,8 +38,27 @@ def test_tokenize_reports(folders, capsys):
     arguments = ["tokenize", str(videos), str(store), "--frame-size", "32", "--codes", "8"]
     assert cli.main(arguments) == 0
     output = capsys.readouterr().out
-    assert "1 videos were in the store already, it is complete" in output
-    assert "1 videos failed:\n  empty.mp4: is an empty file" in output
+    assert "\n1 video was in the store already\n" in output
+    assert "\n1 video failed:\n  empty.mp4: is an empty file\n" in output
+    (videos.parent / "whole").mkdir()
+    shutil.copyfile(videos / "good.mp4", videos.parent / "whole" / "good.mp4")
+    assert cli.main(["tokenize", str(videos.parent / "whole"), *arguments[2:]]) == 0
+    assert "\n1 video was in the store already, nothing was missing\n" in capsys.readouterr().out
+
+
+def test_tokenize_names_deleted_videos(copy, tmp_path, capsys):
+    """And control characters of a name are escaped."""
+    videos, _, arguments = copy
+    shutil.copyfile(videos / "good.mp4", videos / "odd\x1b[31m\n.mp4")
+    try:
+        assert cli.main(arguments) == 0
+        assert "not in" not in capsys.readouterr().out
+    finally:
+        (videos / "odd\x1b[31m\n.mp4").unlink()
+    assert cli.main(arguments) == 0
+    output = capsys.readouterr().out
+    assert f"\n1 video of the store, not in {videos} any more; the store keeps what it has of them:\n" in output
+    assert "\n  odd\\x1b[31m\\n.mp4\n" in output and "\x1b" not in output
 
 
 @pytest.fixture
@@ -61,9 +81,9 @@ def test_tokenize_counts_what_it_passes_over(copy, tmp_path, capsys):
     for name in ("a.gif", "b.GIF", "labels.csv"):
         (more / name).touch()
     assert cli.main([command, str(more), *arguments]) == 0
-    assert "\n3 files were passed over for their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
+    assert "\n3 files are no videos by their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
     assert cli.main([command, videos, *arguments]) == 0
-    assert "passed over" not in capsys.readouterr().out
+    assert "extension" not in capsys.readouterr().out
 
 
 def test_tokenize_names_folders_that_it_cannot_look_into(copy, tmp_path, monkeypatch, capsys):
@@ -72,7 +92,7 @@ def test_tokenize_names_folders_that_it_cannot_look_into(copy, tmp_path, monkeyp
     (more / "private").mkdir()
     close_folder(monkeypatch, more / "private")
     assert cli.main([command, str(more), *arguments]) == 0
-    said = "\n1 folders could not be looked into, the store lacks what they hold:\n  private: Permission denied\n"
+    said = "\n1 folder could not be looked into; the store lacks what is in there:\n  private: Permission denied\n"
     assert said in capsys.readouterr().out
 
 
@@ -102,7 +122,7 @@ def test_tokenize_names_changed_files(copy, tmp_path, capsys):
     with open(changed / "good.mp4", "ab") as file:
         file.write(b"more")
     assert cli.main([command, str(changed), *arguments]) == 0
-    assert "\n1 files changed since, the store keeps their old contents" in (out := capsys.readouterr().out)
+    assert "\n1 file has another size than when tokenized; the store keeps the old contents" in (out := capsys.readouterr().out)
     assert "\n  good.mp4\n" in out
 
 
@@ -325,3 +345,104 @@ sys.exit(vimpac.cli.main(sys.argv[1:]))
 """
     for words in (["--help"], ["train", "small", "--help"]):
         assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True).stdout.endswith("[]\n")
+
+
+STEERING = "a\x1b]0;owned\x07\n\x9bb\u202ec"
+SHOWN = r"a\x1b]0;owned\x07\n\x9bb\u202ec"
+
+
+def is_harmless(text):
+    return all(line.isprintable() for line in text.splitlines()) and not set(text) & set("\x0b\x0c\x1c\x85\u2028")
+
+
+@pytest.fixture
+def steering_store(folders, tmp_path):
+    """A store that names a failed video with escape codes."""
+    from vimpac.data.store import finish_store
+
+    store = shutil.copytree(folders[1], tmp_path / "store")
+    finish_store(store, {f"{STEERING}.mp4": f"is {STEERING}"})
+    return store
+
+
+def test_verify_shows_names_that_steer_the_terminal(steering_store, capsys):
+    assert cli.main(["verify", str(steering_store)]) == 0
+    output = capsys.readouterr().out
+    assert f"\n    {SHOWN}.mp4: is {SHOWN}\n" in output and is_harmless(output)
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["tokenize", STEERING, "store"],
+        ["verify", STEERING],
+        ["convert-dalle", STEERING, STEERING, "out.safetensors"],
+        ["train", "small", "--data", STEERING],
+        ["train", "small", "--data", "store", "--model.layout", STEERING],
+        ["synthesize", f"file/{STEERING}"],
+    ],
+)
+def test_mistakes_show_names_that_steer_the_terminal(words, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    assert cli.main(words) == 1
+    error = capsys.readouterr().err
+    shown = SHOWN if "--model.layout" not in words else "bad layout"  # which shows it with repr, and the grammar below
+    assert shown in error and is_harmless(error) and error.count("\n") == (1 if shown == SHOWN else 3)
+
+
+def test_figures_shows_names_that_steer_the_terminal(capsys):
+    from vimpac import figures
+
+    assert figures.main([STEERING]) == 1
+    assert SHOWN in (error := capsys.readouterr().err) and is_harmless(error)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ("train small --batch-size x", "--batch-size is 'x', expected INT: `vimpac train small --help` lists every option"),
+        ("train base --batch_size=1.5", "--batch-size is '1.5', expected INT: `vimpac train base --help` lists"),
+        ("train small --model.grid 5 y 16", "--model.grid is '5 y 16', expected INT INT INT: `vimpac train small --help`"),
+        ("train small --steps x", "--steps is 'x', expected {None}|INT: `vimpac train small --help`"),
+        ("tokenize videos store --fps fast", "--fps is 'fast', expected FLOAT: `vimpac tokenize --help` lists"),
+        ("tokenize videos store --frame-size 2147483648", "frame size is 2147483648, expected a positive multiple of 8"),
+        (
+            "tokenize videos store --fps 1e-6",
+            "fps is 1e-06, expected a positive number of frames a second, such as 2: 0.001 to",
+        ),
+        ("tokenize videos store --fps 2147483648", "fps is 2147483648.0, expected a positive number"),
+        ("synthesize out --size 2147483648", "size is 2147483648, expected an even number of pixels, at least 32 and at most"),
+        ("synthesize out --seconds 1e300", "1e+300 seconds at 8.0 fps and size 96 are more than 100000000 pixels"),
+        ("train small --d-max 18446744073709551616", "d_max must be at most 1e+09, got 1.8446744073709552e+19"),
+    ],
+)
+def test_bad_values_name_the_field_and_its_page(words, said, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(words.split()) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"vimpac {words.split()[0]}: error: {said}") and error.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words", ["train small --no-such 1", "train small --model.grid 1", "tokenize", "tokenize a b --views x"]
+)
+def test_misspelt_options_are_explained_by_the_parser(words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(words.split())
+    assert stopped.value.code == 2 and "--help" in capsys.readouterr().err
+
+
+def test_output_that_cannot_be_written_is_named(folders):
+    if not os.path.exists("/dev/full"):
+        pytest.skip("no /dev/full")
+    with open("/dev/full", "w") as full:
+        command = [sys.executable, "-m", "vimpac", "--version"]
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert ended.stderr == "vimpac: error: standard output: No space left on device\n" and ended.returncode == 1
+
+
+def test_counts():
+    assert [count(n, "video") for n in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+    assert [count(n, "entry", "entries") for n in (1, 2)] == ["1 entry", "2 entries"]

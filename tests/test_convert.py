@@ -3,6 +3,7 @@
 import dataclasses
 import errno
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -158,3 +159,139 @@ def test_decoder_is_not_stored_twice(tmp_path):
     convert.save(PretrainModel(CONFIG), tmp_path / "m.safetensors")
     names = load_file(tmp_path / "m.safetensors")
     assert not any("decoder" in name for name in names)
+
+
+# --- damaged state dicts --------------------------------------------------------------------------------------------------
+
+
+def tensor_like(x, kind, rng):
+    """Something else in the place of x."""
+    match kind:
+        case "shape":
+            return torch.zeros([int(n) for n in rng.integers(0, 5, rng.integers(0, 4))])
+        case "transposed":
+            return x.movedim(0, -1)
+        case "larger":
+            return torch.cat([x[None], x[None]]) if x.ndim == 0 else torch.cat([x, x])
+        case "empty":
+            return x.flatten()[:0]
+        case "scalar":
+            return torch.tensor(1.0)
+        case "integers":
+            return (100 * x).long()
+        case "floats":
+            return x.float() + 0.5
+        case "complex":
+            return x.to(torch.complex64)
+        case "boolean":
+            return x > 0
+        case "float8":
+            return x.to(torch.float8_e5m2)
+        case "quantised":
+            return torch.quantize_per_tensor(x.float(), 0.1, 0, torch.qint8)
+        case "sparse":
+            return torch.eye(4).to_sparse()
+        case "nested":
+            return torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+        case "meta":
+            return x.to("meta")
+        case "huge":
+            return torch.zeros(1).expand(2**40)
+        case "huge of the right rank":
+            return torch.zeros(1).expand(2**20, *x.shape[1:]) if x.ndim else torch.zeros(()).expand(2**30)
+        case "nan" | "infinite":
+            damaged = x.float().flatten().clone()
+            damaged[rng.integers(len(damaged))] = float("nan" if kind == "nan" else "inf")
+            return damaged.reshape(x.shape)
+        case "subclass":
+            return x.as_subclass(Subclass)
+        case "array":
+            return x.numpy()
+        case "list":
+            return x.tolist()
+        case "text":
+            return "weights"
+        case "none":
+            return None
+        case "dictionary":
+            return {"weight": x}
+
+
+class Subclass(torch.Tensor):
+    pass
+
+
+KINDS = (
+    *("shape", "transposed", "larger", "empty", "scalar", "integers", "floats", "complex", "boolean", "float8", "quantised"),
+    *("sparse", "nested", "meta", "huge", "huge of the right rank", "nan", "infinite", "subclass", "array", "list", "text"),
+    *("none", "dictionary"),
+)
+
+
+@pytest.mark.filterwarnings("ignore:.*(prototype|deprecated|quantiz)")
+@pytest.mark.parametrize("make", [PretrainModel, lambda config: ClassificationModel(config, 5)])
+def test_damaged_state_dicts(make):
+    """One tensor after the other in the place of which something else stands: an InputError, or the values that it has."""
+    model = make(CONFIG)
+    whole, rng = released(model), np.random.default_rng(0)
+    if isinstance(model, PretrainModel):
+        whole |= {theirs: model.state_dict()[ours] for ours, (theirs,) in released_statistics(model).items()}
+        whole |= {"mlm_head.decoder.weight": model.token_head.decoder.detach()}
+    refused = 0
+    for name in whole:
+        for kind in rng.choice(KINDS, 6, replace=False):
+            damaged = {**whole, name: tensor_like(whole[name], kind, rng)}
+            try:
+                again = from_authors(damaged, CONFIG)
+            except InputError:
+                refused += 1
+            else:
+                harmless = (whole[name].shape == damaged[name].shape, "position" in name, "num_batches" in name)
+                assert any(harmless), f"{name} {kind}"
+                assert all(x.isfinite().all() for x in again.state_dict().values()), f"{name} {kind}"
+    assert refused > 4 * len(whole)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: list(state),
+        lambda state: None,
+        lambda state: {"state_dict": state},
+        lambda state: {},
+        lambda state: {**state, 7: torch.zeros(1)},
+        lambda state: {**state, "module.backbone.embedding.weight": torch.zeros(25, 16)},
+        lambda state: {**state, "cls_fc.bias": torch.zeros(3)},
+        lambda state: {**state, "cls_fc.bias": torch.zeros(1).expand(2**40)},
+        lambda state: {**state, "cls_fc.bias": torch.zeros(0), "cls_fc.weight": torch.zeros(0, 16)},
+        lambda state: {**state, "cls_fc.bias": torch.tensor(1.0), "cls_fc.weight": torch.zeros(1, 16)},
+        lambda state: dict.fromkeys(state, 7),
+        lambda state: dict.fromkeys(state, torch.zeros(16)),
+        lambda state: dict(zip(state, reversed(state.values()), strict=True)),
+    ],
+)
+def test_what_is_no_state_dict(change):
+    with pytest.raises(InputError):
+        from_authors(change(released(PretrainModel(CONFIG))), CONFIG)
+
+
+def test_parts_of_a_projection_are_not_exchanged_for_their_sum():
+    """Query and key together have the right number of rows; each by itself has not."""
+    state = released(PretrainModel(CONFIG))
+    prefix = "backbone.transformer.resblocks.0.attention_blocks.0.attentions.0.attention"
+    state[f"{prefix}.query.weight"], state[f"{prefix}.key.weight"] = torch.ones(12, 16), torch.ones(20, 16)
+    with pytest.raises(InputError, match=r"query\.weight has a size mismatch: \(12, 16\) instead of \(16, 16\)"):
+        from_authors(state, CONFIG)
+
+
+def test_a_loaded_model_trains_and_stands_apart_from_its_file(tmp_path):
+    convert.save(PretrainModel(CONFIG), tmp_path / "m.safetensors")
+    model = convert.load(tmp_path / "m.safetensors")
+    before = {name: x.clone() for name, x in model.state_dict().items()}
+    with open(tmp_path / "m.safetensors", "r+b") as file:
+        file.seek(-400, 2)
+        file.write(bytes(400))
+    assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+    assert all(type(p) is torch.nn.Parameter and p.requires_grad and p.is_contiguous() for p in model.parameters())
+    model.backbone(torch.zeros(1, 2, 4, 4, dtype=torch.int64))[0].sum().backward()
+    assert model.backbone.cls.grad is not None

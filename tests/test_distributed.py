@@ -239,6 +239,15 @@ def test_the_others_end_when_one_is_lost(store_folder, tmp_path, lost):
         assert "another process was lost" in output and "step-00000002.pt" in output and "--resume" in output
 
 
+def test_one_is_lost_while_all_start(store_folder, tmp_path):
+    """Before there is a checkpoint, or a run."""
+    hook = on_rank(1, on_call("vimpac.training.pretrain:open_run", 1, "kill"))
+    started = Run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook)
+    assert started.wait() == [1, -signal.SIGKILL]
+    said = "train.py: error: another process was lost, so this one ends: start again with --resume"
+    assert said in started.output and "Traceback" not in started.output and started.output.count("\n") == 1
+
+
 @pytest.mark.parametrize("code", [0, 143])
 def test_process_groups_end_after_their_reducers(store_folder, tmp_path, code):
     """Otherwise one run in ten hangs at its end, or after a signal."""

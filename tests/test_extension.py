@@ -15,8 +15,10 @@ import torch
 
 from extension import CPU_ERROR, needs_compiler, needs_cpu, python
 from vimpac import doctor
+from vimpac.config import TrainConfig
+from vimpac.errors import InputError
 from vimpac.ops import backend as backends
-from vimpac.ops import block_mask
+from vimpac.ops import block_mask, info_nce
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "vimpac"
@@ -248,6 +250,8 @@ def test_said_at_use(tmp_path, content, shown):
     assert ended.returncode == 0, ended.stderr
     said = ended.stdout.splitlines()
     assert len(said) == 3 and re.match(shown, said[0])
+    warned = "MissingKernelsWarning: axial_attention runs on backend 'reference', slower than by its kernels, and so may other"
+    assert ended.stderr.count("MissingKernelsWarning") == 1 and f"{warned} ops: {said[0]}" in ended.stderr
     assert said[1].startswith("axial_attention: backend 'cpu' cannot run this call: ") and said[0] in said[1]
     assert said[2] == f"vimpac::axial_attention.cpu cannot run: {said[0]}"
 
@@ -261,6 +265,80 @@ def test_a_wrong_instruction_set_is_shown():
     assert sentence in python(nce, VIMPAC_CPU_ISA="sse9", VIMPAC_BACKEND="").stderr
     ended = python("from vimpac.doctor import report; print(report())", VIMPAC_CPU_ISA="sse9")
     assert ended.returncode == 0 and sentence in ended.stdout
+    assert "isa.cpp" not in ended.stdout and "VIMPAC_CPU_ISA decides" in ended.stdout
+
+
+ABSENT = """
+import torch
+from vimpac.ops import axial_attention, block_mask, info_nce
+z = torch.randn(4, 8)
+for _ in range(2):
+    {call}
+"""
+
+
+@pytest.mark.parametrize(
+    "call, named, warnings",
+    [
+        ("info_nce(z, z); axial_attention(torch.ones(1, 2, 1, 1, 3, 1, 4), torch.ones(1, 3, 1, 4), ('T',))", "", 1),
+        ("info_nce(z.half(), z.half()); info_nce(z, z)", "", 1),
+        ("torch.compile(lambda z: info_nce(z, z + 1), fullgraph=True, backend='aot_eager')(z)", "", 1),
+        ("info_nce(z, z, backend='reference')", "", 0),
+        ("info_nce(z, z)", "reference", 0),
+        ("info_nce(z, z)", "info_nce=reference", 0),
+        ("block_mask(torch.ones(1, 2, 2, 2).long(), torch.zeros(1).long(), 3, backend='any')", "reference", 0),
+        ("axial_attention(torch.ones(1, 65, 1, 1, 3, 1, 4), torch.ones(1, 3, 1, 4), ('T',))", "", 0),  # sdpa's anyway
+    ],
+)
+def test_warns_once_of_kernels_that_are_not_there(tmp_path, call, named, warnings):
+    """Where they would have run, and nobody asked for something else; inside a graph, too."""
+    ended = python(ABSENT.format(call=call), VIMPAC_LIBRARIES=str(tmp_path), VIMPAC_BACKEND=named)
+    assert ended.returncode == 0 and ended.stderr.count("MissingKernelsWarning: ") == warnings, ended.stderr
+    assert not warnings or "reinstall vimpac beside this torch, with pip's --no-build-isolation" in ended.stderr
+
+
+def test_training_says_it_in_its_own_words(tmp_path):
+    code = """
+import torch
+from vimpac.config import TrainConfig
+from vimpac.ops import info_nce
+from vimpac.training.machine import plain_ops
+print(plain_ops(TrainConfig(), torch.device("cpu")))
+info_nce(torch.ones(2, 2), torch.ones(2, 2))
+"""
+    ended = python(code, VIMPAC_LIBRARIES=str(tmp_path), VIMPAC_BACKEND="")
+    assert "run as plain PyTorch" in ended.stdout and "MissingKernels" not in ended.stderr, ended.stderr
+
+
+@pytest.mark.parametrize("junk, shown", [("sse9", "=sse9"), ("avx2 ", "=avx2 "), ("\x1b[2J", r"='\x1b[2J'")])
+def test_instruction_sets_that_are_none(monkeypatch, junk, shown):
+    """The same sentence from the check at a start, of an op by name and by choice, and of training."""
+    from vimpac.training.machine import check_backends
+
+    monkeypatch.setenv("VIMPAC_CPU_ISA", junk)
+    monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
+    sentence = f"VIMPAC_CPU_ISA{shown} is not one of portable, avx2, avx512: name one of these, or unset it"
+    assert backends.cpu_isa_error() == sentence
+    z = torch.ones(2, 2)
+    calls = [backends.check_environment, lambda: check_backends(TrainConfig(), torch.device("cpu"))]
+    if not CPU_ERROR:
+        calls += [lambda: info_nce(z, z), lambda: info_nce(z, z, backend="cpu")]
+    for call in calls:
+        with pytest.raises(ValueError) as error:
+            call()
+        assert sentence in str(error.value)
+
+
+def test_an_instruction_set_beyond_the_processor(monkeypatch):
+    """The library's own sentence, without where in its source it stands."""
+    said = "choose, /somewhere/isa.cpp:35, VIMPAC_CPU_ISA=avx512, but this processor has avx2 at most"
+    monkeypatch.setenv("VIMPAC_CPU_ISA", "avx512")
+    monkeypatch.setattr(backends, "library", lambda backend: object())
+    monkeypatch.setattr(backends, "library_facts", lambda backend: said)
+    with pytest.raises(InputError, match=r"^VIMPAC_CPU_ISA=avx512, but this processor has avx2 at most: name that or less, or"):
+        backends.check_environment()
+    monkeypatch.setattr(backends, "library_facts", lambda backend: "avx512")
+    backends.check_environment()
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------

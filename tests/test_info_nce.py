@@ -23,8 +23,8 @@ def features(n, d, device="cpu", dtype=torch.float32, length=1.0, seed=0):
     generator = torch.Generator().manual_seed(seed)
     z1 = torch.randn(n, 2, d, generator=generator)[:, 1]
     z2 = (0.7 * z1 + torch.randn(d, n, generator=generator).T).mul(3)
-    strided = torch.empty(n, 2, d, dtype=dtype, device=device)[:, 1].copy_(length * z1)
-    permuted = torch.empty(d, n, dtype=dtype, device=device).T.copy_(length * z2)
+    strided = torch.empty(n, 2, d, dtype=dtype, device=device)[:, 1].copy_(length * z1.double())
+    permuted = torch.empty(d, n, dtype=dtype, device=device).T.copy_(length * z2.double())
     return strided.requires_grad_(), permuted.requires_grad_()
 
 
@@ -167,14 +167,34 @@ def test_no_videos(backend):
     assert [grad.shape for grad in grads] == [(0, 6), (0, 6)]
 
 
-@pytest.mark.parametrize("length", [1e-6, 1.0, 1e15])
-def test_length_does_not_matter(backend, length):
-    """Gradients shrink as the features grow."""
-    expected = value_and_gradients(info_nce, *features(6, 5), backend=backend)
-    loss, *grads = value_and_gradients(info_nce, *features(6, 5, length=length), backend=backend)
+def length_does_not_matter(length, dtype, backend):
+    """Gradients shrink as the features grow, in the whole range that the docstring names."""
+    expected = value_and_gradients(info_nce, *features(6, 5, dtype=dtype), backend=backend)
+    loss, *grads = value_and_gradients(info_nce, *features(6, 5, dtype=dtype, length=length), backend=backend)
     assert_close(loss, expected[0], **FLOAT32)
     for ours, true in zip(grads, expected[1:], strict=True):
         assert_close(ours * length, true, **FLOAT32)
+
+
+LENGTHS = [(2e-12, torch.float32), (1e-6, torch.float32), (1e15, torch.float32), (5e16, torch.float32), (1e148, torch.float64)]
+
+
+@pytest.mark.parametrize("length, dtype", LENGTHS)
+def test_length_does_not_matter(backend, length, dtype):
+    length_does_not_matter(length, dtype, backend)
+
+
+@pytest.mark.parametrize("length", [1e-42, 1e-20, 1e-13])
+def test_short_features_count_as_longer_ones(backend, length):
+    short_features_count_as_longer_ones(length, backend)
+
+
+def short_features_count_as_longer_ones(length, backend):
+    """Of 1e-12, whatever they are, down to numbers that float32 has not many digits of."""
+    z1, z2 = (z.detach().requires_grad_() for z in features(6, 5, length=length))
+    exact = value_and_gradients(info_nce, *(z.detach().double().requires_grad_() for z in (z1, z2)), backend="reference")
+    for ours, true in zip(value_and_gradients(info_nce, z1, z2, backend=backend), exact, strict=True):
+        assert_close(ours.double(), true, rtol=1e-5, atol=1e-5 * float(true.detach().abs().max()))  # float32 sums of 11 terms
 
 
 def test_zero_features_are_finite(backend):

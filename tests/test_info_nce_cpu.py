@@ -9,7 +9,16 @@ from torch.testing import assert_close
 
 from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
-from test_info_nce import EXACT, features, is_learned, value_and_gradients, with_temperature
+from test_info_nce import (
+    EXACT,
+    LENGTHS,
+    features,
+    is_learned,
+    length_does_not_matter,
+    short_features_count_as_longer_ones,
+    value_and_gradients,
+    with_temperature,
+)
 from vimpac.ops import backend as backends
 from vimpac.ops import info_nce, info_nce_reference
 
@@ -136,6 +145,16 @@ def test_zero_and_tiny_features():
     for ours, theirs in zip(got, expected, strict=True):
         assert ours.isfinite().all()
         assert_close(ours, theirs, rtol=1e-5, atol=1e-6)  # float32 sums in another order
+
+
+@pytest.mark.parametrize("length, dtype", LENGTHS)
+def test_length_does_not_matter(length, dtype):
+    length_does_not_matter(length, dtype, "cpu")
+
+
+@pytest.mark.parametrize("length", [1e-42, 1e-20, 1e-13])
+def test_short_features_count_as_longer_ones(length):
+    short_features_count_as_longer_ones(length, "cpu")
 
 
 @pytest.mark.parametrize("temperature", [0.01, 0.2])

@@ -103,7 +103,7 @@ def test_half_is_exact_to_its_rounding(n, d, dtype, monkeypatch):
 
 
 @runs_kernels
-@pytest.mark.parametrize("length", [1e-6, 1e15])
+@pytest.mark.parametrize("length", [1e-20, 2e-12, 1e-6, 1e15, 5e16])
 def test_length_does_not_matter(length):
     compare(*inputs(6, 5, length=length), 0.2)
 

@@ -122,6 +122,25 @@ def test_no_row_counts(backend, device, M, small_chunks):
         assert_close(value, torch.zeros_like(value), rtol=0, atol=0)
 
 
+def rows_that_do_not_count_reach_nothing(value, backend, device="cpu"):
+    """0 · NaN is NaN: with zeros in their place the same loss and gradients, and none of their own."""
+    hidden, weight, bias, target = (x.detach() for x in inputs(7, 5, 11, device, ignored=0.5))
+    zeros = hidden.masked_fill(target[:, None] < 0, 0.0)
+    broken = hidden.masked_fill(target[:, None] < 0, value)
+    assert broken.isfinite().any() and not broken.isfinite().all()
+    leaves = [[x.requires_grad_() for x in (h, weight.clone(), bias.clone())] for h in (broken, zeros)]
+    got, expected = (values_and_gradients(masked_cross_entropy, *x, target, backend=backend) for x in leaves)
+    for ours, true in zip(got, expected, strict=True):
+        assert ours.isfinite().all() and torch.equal(ours, true)
+    assert not got[2][target < 0].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+@pytest.mark.parametrize("backend", ["reference", "chunked"])
+def test_rows_that_do_not_count_reach_nothing(value, backend, device, small_chunks):
+    rows_that_do_not_count_reach_nothing(value, backend, device)
+
+
 def test_gradcheck(backend, small_chunks):
     """Against differences of the loss: float64, gradcheck's own tolerances."""
     hidden, weight, bias, target = inputs(7, 3, 11, dtype=torch.float64, ignored=0.3)

@@ -16,7 +16,7 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from test_masked_cross_entropy import FLOAT32, Largest, inputs, values_and_gradients
+from test_masked_cross_entropy import FLOAT32, Largest, inputs, rows_that_do_not_count_reach_nothing, values_and_gradients
 from vimpac.ops import backend as backends
 from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
 
@@ -50,6 +50,12 @@ def test_float32_is_the_reference(M, C, V, ignored, kernels):
     assert actual[0].dtype == actual[1].dtype == torch.float32
     for ours, expected in zip(actual, values_and_gradients(masked_cross_entropy_reference, *call), strict=True):
         assert_close(ours, expected, **FLOAT32)
+
+
+@runs_kernels
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_do_not_count_reach_nothing(value, kernels):
+    rows_that_do_not_count_reach_nothing(value, "triton", DEVICE)
 
 
 @runs_kernels

@@ -148,3 +148,31 @@ def test_narrow_terminal_keeps_step_and_time_left(monkeypatch):
         clock.now += 1
         progress.update(metrics(1))
     assert "  1/300  0:00:01 < 0:04:59  loss  5.250" in stream.getvalue() and "━" not in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    "columns, shown, left_out",
+    [
+        (119, ["loss  5.250", "mask  4.500", "contrastive  3.750", "mask accuracy 0.125", "videos/s    61.4"], []),
+        (107, ["loss  5.250", "mask  4.500", "contr.  3.750", " accuracy 0.125", "videos/s 61.4"], ["mask accuracy"]),
+        (80, ["loss  5.250", " accuracy 0.125", "videos/s 61.4"], ["contr", "mask"]),
+        (70, ["loss  5.250", " accuracy 0.125"], ["videos/s"]),
+        (50, ["loss  5.250"], ["accuracy"]),
+    ],
+)
+def test_narrow_terminals_keep_accuracy_and_speed(monkeypatch, columns, shown, left_out):
+    """80 columns cut both off, and showed three losses."""
+    monkeypatch.setenv("COLUMNS", str(columns))
+    stream, clock = Terminal(), Clock()
+    with Progress(100000, stream=stream, clock=clock) as progress:
+        clock.now += 3600 * 5
+        progress.update(metrics(10000))
+        (line,) = [part for part in stream.getvalue().splitlines() if " 10000/100000  5:00:00 < 45:00:00" in part]
+    assert all(text in line for text in shown) and not any(text in line for text in left_out) and "…" not in line
+
+
+def test_notes_cannot_steer_the_terminal():
+    stream = Terminal()
+    with Progress(10, stream=stream, clock=Clock()) as progress:
+        progress.note("run\x1b]0;title\x07\nsecond")
+    assert "run\\x1b]0;title\\x07\\nsecond\n" in stream.getvalue()

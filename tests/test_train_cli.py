@@ -18,8 +18,10 @@ from runs import ROOT, arguments, files_of_at_most, metrics, train_main, write_s
 from vimpac.atomic import LOCK, locked
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.errors import InputError
+from vimpac.ranks import LAUNCHER
 from vimpac.training import launch
 from vimpac.training.checkpoint import list_checkpoints
+from vimpac.training.events import EventLog
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -372,6 +374,52 @@ def test_init_from_a_checkpoint(main, output, finished_run, store_folder, foreig
     assert metrics(folders[0]) == metrics(folders[1])
 
 
+def test_init_from_a_run_folder(main, output, finished_run, store_folder, tmp_path):
+    """Its model; of a run that has not ended the newest checkpoint."""
+    begun = shutil.copytree(finished_run, tmp_path / "begun")
+    (begun / "model.safetensors").unlink()
+    folders = [tmp_path / name for name in ("file", "folder", "unfinished")]
+    for folder, path in zip(folders, (finished_run / "model.safetensors", finished_run, begun), strict=True):
+        assert main(arguments(store_folder, folder, init_from=str(path), steps=1))[0] == 0
+    assert metrics(folders[0]) == metrics(folders[1]) == metrics(folders[2])
+    (tmp_path / "empty").mkdir()
+    words = arguments(store_folder, output, init_from=str(tmp_path / "empty"))
+    refused(
+        main, words, output, "is a folder without a model.safetensors or checkpoints: expected a run folder, or one of these"
+    )
+
+
+def test_events_that_cannot_be_written(main, output, store_folder, monkeypatch):
+    """Said once, with the file's name; the run and its metrics go on."""
+    pytest.importorskip("tensorboard")
+    append, calls = EventLog._append, []
+
+    def full(log, events):
+        calls.append(len(events))
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        append(log, events)
+
+    monkeypatch.setattr(EventLog, "_append", full)
+    status, error = main(arguments(store_folder, output))
+    (events,) = (output / "tensorboard").iterdir()
+    said = f"TensorBoard's events are no longer written, metrics.jsonl is: {events}: No space left on device\n"
+    assert status == 0 and error.count(said) == 1 and "Traceback" not in error
+    assert len(metrics(output)) == 7 and len(calls) == 3
+
+
+def test_no_room_for_events_at_all(main, damaged_run, store_folder):
+    """A file is where their folder should be."""
+    pytest.importorskip("tensorboard")
+    shutil.rmtree(damaged_run / "tensorboard")
+    (damaged_run / "tensorboard").touch()
+    shutil.rmtree(damaged_run / "checkpoints")
+    (damaged_run / "metrics.jsonl").unlink()
+    status, error = main(arguments(store_folder, damaged_run, resume=True))
+    assert status == 0 and error.count("TensorBoard's events are no longer written") == 1 and metrics(damaged_run)[-1]["final"]
+    assert f"{damaged_run / 'tensorboard'}: File exists" in error
+
+
 def test_init_from_another_shape(main, output, finished_run, store_folder):
     words = arguments(store_folder, output, {"width": 32}, init_from=str(finished_run / "model.safetensors"))
     refused(main, words, output, "'width': 16", "'width': 32")
@@ -534,8 +582,10 @@ time.sleep(60)
 """)
     code = """
 import os, sys
+from vimpac import cores
 from vimpac.training import launch
 os.sched_getaffinity = lambda _: range(7)
+cores.cores_allowed = lambda: None
 sys.exit(launch.main())
 """
     environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
@@ -568,6 +618,7 @@ def test_torchrun_is_no_cause_itself(monkeypatch, capsys, tmp_path, codes, statu
         raise ChildFailedError("script.py", failures)
 
     monkeypatch.setattr(run, "run", fail)
+    monkeypatch.setenv(LAUNCHER, "")  # given back after the test
     assert launch.main(["--nproc-per-node=1", "script.py"]) == status
     assert capsys.readouterr().err == said
 
@@ -579,7 +630,9 @@ def test_torchrun_threads(monkeypatch, processes, given, threads):
     """What the user chose stays; one process takes all cores, as without torchrun."""
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # given back after the test
     monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
+    monkeypatch.setenv(LAUNCHER, "")  # given back, too
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
+    monkeypatch.setattr("vimpac.cores.cores_allowed", lambda: None)
     monkeypatch.setattr("torch._utils.cpu_count", lambda: 16, raising=False)  # what torchrun asks; before torch 2.13 the next
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr("torch.distributed.run.run", lambda options: None)

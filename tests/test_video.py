@@ -102,6 +102,15 @@ def test_truncated(tmp_path, name, share):
         list(decode(path, 5, 32))
 
 
+@pytest.mark.parametrize("left", [0.2, 0.5, 0.9, 0.99])
+def test_truncated_ogg(tmp_path, left):
+    whole = Path(__file__).parent.joinpath("videos/theora_still.ogv").read_bytes()
+    path = tmp_path / "a.ogv"
+    path.write_bytes(whole[: int(left * len(whole))])
+    with pytest.raises(CorruptVideo, match=r"is truncated: it has|is not a video, or cut short"):
+        list(decode(path, 2, 32))
+
+
 @pytest.mark.parametrize("name", ["front.mp4", "a.avi", "a.mkv", "vp9.webm"])
 def test_truncated_between_two_packets(tmp_path, name):
     """The rest decodes without any complaint: only the sizes that the container promises tell."""
@@ -268,6 +277,15 @@ def test_whatever_the_demuxer_raises(tmp_path, monkeypatch, error):
     error = MemoryError()
     with pytest.raises(MemoryError):
         list(decode(path, 2, 32))
+
+
+def test_too_little_memory_is_no_damage(tmp_path):
+    class Context:
+        def decode(self, packet):
+            raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    with pytest.raises(MemoryError):
+        container_module._Damage().decoded(Context(), None)
 
 
 def test_only_regular_files(tmp_path):

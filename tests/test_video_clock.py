@@ -9,6 +9,7 @@ import pytest
 
 from films import greys, numbers, write_video
 from vimpac.data import clock as clock_module
+from vimpac.data import container as container_module
 from vimpac.data.clock import LONGEST_STILLS, Clock, Shown, pick
 from vimpac.data.video import CorruptVideo, decode
 
@@ -113,9 +114,19 @@ def test_last_picture_after_a_still(lasts, frames):
     assert list(pick(iter(shown), 1, Fraction(1, 10))) == ["a"] * 100 + ["b"] * frames
 
 
+def test_last_picture_with_the_time_of_the_one_before():
+    assert list(pick(iter([Shown(0, 0, "a"), Shown(0, 0, "b")]), 2, Fraction(1, 10))) == ["b"]
+    assert list(pick(iter([Shown(0, 0, "a"), Shown(10, 0, "b"), Shown(10, 0, "c")]), 2, Fraction(1, 10))) == [
+        "a",
+        "a",
+        "c",
+        "c",
+    ]
+
+
 @pytest.mark.parametrize("name", ["a.avi", "a.wmv"])
 def test_b_frames_without_presentation_times(tmp_path, name):
-    assert numbers(write_video(tmp_path / name, greys(50)), 5) == [0, 5, 10, 15, 20, 25, 30, 35, 40, 45]
+    assert numbers(write_video(tmp_path / name, greys(50)), 25) == list(range(50))
 
 
 def test_packed_b_frames():
@@ -133,14 +144,21 @@ def test_empty_packets_repeat_the_picture():
     assert len(frames) == len(packets) == 37
 
 
-def test_avi_frame_rate_with_a_flipped_bit(tmp_path):
+def test_empty_packets_at_the_end(monkeypatch):
+    packets = container_module._packets
+    monkeypatch.setattr(container_module, "_packets", lambda *of: (p for p in packets(*of) if p is None or p.dts != 36))
+    assert len(numbers(VIDEOS / "theora_still.ogv", 10, step=1)) == 36
+
+
+@pytest.mark.parametrize("field, seconds", [(20, r"2.68e\+07"), (24, "3.73e-09")])  # dwScale, dwRate
+def test_avi_frame_rate_with_a_flipped_bit(tmp_path, field, seconds):
     path = write_video(tmp_path / "a.avi", greys(40), rate=10, codec="mpeg4")
     data = bytearray(path.read_bytes())
-    scale = data.index(b"strh") + 8 + 20
-    assert int.from_bytes(data[scale : scale + 4], "little") == 1
-    data[scale + 3] ^= 0x10
+    at = data.index(b"strh") + 8 + field
+    assert int.from_bytes(data[at : at + 4], "little") == {20: 1, 24: 10}[field]
+    data[at + 3] ^= 0x10
     path.write_bytes(data)
-    with pytest.raises(CorruptVideo, match=r"damaged frame rate: 2.68e\+07 seconds a frame, expected at most 60"):
+    with pytest.raises(CorruptVideo, match=f"damaged frame rate: {seconds} seconds a frame, expected 0.001 to 60"):
         list(decode(path, 2, 32))
 
 

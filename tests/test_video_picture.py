@@ -84,12 +84,13 @@ def test_a_damaged_pixel_shape_does_not_fill_the_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "transfer, code, srgb",
-    [  # ITU-R BT.2408: the PQ codes of 0, 100, 203 and 1000 cd/m², and HLG's of the same 203
+    [  # ITU-R BT.2408: the PQ codes of 0, 100, 203 and 1000 cd/m², and HLG's of the same 203 and of a grey card, 26 cd/m²
         (PQ, 0.0, 0),
         (PQ, 0.508, 186),  # 100/203 of white: 255 × (1.055 × 0.4926^(1/2.4) - 0.055)
         (PQ, 0.5807, 255),
         (PQ, 0.7518, 255),
         (HLG, 0.0, 0),
+        (HLG, 0.38, 101),  # 26.2/203 of white
         (HLG, 0.75, 255),
     ],
 )

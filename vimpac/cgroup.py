@@ -42,8 +42,10 @@ def _number(path: Path) -> int:
 
 
 def _cached(stat: Path, prefix: str) -> int:
-    values = dict(line.split() for line in stat.read_text().splitlines())
-    return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    with suppress(OSError, ValueError):
+        values = dict(line.split() for line in stat.read_text().splitlines())
+        return sum(int(values.get(f"{prefix}{kind}_file", 0)) for kind in ("inactive", "active"))
+    return 0
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:

@@ -28,15 +28,14 @@ JSON_BYTES = 1 << 30
 _PLACE = re.compile(rb'"checksum": "([0-9a-f]{8})"')  # within a name or a reason the quotes are escaped
 
 
-def check_regular(path: Path, expected: str) -> None:
-    """Raises InputError, "…; expected …", unless `path` is a file: a folder cannot be read, a pipe or a device has no end."""
+def check_regular(path: Path) -> None:
+    """Raises InputError, a reason, unless `path` is a file: a folder cannot be read, a pipe or a device may have no end."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
-        raise InputError(f"{getattr(error, 'strerror', None) or error}; expected {expected}") from None
+        raise InputError(getattr(error, "strerror", None) or str(error)) from None
     if not stat.S_ISREG(mode):
-        kind = "folder" if stat.S_ISDIR(mode) else "pipe, a socket or a device"
-        raise InputError(f"it is a {kind}; expected {expected}")
+        raise InputError(f"it is a {'folder' if stat.S_ISDIR(mode) else 'pipe, a socket or a device'}")
 
 
 def write_json(path: Path, fields: Mapping[str, Any], indent: int | None = None) -> None:
@@ -46,12 +45,12 @@ def write_json(path: Path, fields: Mapping[str, Any], indent: int | None = None)
     write_text(path, text[:begin] + f"{zlib.crc32(text.encode()):08x}" + text[begin + 8 :])
 
 
-def load_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file holds, its checksum compared and left out. `check_names` belongs to it.
+def load_json(path: Path) -> tuple[dict[str, Any], bytes]:
+    """The object that a JSON file holds, not yet checked, and the file's bytes: for `unsealed`, once the version is known.
 
     Raises InputError with the reason, without the file's name.
     """
-    check_regular(path, "a JSON file")
+    check_regular(path)
     if path.stat().st_size > JSON_BYTES:
         raise InputError(f"it has {path.stat().st_size} bytes, expected at most {JSON_BYTES}")
     data = path.read_bytes()
@@ -61,20 +60,22 @@ def load_json(path: Path) -> dict[str, Any]:
         raise InputError(f"it is not JSON ({type(error).__name__}: {error})") from None
     if not isinstance(fields, dict):
         raise InputError(f"it holds a {type(fields).__name__}, expected an object")
+    return fields, data
+
+
+def unsealed(fields: dict[str, Any], data: bytes, names: set[str]) -> dict[str, Any]:
+    """What `load_json` gave, its checksum compared and left out. Raises InputError for another checksum or other names."""
+    contents = {name: value for name, value in fields.items() if name != CHECKSUM}
     if CHECKSUM in fields:
-        _compare(data)
-        del fields[CHECKSUM]
-    return fields
-
-
-def _compare(data: bytes) -> None:
-    recorded, begin = find_checksum(_PLACE, data)
-    crc = zlib.crc32(data[begin + 8 :], zlib.crc32(b"0" * 8, zlib.crc32(data[:begin])))
-    if f"{crc:08x}" != recorded:
-        raise InputError(
-            f"its checksum is {crc:08x}, {recorded} was recorded when it was written (who edits it on purpose removes its "
-            f'"{CHECKSUM}")'
-        )
+        recorded, begin = find_checksum(_PLACE, data)
+        crc = zlib.crc32(data[begin + 8 :], zlib.crc32(b"0" * 8, zlib.crc32(data[:begin])))
+        if f"{crc:08x}" != recorded:
+            raise InputError(
+                f"its checksum is {crc:08x}, {recorded} was recorded when it was written (who edits it on purpose removes its "
+                f'"{CHECKSUM}")'
+            )
+    check_names(contents, names)
+    return contents
 
 
 def find_checksum(place: re.Pattern[bytes], data: bytes) -> tuple[str, int]:
@@ -118,9 +119,12 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
     else:
         right = type(value) is kind
     if not right:
-        expected = " or ".join(map(repr, arguments)) if arguments else f"a {kind.__name__}"
+        expected = " or ".join(map(repr, arguments)) if arguments else _WORDS[kind]
         raise InputError(f"{name} is {repr(value)[:60]}, expected {expected}")
     return value
+
+
+_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
 
 def _dataclass(kind: type, value: Any, name: str) -> Any:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial, wraps
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated
@@ -14,7 +14,10 @@ import tyro
 
 from vimpac import __version__
 from vimpac.config import SynthesizeConfig, TokenizeConfig
-from vimpac.errors import FIXABLE, InputError, Stopped, reader_left
+from vimpac.console import count, run_command, say
+from vimpac.errors import InputError
+from vimpac.options import read_options
+from vimpac.ranks import begin_rank, read_place
 
 Flat = tyro.conf.arg(name="")
 
@@ -38,39 +41,48 @@ def tokenize(
         videos: Folder that is searched, with its subfolders, for video files; what else is there is counted.
         out: Folder of the token store to write.
     """
+    begin_rank()
+    place = read_place()
     from vimpac.data.tokenize import tokenize_videos
     from vimpac.data.video import count_extensions
 
-    rank, world = (int(os.environ.get(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
-    summary = tokenize_videos(videos, out, config, rank, world)
-    if rank:
+    summary = tokenize_videos(videos, out, config, place.rank, place.size)
+    if place.rank:
         return
     rate = summary.frames / max(summary.seconds, 1e-9)
-    print(
-        f"{out}: {summary.videos} videos, {summary.frames} frames, {summary.tokens} tokens "
+    say(
+        f"{out}: {count(summary.videos, 'video')}, {count(summary.frames, 'frame')}, {count(summary.tokens, 'token')} "
         f"in {summary.seconds:.1f} s ({rate:.0f} frames/s)"
     )
-    if summary.present:
-        print(f"{summary.present} videos were in the store already" + (", it is complete" * (not summary.videos)))
+    if present := summary.present:
+        whole = ", nothing was missing" * (not summary.videos and not summary.failed)
+        say(f"{count(present, 'video was', 'videos were')} in the store already{whole}")
     if others := summary.passed_over:
-        print(f"{sum(others.values())} files were passed over for their extension: {count_extensions(others)}")
-    if summary.changed:
-        print(f"{len(summary.changed)} files changed since, the store keeps their old contents; a new OUT would hold the new:")
-    for name in summary.changed:
-        print(f"  {name}")
-    if deleted := summary.deleted:
-        named = ", ".join(deleted[:3]) + f" and {len(deleted) - 3} more" * (len(deleted) > 3)
-        print(f"the store keeps {len(deleted)} of its videos that {videos} does not hold any more: {named}")
-    if summary.unlisted:
-        print(f"{len(summary.unlisted)} folders could not be looked into, the store lacks what they hold:")
-    for name, reason in sorted(summary.unlisted.items()):
-        print(f"  {name}: {reason}")
-    if summary.failed:
-        print(f"{len(summary.failed)} videos failed:")
-    for name, reason in sorted(summary.failed.items()):
-        print(f"  {name}: {reason}")
+        say(f"{count(sum(others.values()), 'file is', 'files are')} no videos by their extension: {count_extensions(others)}")
+    _list_names(
+        dict.fromkeys(summary.changed, ""),
+        f"{count(len(summary.changed), 'file has', 'files have')} another size than when tokenized; the store keeps the old "
+        "contents, a new OUT would hold the new:",
+    )
+    _list_names(
+        dict.fromkeys(summary.deleted, ""),
+        f"{count(len(summary.deleted), 'video')} of the store, not in {videos} any more; the store keeps what it has of them:",
+    )
+    _list_names(
+        summary.unlisted,
+        f"{count(len(summary.unlisted), 'folder')} could not be looked into; the store lacks what is in there:",
+    )
+    _list_names(summary.failed, f"{count(len(summary.failed), 'video')} failed:")
     if summary.present:
-        print(f"`vimpac verify {out}` checks every checksum, those of a store above 1 GiB too")
+        say(f"`vimpac verify {out}` checks every checksum, those of a store above 1 GiB too")
+
+
+def _list_names(names: dict[str, str], title: str) -> None:
+    """A line a name with what is said of it, under a title; nothing where there are none."""
+    if names:
+        say(title)
+    for name, words in sorted(names.items()):
+        say(f"  {name}: {words}" if words else f"  {name}")
 
 
 def synthesize(
@@ -92,32 +104,33 @@ def synthesize(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
         bar = progress.add_task("drawing videos", total=config.videos)
         write(out, config, lambda done, _: progress.update(bar, completed=done))
-    print(f"{out}: {config.videos} videos of {config.seconds:g} s and labels.csv")
+    say(f"{out}: {count(config.videos, 'video')} of {config.seconds:g} s and labels.csv")
 
 
 def verify(store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")]) -> None:
-    """Check every checksum, id and the tokenizer of a token store, and print what it holds.
+    """Check every checksum, id and the tokenizer of a token store, that its parts fit each other, and print what it holds.
 
     Example: vimpac verify store/
 
     Args:
         store: Folder that `vimpac tokenize` wrote.
     """
-    from vimpac.data.store import TokenStore
+    from vimpac.data.store import TokenStore, check_listed
     from vimpac.data.tokenizer import check_tokenizer_file
 
     tokens = TokenStore(store, verify=True)
+    check_listed(store)
     check_tokenizer_file(store, tokens.tokenizer)
     tokenizer, (height, width) = tokens.tokenizer, tokens.grid
     frames = int(tokens.frames.sum())
-    print(f"{store}: every checksum and the tokenizer are right")
-    print(f"  videos     {len(tokens)}, {frames} frames at {tokens.fps:g} a second, {tokens.nbytes / 1e6:.1f} MB")
-    print(f"  tokenizer  {tokenizer.name}, {tokenizer.vocab_size} codes, digest {tokenizer.digest[:16]}")
-    print(f"  frame      {tokens.frame_size} pixels, {height} × {width} tokens, {len(tokens.views)} views")
+    say(f"{store}: every checksum and the tokenizer are right")
+    say(f"  videos     {len(tokens)}, {count(frames, 'frame')} at {tokens.fps:g} a second, {tokens.nbytes / 1e6:.1f} MB")
+    say(f"  tokenizer  {tokenizer.name}, {count(tokenizer.vocab_size, 'code')}, digest {tokenizer.digest[:16]}")
+    say(f"  frame      {tokens.frame_size} pixels, {height} × {width} tokens, {count(len(tokens.views), 'view')}")
     if tokens.failed:
-        print(f"  failed     {len(tokens.failed)} videos could not be decoded")
+        say(f"  failed     {count(len(tokens.failed), 'video')} could not be decoded")
     for name, reason in tokens.failed.items():
-        print(f"    {name}: {reason}")
+        say(f"    {name}: {reason}")
 
 
 def convert_dalle(
@@ -139,7 +152,7 @@ def convert_dalle(
     from vimpac.data.tokenizer import DalleVAE
 
     DalleVAE.convert(encoder, decoder, out)
-    print(f"wrote {out}")
+    say(f"wrote {out}")
 
 
 def train() -> None:
@@ -156,7 +169,8 @@ def doctor() -> None:
     """
     from vimpac.doctor import report
 
-    print(report())
+    for line in report().splitlines():
+        say(line)
 
 
 COMMANDS = {
@@ -171,7 +185,7 @@ COMMANDS = {
 
 def _run(arguments: list[str]) -> None:
     if arguments == ["--version"]:
-        print(f"vimpac {__version__}, torch {importlib.metadata.version('torch')}")  # torch's import takes a second
+        say(f"vimpac {__version__}, torch {importlib.metadata.version('torch')}")  # torch's import takes a second
         return
     if any(not word or (word.startswith("--") and word.endswith("=")) for word in arguments):
         raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
@@ -179,7 +193,19 @@ def _run(arguments: list[str]) -> None:
         "Video pre-training on discrete tokens. `vimpac COMMAND --help` shows a command's options, "
         "`vimpac --version` the versions of vimpac and torch."
     )
-    tyro.extras.subcommand_cli_from_dict(COMMANDS, prog="vimpac", description=description, args=arguments)
+    commands = {name: _later(command) for name, command in COMMANDS.items()}
+    read = partial(tyro.extras.subcommand_cli_from_dict, commands, prog="vimpac", description=description, args=arguments)
+    read_options(read, arguments, f"vimpac {arguments[0]}" if arguments else "vimpac")()
+
+
+def _later(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """The command for the parser, which calls what it has parsed: to run afterwards."""
+
+    @wraps(command)
+    def bound(*arguments, **options) -> Callable[[], None]:
+        return partial(command, *arguments, **options)
+
+    return bound
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -195,28 +221,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         return training.main(arguments[1:], "vimpac train")
     command = f"vimpac {arguments[0]}" if arguments and arguments[0] in COMMANDS else "vimpac"
-    try:
-        try:
-            _run(arguments)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:
-        return reader_left()
-    except InputError as error:
-        print(f"{command}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FIXABLE:
-            raise
-        print(f"{command}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 1
-    except Stopped as stopped:
-        print(f"{command}: {stopped}", file=sys.stderr)
-        return 128 + stopped.signal
-    except KeyboardInterrupt:
-        print(f"{command}: interrupted", file=sys.stderr)
-        return 130
-    return 0
+    return run_command(partial(_run, arguments), command)
 
 
 if __name__ == "__main__":

@@ -196,7 +196,7 @@ class TrainConfig:
     continue_from: str | None = None
     """Run folder of an earlier stage: take its weights, Adam moments and step; positions are interpolated."""
     init_from: str | None = None
-    """A model.safetensors or checkpoint to start from: its weights only, positions interpolated. Not with continue_from."""
+    """A run folder, model or checkpoint to start from: its weights only, positions interpolated. Not with continue_from."""
     seed: int = 0
     """Seed of initialisation, data order, masks and dropout, 0 or more."""
     model: ModelConfig = field(default_factory=ModelConfig)

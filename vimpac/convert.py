@@ -7,18 +7,23 @@ import json
 import os
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from vimpac.atomic import replacing
+from vimpac.checked import check_names, typed
 from vimpac.config import ModelConfig
+from vimpac.data.format import TokenizerInfo
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
+from vimpac.model.state import check_state, empty_model, misfit
+from vimpac.tensorfile import UNSEALED, read_tensors, seal
 from vimpac.training.checkpoint import load_checkpoint
 
 FORMAT = "vimpac-model"
@@ -34,7 +39,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
     header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
     if isinstance(model, ClassificationModel):
         header["classes"] = model.classifier.out_features
-    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header)}
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header), **UNSEALED}
     tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
     with replacing(Path(path)) as temporary:
         try:
@@ -43,6 +48,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
             if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for one
                 raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
             raise
+        seal(temporary)
 
 
 def load(
@@ -61,33 +67,72 @@ def load(
             f"{path} was trained on tokenizer {trained_on[:12]}…, the store was made with {tokenizer_digest[:12]}…: "
             "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
         )
+    classes = header.get("classes")
+    make = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
     config = ModelConfig(**header["config"])
+    try:
+        model = empty_model(make, config, len(state))
+        check_state(state, model.state_dict())
+    except InputError as error:
+        reason = str(error)[:500]
+        raise InputError(f"{path} does not fit the model that it describes: {reason}; it was damaged, copy it again") from None
     if grid is not None:
         config = dataclasses.replace(config, grid=tuple(grid))
         state = interpolate_state(state, config.grid, IN_BACKBONE)
-    classes = header.get("classes")
-    model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
-    model.load_state_dict(state)
+        model = empty_model(make, config, len(state))
+    own = model.state_dict()  # copies of the file's memory map, in float32
+    whole = {name: x.to(own[name].dtype, copy=True, memory_format=torch.contiguous_format) for name, x in state.items()}
+    model.load_state_dict(whole, assign=True)
     return model.eval()
 
 
 def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
-    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`."""
-    if Path(path).suffix == ".pt":
-        checkpoint = load_checkpoint(Path(path))
-        return {"config": checkpoint["config"]["model"], "tokenizer": checkpoint["tokenizer"]}, checkpoint["model"]
+    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`.
+
+    The header's types and ranges are checked here, the state dict against it by `load`.
+    """
+    path = Path(path)
+    if path.suffix == ".pt":
+        checkpoint = load_checkpoint(path)
+        header, state = {"config": checkpoint["config"].get("model"), "tokenizer": checkpoint["tokenizer"]}, checkpoint["model"]
+    else:
+        header, state = _read_safetensors(path)
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (OSError, SafetensorError) as error:
+        typed(_Header, header)
+    except InputError as error:
+        reason = str(error)[:500]
+        raise InputError(f"{path} is damaged or was not written by this program: {reason}; copy it again") from None
+    return header, state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What a model file's header must hold."""
+
+    config: ModelConfig
+    tokenizer: TokenizerInfo | None
+    classes: int | None = None
+
+    def __post_init__(self):
+        if self.classes is not None and not 1 <= self.classes < 2**31:
+            raise InputError(f"classes is {self.classes}, expected 1 or more")
+
+
+def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        metadata, state = read_tensors(path, "pt")
+    except InputError as error:
         raise InputError(f"cannot read model {path}: {error}; expected a model.safetensors or a checkpoint of a run") from None
     if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
         raise InputError(
             f"{path} is not a model of this program: format {metadata.get('format')!r} version "
             f"{metadata.get('version')!r}, expected {FORMAT!r} version {VERSION}"
         )
-    return json.loads(metadata["header"]), state
+    try:
+        check_names(metadata, {"format", "version", "header"})
+        return json.loads(metadata["header"]), state
+    except (ValueError, RecursionError) as error:  # an InputError among them
+        raise InputError(f"cannot read model {path}: its header is damaged, {error}; copy it again") from None
 
 
 def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> PretrainModel | ClassificationModel:
@@ -97,39 +142,83 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
     Positions of another grid are interpolated to config.grid. Batch-norm statistics that it lacks keep their start values: then
     cls_head's features are meaningful in training mode only.
-    Raises InputError when names or shapes do not fit the config.
+    Raises InputError, and nothing else, for a mapping that does not fit the config: other names, shapes or types, values that
+    are not finite. Nothing is allocated before that is checked.
     """
-    released = {name.removeprefix("module."): x for name, x in state_dict.items()}
-    classes = len(released["cls_fc.bias"]) if "cls_fc.bias" in released else None
-    model = PretrainModel(config) if classes is None else ClassificationModel(config, classes)
-    names = released_names(model)
-    names |= {ours: parts for ours, parts in released_statistics(model).items() if parts[0] in released}
+    released = _without_prefix(state_dict)
+    classes = _released_classes(released, config)
+    make = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    empty = empty_model(make, config, len(released))
+    names = released_names(empty)
+    names |= {ours: parts for ours, parts in released_statistics(empty).items() if parts[0] in released}
     missing = sorted({r for parts in names.values() for r in parts} - released.keys())
-    unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - IGNORED)
+    unknown = sorted(released.keys() - {r for parts in names.values() for r in parts} - TIED.keys())
     if missing or unknown:
         raise InputError(
             f"checkpoint does not fit {config.layout=} {config.layers=}: missing {missing[:5]}, unexpected {unknown[:5]} "
             f"({len(missing)} and {len(unknown)} in all)"
         )
+    _check_released(released, names, empty.state_dict())
     state = {}
     for ours, parts in names.items():
         tensors = [released[name] for name in parts]
         state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # a number of batches has no dimension
     state[IN_BACKBONE + "cls"] = state[IN_BACKBONE + "cls"].reshape(-1)
     state = interpolate_state(state, config.grid, IN_BACKBONE)
-    own = model.state_dict()
-    wrong = [
-        f"{name} {tuple(x.shape)} instead of {tuple(own[name].shape)}"
-        for name, x in state.items()
-        if x.shape != own[name].shape
-    ]
-    if wrong:
-        raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])}")
-    model.load_state_dict({**own, **state})
+    model = make(config)
+    model.load_state_dict({**model.state_dict(), **state})
     return model.eval()
 
 
-IGNORED = {"mlm_head.decoder.weight", "mlm_head.decoder.bias"}  # tied to the embedding and to mlm_head.bias
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
+        raise InputError(
+            f"a checkpoint must be tensors by their names, got a {type(state_dict).__name__}; its weights may lie under one of "
+            "its keys"
+        )
+    released = {name.removeprefix("module."): x for name, x in state_dict.items()}
+    if len(released) < len(state_dict):
+        raise InputError('checkpoint holds a tensor twice, with "module." before its name and without')
+    return released
+
+
+def _released_classes(released: Mapping[str, Tensor], config: ModelConfig) -> int | None:
+    """Rows of the classifier, where there is one. Its weights must have them all: a file must not claim billions."""
+    bias, weight = (released.get(f"cls_fc.{kind}") for kind in ("bias", "weight"))
+    if bias is None:
+        return None
+    reason = misfit(bias, torch.float32, None) or (None if bias.ndim == 1 and len(bias) else "has no row")
+    reason = reason or misfit(weight, torch.float32, (len(bias), config.width))
+    if reason:
+        raise InputError(f"checkpoint does not fit the config: cls_fc {reason}")
+    return len(bias)
+
+
+def _check_released(released: Mapping[str, Tensor], names: Mapping[str, list[str]], own: Mapping[str, Tensor]) -> None:
+    """Raises InputError unless every released tensor is what its part of ours takes, before they are put together."""
+    reasons = {
+        name: _misfit_part(ours, released[name], own[ours], len(parts)) for ours, parts in names.items() for name in parts
+    }
+    for name in TIED.keys() & released.keys():
+        reasons[name] = misfit(released[name], torch.float32, own[TIED[name]].shape if TIED[name] in own else None)
+    if wrong := [f"{name} {reason}" for name, reason in reasons.items() if reason]:
+        raise InputError(f"checkpoint does not fit the config: {'; '.join(wrong[:5])} ({len(wrong)} in all)")
+
+
+def _misfit_part(ours: str, x: Tensor, like: Tensor, parts: int) -> str | None:
+    """Why x cannot be one of the equal parts of our tensor `like`, or None: it can."""
+    shape = (like.shape[0] // parts, *like.shape[1:]) if like.ndim else like.shape
+    if reason := misfit(x, like.dtype, None):
+        return reason
+    if ours == IN_BACKBONE + "cls" and x.numel() == len(like):  # released as [1, C]
+        return None
+    if ours.startswith(IN_BACKBONE) and x.ndim == 2 and len(x) and x.shape[1:] == shape[1:]:  # positions, of any grid
+        return None
+    return misfit(x, like.dtype, shape)
+
+
+TIED = {"mlm_head.decoder.weight": "backbone.embedding.weight", "mlm_head.decoder.bias": "token_head.bias"}
+"""What a checkpoint may hold a second time, and which of our tensors it is then the same as."""
 
 
 def released_names(model: nn.Module) -> dict[str, list[str]]:

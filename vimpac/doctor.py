@@ -43,7 +43,7 @@ def extension() -> dict[str, str]:
     """Each library of csrc/: how it was built, or why it is not there."""
     states = {}
     for backend, file in backends.LIBRARIES.items():
-        states[file] = backends.library_error(backend) or f"{backends.library_path(backend)}, {backends.library_facts(backend)}"
+        states[file] = backends.library_error(backend) or f"{backends.library_path(backend)}, {held(backend)}"
     states["_C"] = "vimpac was installed without it, which takes a C++ compiler, ninja and pybind11"
     if importlib.util.find_spec("vimpac._C"):
         try:
@@ -54,6 +54,11 @@ def extension() -> dict[str, str]:
         cuda = f", {facts['nvcc']} for {facts['cuda_archs']}" if facts["nvcc"] else ""
         states["_C"] = f"revision {facts['revision']}, {facts['compiler']}, headers of torch {facts['torch']}{cuda}"
     return states
+
+
+def held(backend: str) -> str:
+    """What a library holds, or why what it holds cannot be used."""
+    return (backends.cpu_isa_error() if backend == "cpu" else "") or backends.library_facts(backend)
 
 
 def describe(device: torch.device) -> str:
@@ -67,7 +72,7 @@ def choice(label: str, call: Call) -> list[str]:
     """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot, or is not chosen."""
     op, preference, arguments = call
     try:
-        chosen = backends.choose(op, None, preference, *arguments)
+        chosen, _ = backends.pick(op, None, preference, *arguments)
         named = backends.named_by_environment(op) == chosen
     except ValueError as error:
         chosen, named = str(error), True
@@ -75,7 +80,8 @@ def choice(label: str, call: Call) -> list[str]:
     for name in backends.names(op):
         if name != chosen:
             reasons = backends.why_not(op, name, *arguments)
-            passed_over = "VIMPAC_BACKEND decides" if named else why_passed_over(name, chosen, preference)
+            decides = "VIMPAC_CPU_ISA" if backends.cpu_isa_error() else "VIMPAC_BACKEND"
+            passed_over = f"{decides} decides" if named else why_passed_over(name, chosen, preference)
             lines.append(f"    not {name:<16}{'; '.join(reasons) or f'can run here, but {passed_over}'}")
     return lines
 

@@ -7,7 +7,14 @@ import sys
 
 
 class InputError(ValueError):
-    """A bad file, option or shape. Its message names the value, what was expected and the way out."""
+    """A bad file, option or shape. Its message names the value, what was expected and the way out, in one line.
+
+    explanation: lines of our own, such as a grammar, that follow the message.
+    """
+
+    def __init__(self, message: str = "", explanation: str = ""):
+        super().__init__(f"{message}\n{explanation}" if explanation else message)
+        self.explanation = explanation
 
 
 class Stopped(Exception):
@@ -27,5 +34,10 @@ FIXABLE = (
 
 def reader_left() -> int:
     """The exit status after a BrokenPipeError of standard output (`--help | head`); what is left of it goes nowhere."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains when it ends and writes the rest
+    forget_output()
     return 128 + signal.SIGPIPE
+
+
+def forget_output() -> None:
+    """What is left of standard output goes nowhere, or Python complains when it ends and writes the rest."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

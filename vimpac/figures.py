@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from vimpac.atomic import replacing
+from vimpac.checked import check_regular
+from vimpac.console import run_command, say
 from vimpac.errors import InputError
 
 # Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
@@ -83,43 +85,42 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("usage: python -m vimpac.figures RUN\nWrites RUN/curves.png from RUN/metrics.jsonl.", file=sys.stderr)
         return 0 if list(arguments) in (["-h"], ["--help"]) else 2
     run = Path(arguments[0])
-    try:
+
+    def draw() -> None:
         plot_curves(run / "metrics.jsonl", run / "curves.png")
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    print(run / "curves.png")
-    return 0
+        say(run / "curves.png")
+
+    return run_command(draw, "python -m vimpac.figures")
 
 
 def _lines(path: Path) -> list[dict]:
     try:
-        texts = path.read_text(encoding="utf-8").splitlines()
+        check_regular(path)
+        texts = path.read_bytes().rstrip(b"\n").split(b"\n")
+    except InputError as error:
+        raise InputError(f"cannot read {path}: {error}; expected the metrics.jsonl of a run") from None
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}; expected the metrics.jsonl of a run") from error
     lines = []
     for number, text in enumerate(texts, 1):
         try:
-            lines.append(json.loads(text))
-        except ValueError as error:
+            lines.append(json.loads(text.decode()))
+        except (ValueError, RecursionError) as error:
             if number == len(texts):  # a killed run was writing it
                 break
-            raise InputError(f"{path} line {number} is {text[:40]!r}, expected JSON; remove that line") from error
+            shown = text[:40].decode(errors="replace")
+            raise InputError(f"{path} line {number} is {shown!r}, expected JSON; remove that line") from error
     return [line for line in lines if isinstance(line, dict)]
 
 
 def _is_finite(value) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and -sys.float_info.max <= value <= sys.float_info.max
 
 
 def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
     """→ matplotlib Figure. Object-oriented API: the caller's pyplot state is not touched."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError('drawing curves needs matplotlib; pip install "vimpac[figures]"') from error
-
+    Figure, FigureCanvasAgg = _matplotlib()
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
@@ -136,6 +137,20 @@ def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
     for unused in panels:
         unused.set_axis_off()
     return figure
+
+
+def _matplotlib() -> tuple[type, type]:
+    """→ Figure and its canvas for files."""
+    backend = os.environ.pop("MPLBACKEND", None)  # of windows: matplotlib is not imported where it names none
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("drawing curves needs matplotlib: pip install matplotlib") from error
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure, FigureCanvasAgg
 
 
 def _losses(axes, series: dict[str, np.ndarray]) -> None:

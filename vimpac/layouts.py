@@ -29,7 +29,7 @@ def parse_layout(layout: str, heads: int) -> tuple[tuple[str, ...], ...]:
             try:
                 axis_dimensions(axis)
             except InputError as error:
-                raise InputError(f"bad layout {layout!r}: {error}\n{GRAMMAR}") from None
+                raise InputError(f"bad layout {layout!r}: {error}", GRAMMAR) from None
         if heads % len(block):
             raise InputError(
                 f"layout {layout!r} cannot split {heads} heads evenly over the {len(block)} axes of {'|'.join(block)!r}: "

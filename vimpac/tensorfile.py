@@ -39,7 +39,7 @@ def read_tensors(path: Path, framework: str) -> tuple[dict[str, str], dict[str, 
     """
     from safetensors import safe_open
 
-    check_regular(path, "a .safetensors file")
+    check_regular(path)
     try:
         with safe_open(path, framework=framework) as file:
             metadata = file.metadata() or {}

@@ -23,8 +23,8 @@ from pathlib import Path
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [entry for entry in (str(TESTS), str(TESTS.parent)) if entry not in sys.path]
 
+from films import noise, write_video  # noqa: E402
 from runs import Run, arguments, metrics, model_bytes, undrawn, write_store  # noqa: E402
-from test_video import noise, write_video  # noqa: E402
 from vimpac.data.store import TokenStore  # noqa: E402
 
 TOKENIZE = """
@@ -118,14 +118,25 @@ def training(kills: int, seed: int, folder: Path, ranks: int = 1) -> list[str]:
                 if process.is_alive():
                     process.kill()
                     killed += 1
+                    _end_as_torchrun_does(run)
             codes = run.wait(LONGEST)
             if not any(codes):
                 found = metrics(folder / "run"), model_bytes(folder / "run")
                 return killed, "" if found == expected else "other metrics or weights"
-            if not set(codes) <= {0, 1, -signal.SIGKILL} or "Traceback" in run.output:
+            if not set(codes) <= {0, 1, -signal.SIGKILL, -signal.SIGTERM, 128 + signal.SIGTERM} or "Traceback" in run.output:
                 return killed, f"exit statuses {codes}: {run.output}"
 
     return _campaign(f"training in {ranks}", attempt, kills, seed)
+
+
+def _end_as_torchrun_does(run: Run) -> None:
+    """Those that a lost process leaves behind may wait for it for minutes, if they had not found each other yet."""
+    for process in run.processes:
+        process.join(3)
+    run.signal(signal.SIGTERM)
+    for process in run.processes:
+        process.join(10)
+        process.kill()
 
 
 def _campaign(title: str, attempt: Callable[[int, random.Random], tuple[int, str]], kills: int, seed: int) -> list[str]:

@@ -6,6 +6,7 @@ import os
 import stat
 from collections import deque
 from collections.abc import Iterator
+from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +27,12 @@ _STEADY = ("mp4", "matroska", "avi")
 """Parts of the names of formats that time each frame from the file's start: their clocks do not jump."""
 _UNPRESENTED = ("avi", "asf")
 """Formats whose frames have decoding times alone. FFmpeg guesses presentation times from them, wrongly with B-frames."""
+_OGG_PAGE = 65_307
+"""Bytes of the largest page there is."""
 _AVI_CHUNKS = 10_000
 """Chunks to look through for an AVI file's frames: some programs write a few others before them."""
+SHORTEST_STEP = Fraction(1, 1000)
+"""Seconds. No AVI is meant to be played faster than a thousand frames a second."""
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
@@ -124,6 +129,8 @@ class _Damage:
             self._end.append(packet.is_corrupt)
         try:
             frames = context.decode(packet)
+        except MemoryError:  # FFmpeg's is an FFmpegError, too, but says nothing about the video
+            raise
         except av.FFmpegError as error:
             self._reason = self._reason or f": {error.strerror or error}"
             self._count(True)
@@ -148,9 +155,10 @@ class _Damage:
 
 def _check_rate(container: av.container.InputContainer, stream: av.VideoStream) -> None:
     """AVI counts frames, and its header alone says how long each is."""
-    if container.format.name == "avi" and stream.time_base > LONGEST_STEP:
+    if container.format.name == "avi" and not SHORTEST_STEP <= stream.time_base <= LONGEST_STEP:
+        step = float(stream.time_base)
         raise CorruptVideo(
-            f"has a damaged frame rate: {float(stream.time_base):.3g} seconds a frame, expected at most {LONGEST_STEP}"
+            f"has a damaged frame rate: {step:.3g} seconds a frame, expected {float(SHORTEST_STEP)} to {LONGEST_STEP}"
         )
 
 
@@ -160,9 +168,9 @@ def _check_whole(container: av.container.InputContainer, stream: av.VideoStream)
     if "mp4" in name:
         with open(path, "rb") as file:
             promised = _fragments_end(file) or max((entry.pos + entry.size for entry in stream.index_entries), default=0)
-    elif "matroska" in name or name == "avi":
+    elif ends := {"avi": _riff_end, "matroska,webm": _segment_end, "ogg": _last_page_end}.get(name):
         with open(path, "rb") as file:
-            promised = _riff_end(file) if name == "avi" else _segment_end(file)
+            promised = ends(file)
     else:
         return
     if promised > (file_size := os.path.getsize(path)):
@@ -207,6 +215,18 @@ def _segment_end(file) -> int:
     file.seek(4, os.SEEK_CUR)  # the Segment's id
     length = _vint(file)
     return file.tell() + length if length is not None else 0
+
+
+def _last_page_end(file) -> int:
+    """Where the last page of an Ogg file must end, 0 if none is found."""
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - _OGG_PAGE))
+    tail = file.read()
+    page = tail.rfind(b"OggS\0")
+    if page < 0:
+        return 0
+    lengths = tail[page + 27 : page + 27 + tail[page + 26]] if page + 26 < len(tail) else b""
+    return start + page + 27 + len(lengths) + sum(lengths)
 
 
 def _vint(file) -> int | None:

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimpac.checked import check_names, load_json, typed
+from vimpac.checked import load_json, typed, unsealed
 from vimpac.data.video import View
 from vimpac.errors import InputError
 
@@ -108,7 +108,7 @@ def read_index(folder: Path) -> dict:
             raise InputError(f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it")
         raise InputError(f"{folder} is not a token store (no {INDEX}); make one with `vimpac tokenize VIDEOS OUT`")
     path = folder / INDEX
-    index = _load(path)
+    index, data = _load(path)
     if index.get("format") != FORMAT:
         raise InputError(f"{path} has format {index.get('format')!r}, expected {FORMAT!r}")
     if type(index.get("version")) is not int or index["version"] != VERSION:
@@ -116,8 +116,7 @@ def read_index(folder: Path) -> dict:
             f"{folder} is a store of version {index.get('version')}, this program reads version {VERSION}; "
             "tokenize the videos again, or use the program that wrote it"
         )
-    _check(path, index, _INDEX, _check_index)
-    return index
+    return _checked(path, index, data, _INDEX, _check_index)
 
 
 def read_shard(path: Path) -> dict:
@@ -126,8 +125,7 @@ def read_shard(path: Path) -> dict:
     for file in (sidecar, path):
         if not file.is_file():
             raise InputError(f"{file} is missing from the store, or no regular file; {_WAY_OUT}")
-    shard = _load(sidecar)
-    _check(sidecar, shard, _SHARD, _check_shard)
+    shard = _checked(sidecar, *_load(sidecar), _SHARD, _check_shard)
     if path.stat().st_size != shard["bytes"]:
         raise InputError(
             f"{path} is truncated or overwritten: it has {path.stat().st_size} bytes, {shard['bytes']} were "
@@ -136,18 +134,19 @@ def read_shard(path: Path) -> dict:
     return shard
 
 
-def _load(path: Path) -> dict:
+def _load(path: Path) -> tuple[dict, bytes]:
     with _naming(path):
         return load_json(path)
 
 
-def _check(path: Path, fields: dict, names: set[str], check: Callable[[dict], None]) -> None:
+def _checked(path: Path, fields: dict, data: bytes, names: set[str], check: Callable[[dict], None]) -> dict:
     with _naming(path):
-        check_names(fields, names)
+        fields = unsealed(fields, data, names)
         try:
             check(fields)
         except InputError as error:
             raise InputError(f"its settings or its videos lack a field or hold something else: {error}") from None
+    return fields
 
 
 @contextmanager

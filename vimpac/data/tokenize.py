@@ -12,7 +12,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, closing, contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 
@@ -32,8 +32,6 @@ from vimpac.data.store import (
     read_settings,
 )
 from vimpac.data.tokenizer import (
-    MAX_CODES,
-    STRIDE,
     DalleVAE,
     PatchVQ,
     Tokenizer,
@@ -45,6 +43,7 @@ from vimpac.data.tokenizer import (
 from vimpac.data.video import Found, View, decode, find_videos, view_set
 from vimpac.data.workers import Alive, run_jobs
 from vimpac.errors import InputError, Stopped
+from vimpac.ranks import read_place
 
 FIT_VIDEOS = 256
 FIT_PATCHES = 200_000
@@ -91,7 +90,7 @@ def tokenize_videos(
     """
     started = time.monotonic()
     videos, out = Path(videos), Path(out)
-    workers = workers or share_of_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    workers = workers or share_of_cores(read_place().local_size)
     with _ranks(rank, world) as gather, ExitStack() as held:
         _agree(gather, partial(_check, config, out))
         found = _agree(gather, partial(find_videos, videos))
@@ -109,22 +108,13 @@ def tokenize_videos(
         deleted = sorted(writer.done.difference(found.names)) if not rank else []
         report = _reporter(len(todo), progress and not rank)
         _write_videos(writer, todo, sizes, videos, tokenizer, workers, config.video_timeout, mine, report)
-        summary = _merge(gather(mine), found, deleted)
+        summary = _merge([TokenizeSummary(**part) for part in gather(asdict(mine))], found, deleted)
         _agree(gather, lambda: _finish(out, summary) if not rank else None)
     summary.seconds = time.monotonic() - started
     return summary
 
 
 def _check(config: TokenizeConfig, out: Path) -> None:
-    size, codes, fps = config.frame_size, config.codes, config.fps
-    if size < STRIDE or size % STRIDE:
-        raise InputError(f"frame size is {size}, expected a positive multiple of {STRIDE}, such as 128")
-    if not (math.isfinite(fps) and fps > 0):
-        raise InputError(f"fps is {fps}, expected a positive number of frames a second, such as 2")
-    if not 2 <= codes <= MAX_CODES:
-        raise InputError(f"codes is {codes}, expected 2 to {MAX_CODES}")
-    if not 0 <= config.seed < 2**32:
-        raise InputError(f"seed is {config.seed}, expected 0 to {2**32 - 1}")
     if config.tokenizer == "dalle" and config.tokenizer_path is None:
         raise InputError(
             "tokenizer dalle needs tokenizer-path, the file that `vimpac convert-dalle ENCODER DECODER OUT` writes"
@@ -359,28 +349,17 @@ def _cached_tokenizer(store: str) -> Tokenizer:
 
 @contextmanager
 def _ranks(rank: int, world: int) -> Iterator[Callable[[object], list]]:
-    """Yields gather(value) → the values of all ranks, which is also a barrier."""
+    """Yields gather(value) → the values of all ranks, which is also a barrier, however long one works through its share."""
     if world == 1:
         yield lambda value: [value]
         return
-    from datetime import timedelta
+    from vimpac.meeting import GONE, meet  # torch
 
-    import torch.distributed as dist
-
-    if "MASTER_ADDR" not in os.environ:
-        raise InputError(f"rank {rank} of {world} has no MASTER_ADDR; start the ranks with torchrun")
-    # A week: ranks wait for each other while one still works through its share.
-    dist.init_process_group("gloo", rank=rank, world_size=world, timeout=timedelta(days=7))
-
-    def gather(value: object) -> list:
-        values = [None] * world
-        dist.all_gather_object(values, value)
-        return values
-
-    try:
-        yield gather
-    finally:
-        dist.destroy_process_group()
+    place = read_place()
+    if (place.rank, place.size) != (rank, world):
+        raise InputError(f"rank {rank} of {world} has no MASTER_ADDR, the machine to meet at: start the ranks with torchrun")
+    with meet(place, f"{GONE}: run the same command again, which goes on with what is missing") as meeting:
+        yield meeting.gather
 
 
 def _agree(gather: Callable[[object], list], step: Callable):

@@ -20,6 +20,7 @@ from vimpac.atomic import replacing
 from vimpac.checked import check_names, typed
 from vimpac.data.format import MAX_VOCABULARY, TOKENIZER, TokenizerInfo
 from vimpac.errors import InputError
+from vimpac.meta import without_memory
 from vimpac.tensorfile import UNSEALED, read_tensors, seal
 
 if TYPE_CHECKING:
@@ -75,12 +76,18 @@ def check_tokenizer_file(store: str | Path, expected: TokenizerInfo) -> None:
     path = Path(store) / TOKENIZER
     if not path.is_file():
         raise InputError(f"{path} is missing, without it the ids cannot be decoded; copy the whole store again")
-    name, tensors, _ = _read(path)
+    name, tensors, config = _read(path)
     digest = _digest(name, tensors)
     if digest != expected.digest:
         raise InputError(
             f"{path} is damaged or another store's: its digest is {digest[:16]}, the ids were made with "
             f"{expected.digest[:16]}; copy the whole store again"
+        )
+    codes = len(tensors["codebook"]) if name == PatchVQ.name else config["encoder"]["vocab_size"]
+    if (name, codes, STRIDE) != (expected.name, expected.vocab_size, expected.stride):
+        raise InputError(
+            f"{path} is a {name} tokenizer of {codes} codes, {STRIDE} pixels a token, but the store says {expected.name}, "
+            f"{expected.vocab_size} and {expected.stride}: its JSON files are damaged; copy the whole store again"
         )
 
 
@@ -318,7 +325,8 @@ def _empty_module(part: str, config: dict[str, int], weights: dict[str, np.ndarr
 
     if typed(_PARTS[part], config, part).n_blk_per_group > len(weights):
         raise InputError(f"{part} has {len(weights)} tensors, which is fewer than its blocks")
-    module = getattr(_dalle_module(part), part.capitalize())(**config, device=torch.device("meta"))
+    with without_memory():
+        module = getattr(_dalle_module(part), part.capitalize())(**config, device=torch.device("meta"))
     expected = {name: tuple(x.shape) for name, x in module.state_dict().items()}
     found = {name: x.shape for name, x in weights.items()}
     if wrong := sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name)):
@@ -363,7 +371,6 @@ def _dalle_module(part: str) -> types.ModuleType:
 
 
 def _unpickle(path: str | Path, kind: str) -> torch.nn.Module:
-
     import torch
 
     if not Path(path).is_file():
@@ -387,9 +394,8 @@ def _contents(module: torch.nn.Module, part: str) -> tuple[dict[str, int], dict[
     try:
         config = {field.name: getattr(module, field.name) for field in fields(_PARTS[part])}
         weights = {key: x.detach() for key, x in module.state_dict().items()}
-        if not all(
-            x.is_contiguous() and x.is_floating_point() for x in weights.values()
-        ):  # a stride of 0 makes bytes terabytes
+        # With a stride of 0 a few bytes are terabytes.
+        if not all(x.is_contiguous() and x.is_floating_point() for x in weights.values()):
             raise InputError("its weights are no plain arrays of floating-point numbers")
         return config, {key: x.float().numpy() for key, x in weights.items()}
     except InputError:

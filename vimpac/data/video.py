@@ -99,7 +99,7 @@ def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (Vie
             stream = best_stream(container)
             viewer = Viewer(size, views, float(stream.sample_aspect_ratio or 1))
             yield from _chunks(pick(timed_pictures(container, stream), fps, stream.time_base), viewer, chunk)
-    except (CorruptVideo, MemoryError):
+    except (CorruptVideo, MemoryError, ImportError):
         raise
     except Exception as error:
         # Damaged data brings PyAV to raise nearly anything: IndexError, OverflowError, UnicodeDecodeError, TypeError for a

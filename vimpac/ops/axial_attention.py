@@ -8,7 +8,8 @@ line's tokens and [CLS], and so are the queries:
     out[line] = dropout(softmax(q kᵀ / √D)) v          cls_out = mean over lines of [CLS]'s output on the line
 
 With `cls_in_context=False` (Eq. 12-15 read literally) the keys are the line's tokens only. PAD positions are never keys; a
-line left without any key gives zeros.
+line left without any key gives zeros. What stands at a PAD position reaches its own output only: its key and value do not
+count, and its query counts as zeros where that is not finite. So NaN there is no one else's NaN, forward or backward.
 
 Dropout is a function of (seed, element). A row of probabilities belongs to query token r (raster index over B, T, H, W;
 for [CLS] the line's first token) and head n. Its key k (tokens in line order, [CLS] last) reads 16 bits of
@@ -56,7 +57,8 @@ def axial_attention(
 
     qkv [B, T, H, W, 3, N, D] and cls_qkv [B, 3, N, D]: queries, keys, values, floating, one dtype, last dimension contiguous.
     axes: one per head group, each "T", "H", "W" or a product such as "HxW"; N must divide by their number.
-    pad [B, T, H, W] bool: True where the position is padding (never a key).
+    pad [B, T, H, W] bool: True where the position is padding: never a key, and a query like any other unless that is NaN or
+    infinite, which counts as zeros.
     dropout_p in [0, 1): dropout of the attention probabilities, rounded to a multiple of 2^-16; needs `seed`, an int or a
     0-dimensional int64 tensor. backend: "reference", "sdpa", "triton", "cuda" (both CUDA), "cpu" or None (chooses). "sdpa"
     draws its dropout from torch's own generator instead of `seed`.
@@ -117,6 +119,7 @@ def axial_attention_packed(
 def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The definition, in plain float32 (float64 stays float64)."""
     dtype, outs, cls_outs = qkv.dtype, [], []
+    qkv = without_broken_padding(qkv, pad)
     qkv, cls_qkv = (x.to(torch.promote_types(dtype, torch.float32)) for x in (qkv, cls_qkv))
     for heads, axis in head_groups(qkv.shape[5], axes):
         q, k, v = line_qkv(qkv, cls_qkv, heads, axis)  # [B, S, n, L + 1, D]: S lines of L tokens, then [CLS]
@@ -136,6 +139,7 @@ def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=
 def axial_attention_sdpa(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=None, cls_in_context=True):
     """The same through torch's scaled_dot_product_attention on transposed copies; dropout from torch's generator."""
     outs, cls_outs = [], []
+    qkv = without_broken_padding(qkv, pad)
     for heads, axis in head_groups(qkv.shape[5], axes):
         q, k, v = line_qkv(qkv, cls_qkv, heads, axis)
         B, S, L = q.shape[0], q.shape[1], q.shape[3] - 1
@@ -232,6 +236,13 @@ def line_pad(pad: Tensor | None, axis: str, q: Tensor) -> Tensor:
     return F.pad(to_lines(pad, axis), (0, 1), value=False)[:, :, None, None]
 
 
+def without_broken_padding(qkv: Tensor, pad: Tensor | None) -> Tensor:
+    """Zeros in place of queries, keys and values at PAD positions that are not finite: 0 · NaN would reach other tokens."""
+    if pad is None:
+        return qkv
+    return qkv.masked_fill(pad[..., None, None, None] & ~qkv.isfinite().all(-1, keepdim=True), 0.0)
+
+
 def unpack(rows: Tensor, grid: Sequence[int]) -> tuple[Tensor, Tensor]:
     """Rows [B·T·H·W + B, ...] as views: tokens [B, T, H, W, ...] and [CLS] [B, ...]; grid is (B, T, H, W)."""
     tokens = math.prod(grid)
@@ -325,8 +336,9 @@ backends.register("axial_attention", "sdpa", backends.always)
 
 
 # Item size, head width → bytes of shared memory that a block takes, on lines of more than 32 tokens; all else takes at most
-# 80 KB, and the smallest GPU has 99.
+# 96 KB, and the smallest GPU has 99.
 TRITON_SHARED = {(2, 128): 135168, (4, 64): 131072, (4, 128): 245760}
+TRITON_SHARED_PADDED = {(4, 128): 147456}  # and on lines of 17 to 32 tokens, where there is PAD
 
 
 def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) -> list[str]:
@@ -335,12 +347,14 @@ def _why_not_triton(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context) ->
         reasons.append(f"axes {axes} of grid {tuple(qkv.shape[1:4])}, it takes lines of at most {LONGEST_LINE} tokens")
     if qkv.shape[6] > 128:
         reasons.append(f"head width {qkv.shape[6]}, it takes at most 128")
-    if longest_line(axes, qkv.shape) > 32 and qkv.shape[6] > 32 and qkv.device.type == "cuda":
-        needed = TRITON_SHARED.get((qkv.itemsize, 64 if qkv.shape[6] <= 64 else 128), 0)
+    longest = longest_line(axes, qkv.shape)
+    if longest > 16 and qkv.shape[6] > 32 and qkv.device.type == "cuda":
+        shorter, table = (32, TRITON_SHARED) if longest > 32 else (16, {} if pad is None else TRITON_SHARED_PADDED)
+        needed = table.get((qkv.itemsize, 64 if qkv.shape[6] <= 64 else 128), 0)
         if needed > (has := backends.shared_memory(qkv.device)):
             reasons.append(
-                f"lines of more than 32 tokens, head width {qkv.shape[6]}, {qkv.dtype}: backward takes {needed} bytes of "
-                f"shared memory, {qkv.device} has {has}"
+                f"lines of more than {shorter} tokens, head width {qkv.shape[6]}, {qkv.dtype}: backward takes {needed} bytes "
+                f"of shared memory, {qkv.device} has {has}"
             )
     if qkv.dtype == torch.bfloat16 and qkv.device.type == "cpu":
         reasons.append("bfloat16 in Triton's interpreter, which multiplies it wrongly")

@@ -6,7 +6,8 @@ An op module registers its implementations once, each with a function that says 
 
 `choose` then takes the first one that can run, in the order the op prefers, or the one that was asked for by name. A named
 backend runs or raises with every reason; it never falls back. `VIMPAC_BACKEND=reference` names one for every op,
-`VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op.
+`VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op. Where nobody named one and the first to come would be in a
+library that is not there, `choose` warns, once.
 
 Compiled implementations sit behind torch ops, one overload a backend: `vimpac::axial_attention.triton`. Schema and fake
 come from Python (`define`), so a backend only has to bring `implement` for that overload, or a C++ library
@@ -22,10 +23,13 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+
+from vimpac.errors import InputError
 
 WhyNot = Callable[..., "list[str]"]
 
@@ -34,8 +38,14 @@ ANY = "any"
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 LIBRARIES = {"cpu": "_ops_cpu.so", "cuda": "_ops_cuda.so"}  # of csrc/, built by setup.py
+CPU_ISAS = ("portable", "avx2", "avx512")  # that VIMPAC_CPU_ISA may name
+MISSING: set[str] = set()  # libraries whose absence was said: once is enough
 _LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
 _REGISTRY: dict[str, dict[str, WhyNot]] = {}
+
+
+class MissingKernelsWarning(RuntimeWarning):
+    """An op runs on a slower backend, since the library that holds its kernels is not there."""
 
 
 def constant_when_compiled(function: Callable) -> Callable:
@@ -190,6 +200,17 @@ def library_error(backend: str) -> str:
     return _load(library_path(backend))[1]
 
 
+def cpu_isa_error() -> str:
+    """Why the kernels of the CPU library cannot run with the instruction set that VIMPAC_CPU_ISA names; "" if they can."""
+    named = os.environ.get("VIMPAC_CPU_ISA", "")
+    if named and named not in CPU_ISAS:
+        shown = named if named.isprintable() else repr(named)
+        return f"VIMPAC_CPU_ISA={shown} is not one of {', '.join(CPU_ISAS)}: name one of these, or unset it"
+    if not named or library("cpu") is None or (facts := library_facts("cpu")) in CPU_ISAS:
+        return ""
+    return f"{facts[facts.index('VIMPAC_CPU_ISA') :]}: name that or less, or unset it"  # the library's own sentence
+
+
 def library_facts(backend: str) -> str:
     """What a loaded library holds: the instruction set in use, or the GPU architectures."""
     function = getattr(library(backend), {"cpu": "vimpac_cpu_isa", "cuda": "vimpac_cuda_archs"}[backend])
@@ -210,7 +231,7 @@ def _unfit_for_library(device: torch.device, backend: str) -> str:
     """Why a library's kernels cannot run on a device, "" if they can."""
     if device.type != backend:
         return f"tensors are on {device}, it needs {'the CPU' if backend == 'cpu' else 'a CUDA device'}"
-    if error := library_error(backend):
+    if error := library_error(backend) or (cpu_isa_error() if backend == "cpu" else ""):
         return error
     return _unfit_gpu(device) if backend == "cuda" else ""
 
@@ -263,25 +284,55 @@ def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> 
     for tensors that a name was not meant for.
 
     Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why; or if none
-    of `preference` can.
+    of `preference` can. Warns where a library is not there that holds a faster one.
     """
+    chosen, refused = pick(op, requested, preference, *args)
+    absent = [name for name in refused if name in LIBRARIES]
+    if absent and not (requested == ANY and os.environ.get("VIMPAC_BACKEND")):  # somebody knows what the others run on
+        _warn_of_absence(op, chosen, tuple([(name, *refused[name]) for name in absent]))
+    return chosen
+
+
+def pick(op: str, requested: str | None, preference: Sequence[str], *args) -> tuple[str, dict[str, list[str]]]:
+    """What `choose` chooses, without its warning, and of those that come before it the reasons why they cannot run."""
     registered = _REGISTRY[op]
     named = None if requested else named_by_environment(op)
     requested = requested or named or ANY
     if requested == ANY:
-        refusals = []
+        refused = {}
         for name in preference:
             if name in registered:
                 if not (reasons := registered[name](*args)):
-                    return name
-                refusals.append(f"{name}: {'; '.join(reasons)}")
-        raise ValueError(f"{op}: no backend can run this call. {'. '.join(refusals)}")
+                    if "cpu" in refused:
+                        _check_isa(tuple(refused["cpu"]))
+                    return name, refused
+                refused[name] = reasons
+        found = ". ".join([f"{name}: {'; '.join(reasons)}" for name, reasons in refused.items()])
+        raise ValueError(f"{op}: no backend can run this call. {found}")
     source = "" if named is None else f"VIMPAC_BACKEND={os.environ['VIMPAC_BACKEND']}: "
     if requested not in registered:
         raise ValueError(source + _unknown(op, requested))
     if reasons := registered[requested](*args):
         raise ValueError(f"{source}{op}: backend {requested!r} cannot run this call: {'; '.join(reasons)}")
-    return requested
+    return requested, {}
+
+
+@constant_when_compiled
+def _check_isa(reasons: tuple[str, ...]) -> None:
+    """Raises InputError where VIMPAC_CPU_ISA is why the kernels do not run: who names one is not given something else."""
+    if (error := cpu_isa_error()) and error in reasons:
+        raise InputError(error)
+
+
+@constant_when_compiled
+def _warn_of_absence(op: str, chosen: str, refused: tuple[tuple[str, ...], ...]) -> None:
+    """Warns, once a library, where its absence is the one reason why its kernels do not run. refused: (backend, *reasons)."""
+    for name, *reasons in refused:
+        error = library_error(name)
+        if error and reasons == [error] and name not in MISSING:
+            MISSING.add(name)
+            slower = f"{op} runs on backend {chosen!r}, slower than by its kernels, and so may other ops"
+            warnings.warn(f"{slower}: {error}", MissingKernelsWarning, stacklevel=4)
 
 
 def check_tensors(**tensors) -> None:
@@ -295,9 +346,7 @@ def check_numbers(**numbers) -> None:
     """Raises ValueError for tensors in place of numbers: they would get no gradient, and someone waits for their value."""
     for name, x in numbers.items():
         if isinstance(x, torch.Tensor):
-            raise ValueError(
-                f"{name} must be a number, got a tensor, which has no gradient here: give its value, {name}.item()"
-            )
+            raise ValueError(f"{name} must be a number, got a tensor, which has no gradient here: give {name}.item()")
 
 
 def full_precision(function: Callable) -> Callable:
@@ -365,7 +414,10 @@ def always(*_args) -> list[str]:
 
 
 def check_environment() -> None:
-    """Raises ValueError where VIMPAC_BACKEND names a backend that an op does not have."""
+    """Raises ValueError where VIMPAC_BACKEND names a backend that an op does not have, or VIMPAC_CPU_ISA an instruction set
+    that there is not, or not here."""
+    if error := cpu_isa_error():
+        raise InputError(error)
     for op, registered in _REGISTRY.items():
         requested = named_by_environment(op)
         if requested not in (None, *registered):

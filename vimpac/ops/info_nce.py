@@ -37,7 +37,8 @@ def info_nce(
 ) -> Tensor:
     """Contrastive loss of paired features (Eq. 5), a float32 scalar (float64 for float64 features).
 
-    z1, z2 [n, d] floating: features of the first and second clip of n videos, any length (they are normalised here).
+    z1, z2 [n, d] floating: features of the first and second clip of n videos. They are normalised here, from lengths of 1e-12
+    to 1e18 (float64: 1e150); a shorter one counts as 1e-12, and a longer one's square overflows in some of the backends.
     temperature: γ > 0, a number or, to learn it, a 0-dimensional floating tensor on the features' device. A tensor's value is
     not read here: where it is not positive the loss means nothing.
     group: gather the features of its ranks, each with the same n and temperature, as further negatives; the result is then the

@@ -4,9 +4,10 @@
     logits = hidden weightᵀ + bias      loss = mean over rows of logsumexp(logits) - logits[target]
     accuracy = share of rows whose largest logit is the target's
 
-Rows with a negative target do not count. The gradient of a block of logits is softmax - one_hot, known as soon as the block
-is: backends compute it in the forward pass, block by block, and backward scales it. A backend returns sums over rows;
-the division by their number waits for the loss's own gradient, since softmax / M alone underflows in float16.
+Rows with a negative target do not count, whatever they hold: they are zeros before any product, as 0 · NaN is NaN. The
+gradient of a block of logits is softmax - one_hot, known as soon as the block is: backends compute it in the forward pass,
+block by block, and backward scales it. A backend returns sums over rows; the division by their number waits for the loss's own
+gradient, since softmax / M alone underflows in float16.
 """
 
 from __future__ import annotations
@@ -53,10 +54,16 @@ def masked_cross_entropy(
 def masked_cross_entropy_reference(hidden, weight, bias, target) -> tuple[Tensor, Tensor]:
     """The definition, in plain float32 (float64 stays float64)."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
+    hidden = counted_rows(hidden, target)
     logits = F.linear(hidden.to(dtype), weight.to(dtype), bias.to(dtype))  # [M, V]
     counts = (target >= 0).sum().clamp(min=1)
     loss = F.cross_entropy(logits, target.clamp(min=-1), ignore_index=-1, reduction="sum") / counts
     return loss, (logits.argmax(-1) == target).sum() / counts.to(dtype)
+
+
+def counted_rows(hidden: Tensor, target: Tensor) -> Tensor:
+    """Zeros in place of the rows that do not count."""
+    return hidden.masked_fill(target[:, None] < 0, 0.0)
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
@@ -88,9 +95,9 @@ def _chunked(hidden, weight, bias, target, gradients):
     dtype = loss.dtype
     step = max(1, min(CHUNK_ROWS, CHUNK_LOGITS // V))
     for rows in (slice(start, start + step) for start in range(0, M, step)):
-        labels = target[rows, None]
+        h, labels = counted_rows(hidden[rows], target[rows]), target[rows, None]
         counted, labels = (labels >= 0).to(dtype), labels.clamp(min=0)
-        logits = (hidden[rows] @ weight.T).to(dtype) + bias.to(dtype)
+        logits = (h @ weight.T).to(dtype) + bias.to(dtype)
         lse = logits.logsumexp(-1, keepdim=True)
         loss += ((lse - logits.gather(1, labels)) * counted).sum()
         hits += ((logits.argmax(-1, keepdim=True) == labels) * counted).sum()
@@ -99,7 +106,7 @@ def _chunked(hidden, weight, bias, target, gradients):
             grad_b += grad.sum(0)
             grad = grad.to(hidden.dtype)
             grad_h[rows] = grad @ weight
-            grad_w += grad.T @ hidden[rows]
+            grad_w += grad.T @ h
     return loss, hits, grad_h, grad_w, grad_b
 
 

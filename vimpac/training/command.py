@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import replace
 from functools import partial
-from io import StringIO
 
 import tyro
 
 from vimpac.config import PRESETS, TrainConfig
-from vimpac.errors import FIXABLE, InputError, Stopped, reader_left
+from vimpac.console import run_command
+from vimpac.errors import InputError
+from vimpac.options import read_options
+from vimpac.ranks import begin_rank, read_place
 
 DESCRIPTION = """Pre-train a model.
 
@@ -29,49 +28,23 @@ def main(arguments: Sequence[str], prog: str) -> int:
 
     Returns the exit status: 0, 1 after a mistake that the user can fix, 128 + the signal's number after a signal.
     """
-    speaks = os.environ.get("LOCAL_RANK", "0") == "0"  # one process a machine reports what stopped all of them
-    try:
-        config = parse(arguments, prog)
-        from vimpac.training.pretrain import pretrain  # torch and all: not needed for --help
+    begin_rank()
+    return run_command(partial(_train, arguments, prog), prog)
 
-        try:
-            pretrain(config)
-            sys.stdout.flush()
-        except Stopped as stopped:
-            if speaks:
-                print(f"{prog}: {stopped}", file=sys.stderr)
-            return 128 + stopped.signal
-    except BrokenPipeError:
-        return reader_left()
-    except InputError as error:
-        if speaks:
-            print(f"{prog}: error: {error}", file=sys.stderr)
-        return 1
-    except OSError as error:
-        if error.errno not in FIXABLE:
-            raise
-        if speaks:
-            print(f"{prog}: error: {error.filename or 'writing'}: {error.strerror}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
-    return 0
+
+def _train(arguments: Sequence[str], prog: str) -> None:
+    config = parse(arguments, prog)
+    read_place()  # a mistake there is said before torch is loaded
+    from vimpac.training.pretrain import pretrain  # torch and all: not needed for --help
+
+    pretrain(config)
 
 
 def parse(words: Sequence[str], prog: str) -> TrainConfig:
     """The preset's configuration with the overrides of the command line. Raises InputError for bad values."""
     read = partial(tyro.extras.overridable_config_cli, PRESETS, prog=prog, description=DESCRIPTION, args=words)
-    try:
-        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-            config = read()
-        return holding_to(config, words)
-    except SystemExit as end:
-        cause = end.__context__
-        while cause is not None and not isinstance(cause, InputError):
-            cause = cause.__context__
-        if cause is not None:  # the configuration's own message, without tyro's frame around it
-            raise cause from None
-    return read()  # --help or a misspelt option: tyro explains and exits
+    preset = next((f" {word}" for word in words if word in PRESETS), "")
+    return holding_to(read_options(read, words, f"{prog}{preset}"), words)
 
 
 def holding_to(config: TrainConfig, words: Sequence[str]) -> TrainConfig:

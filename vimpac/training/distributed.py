@@ -4,39 +4,36 @@ from __future__ import annotations
 
 import gc
 import inspect
-import os
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from vimpac.errors import InputError
+from vimpac.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, is_loss, meet
+from vimpac.ranks import Place, read_place
 from vimpac.training.checkpoint import list_checkpoints
 
-# What gloo and NCCL say when a peer is gone.
-LOST = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "NCCL communicator was aborted",
-    "remote process",
-)
+COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
+"""How long a collective waits for a peer that is there, as for the first one to write a checkpoint: torch's own limits."""
+AGAIN = "start again with --resume (torchrun --max-restarts does it by itself)"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: rank of size, and its device."""
+    """This process's place among all: rank of size, its device, and where it waits for the others without a time-out."""
 
     rank: int
     size: int
     device: torch.device
+    meeting: Meeting | None = None
 
     @property
     def is_first(self) -> bool:
@@ -46,29 +43,37 @@ class World:
 @contextmanager
 def join_world() -> Iterator[World]:
     """Start the process group when there is more than one process, end it afterwards."""
-    rank, size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", place.local_rank)
         if device.index >= torch.cuda.device_count():
             raise InputError(
                 f"process {device.index} of this machine has no GPU, it has {torch.cuda.device_count()}: start "
                 f"--nproc-per-node={torch.cuda.device_count()}"
             )
         torch.cuda.set_device(device)
-    if size > 1:  # tensors on the CPU, such as signals, go through gloo without a GPU waiting
-        store, _, _ = next(rendezvous("env://"))
-        # After a restart torchrun may hand out the store it had before, with addresses of processes that are gone.
-        store = dist.PrefixStore(f"vimpac/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{size}", store)
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size)
-    try:
-        yield World(rank, size, device)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)
-        raise
-    finally:
-        leave_world()
+    if place.size == 1:
+        yield World(0, 1, device)
+        return
+    with meet(place, f"{GONE}: {AGAIN}") as meeting, lost_peers_explained(lambda: f"{GONE}: {AGAIN}"):
+        try:
+            start_group(place, device, meeting)
+            yield World(place.rank, place.size, device, meeting)
+        except BaseException as error:
+            traceback.clear_frames(error.__traceback__)
+            raise
+        finally:
+            leave_world()
+
+
+def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
+    """The process group of all ranks. Who has met is there: to connect takes seconds, or fails."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # tensors on the CPU, such as signals, wait for no GPU
+    store = dist.PrefixStore("group", meeting.store)
+    connecting = timedelta(seconds=CONNECT_SECONDS)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=connecting)
+    dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_MINUTES[device.type]))
 
 
 def leave_world() -> None:
@@ -99,17 +104,27 @@ def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
 @contextmanager
 def explained_loss(run: Path, world: World) -> Iterator[None]:
     """The failure of a collective because another process is gone becomes an InputError that says how to go on."""
+
+    def said() -> str:
+        kept = list_checkpoints(run)
+        return f"{GONE}; the last checkpoint is {kept[-1] if kept else 'not written yet'}: {AGAIN}"
+
+    if world.size == 1:
+        yield
+        return
+    with lost_peers_explained(said):
+        yield
+
+
+@contextmanager
+def lost_peers_explained(said: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if world.size == 1 or not any(words in str(error) for words in LOST):
+        if not is_loss(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they refer to the reducer: see leave_world
-        kept = list_checkpoints(run)
-        raise InputError(
-            f"another process was lost, so this one ends; the last checkpoint is {kept[-1] if kept else 'not written yet'}: "
-            "start again with --resume (torchrun --max-restarts does it by itself)"
-        ) from None
+        raise PeerLost(said()) from None
 
 
 @dataclass(frozen=True)
@@ -200,15 +215,17 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def on_first_rank(work: Callable[[], None], world: World) -> None:
-    """Do `work` on the first rank while the others wait. Raises its InputError or OSError, on others one that points there."""
+    """Do `work` on the first rank while the others wait, however long. Raises its InputError or OSError, on others one that
+    points there."""
     failure = None
     if world.is_first:
         try:
             work()
         except (InputError, OSError) as error:
             failure = error
-    if any_rank(failure is not None, world):
-        raise failure or InputError("the first process failed and says why")
+    said = world.meeting.gather(str(failure) if failure else None)[0] if world.meeting else None
+    if failure or said is not None:
+        raise failure or InputError(f"the first process failed: {said}")
 
 
 def gather_rows(x: Tensor, world: World) -> list[Tensor]:

@@ -1,8 +1,8 @@
 """torchrun that says what is needed: `python -m vimpac.training.launch [torchrun options] train.py …`.
 
-torchrun prints a traceback of its own when a process ends with an error that the process has already explained. This runs the
-same program, says what a process that was killed could not, and passes the exit status on. Unless OMP_NUM_THREADS is set, each
-process gets its share of the machine's cores as threads, where torchrun gives it one.
+torchrun prints a traceback of its own when a process ends with an error that the process has already explained, or when its
+port is taken. This runs the same program, says what a process that was killed could not, and passes the exit status on. Unless
+OMP_NUM_THREADS is set, each process gets its share of the machine's cores as threads, where torchrun gives it one.
 """
 
 from __future__ import annotations
@@ -13,35 +13,48 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from vimpac.console import printable
 from vimpac.cores import share_of_cores
+from vimpac.ranks import LAUNCHER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run torchrun with these arguments; returns 128 + n after signal n to it or a process, else the first failure's status."""
-    from torch.distributed import run
+    from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.elastic.rendezvous import RendezvousError
 
     for name in ("multiprocessing.api", "agent.server.api", "multiprocessing.errors.error_handler"):
         logging.getLogger(f"torch.distributed.elastic.{name}").setLevel(logging.CRITICAL)
     options = run.parse_args(arguments)
-    processes = run.determine_local_world_size(options.nproc_per_node)
-    if processes > 1:
-        os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
+    os.environ[LAUNCHER] = str(os.getpid())
     try:
+        processes = run.determine_local_world_size(options.nproc_per_node)
+        if processes > 1:
+            os.environ.setdefault("OMP_NUM_THREADS", str(share_of_cores(processes)))
         run.run(options)
     except ChildFailedError as error:
-        ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
-        killed = [(rank, code) for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM]
-        if not killed:  # SIGTERM is torchrun's own, to those that a failure leaves behind
-            code = error.get_first_failure()[1].exitcode
-            return code if code >= 0 else 128 - code
-        rank, code = killed[0]  # who ended because it was gone has explained that
-        print(f"rank {rank} was killed by {_cause(-code)}", file=sys.stderr)
-        return 128 - code
+        return _status(error)
     except SignalException as stopped:
         return 128 + stopped.sigval
+    except (DistError, RendezvousError) as error:
+        where = f"{options.master_addr}:{options.master_port}"
+        print(f"error: {_why_not_started(error, options.rdzv_endpoint or where)}", file=sys.stderr)
+        return 1
     return 0
+
+
+def _status(error) -> int:
+    """Of a ChildFailedError."""
+    ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
+    killed = [(rank, code) for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM]
+    if not killed:  # SIGTERM is torchrun's own, to those that a failure leaves behind
+        code = error.get_first_failure()[1].exitcode
+        return code if code >= 0 else 128 - code
+    rank, code = killed[0]  # who ended because it was gone has explained that
+    print(f"rank {rank} was killed by {_cause(-code)}", file=sys.stderr)
+    return 128 - code
 
 
 def _cause(number: int) -> str:
@@ -49,6 +62,15 @@ def _cause(number: int) -> str:
     if number == signal.SIGKILL:
         return f"{name}: most likely this machine ran out of memory (`dmesg` tells); a smaller --micro-batch takes less"
     return name
+
+
+def _why_not_started(error: Exception, where: str) -> str:
+    from vimpac.meeting import port_taken
+
+    said = " ".join(str(error.__cause__ or error).split())
+    if "EADDRINUSE" in said or "already in use" in said:
+        return port_taken(where)
+    return printable(f"torchrun cannot meet at {where}: {said[:300]}")
 
 
 if __name__ == "__main__":

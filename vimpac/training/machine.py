@@ -6,16 +6,18 @@ import ctypes
 import math
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from vimpac.cgroup import memory_left
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model.calls import Call, op_calls
-from vimpac.ops.backend import check_environment, choose, named_by_environment, why_not
+from vimpac.ops.backend import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.ranks import read_place
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -54,11 +56,11 @@ def check_options(config: TrainConfig, plan: BatchPlan, world: World) -> None:
 
 
 def check_backends(config: TrainConfig, device: torch.device) -> None:
-    """Raises InputError where VIMPAC_BACKEND names what an op does not have, or what cannot run the model's calls here."""
-    if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
-        return
+    """Raises InputError where VIMPAC_BACKEND or VIMPAC_CPU_ISA names what there is not, or what cannot run the model here."""
     try:
         check_environment()
+        if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+            return
         for op, preference, call in device_calls(config, device):
             choose(op, None, preference, *call)
     except ValueError as error:
@@ -75,9 +77,11 @@ def plain_ops(config: TrainConfig, device: torch.device) -> str | None:
     """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
     found: dict[str, list[str]] = {}  # reasons → ops
     for op, preference, call in device_calls(config, device):
-        if named_by_environment(op) is None and choose(op, None, preference, *call) == "reference":
+        if named_by_environment(op) is None and pick(op, None, preference, *call)[0] == "reference":
             reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
             found.setdefault(reasons, []).append(op)
+    if found:
+        MISSING.update(LIBRARIES)  # said here: no warning of the ops, too
     slow = "run as plain PyTorch, several times slower than their kernels"
     return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
@@ -87,7 +91,7 @@ def check_memory(config: TrainConfig, plan: BatchPlan, world: World) -> None:
     system ends the process."""
     if world.device.type != "cpu" or (available := available_memory()) is None:
         return
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    processes = read_place().local_size
     a_video = activation_bytes(config) * processes
     needed = a_video * plan.micro_batch
     if needed <= available:
@@ -109,16 +113,13 @@ def activation_bytes(config: TrainConfig) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, where Linux says so: of the machine, and of its control group."""
+    """Bytes that this process may still take, where Linux says so: of the machine, and of its control groups."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
     except (OSError, ValueError):
         return None
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no limit, or none of this kind
-        free.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
-    return min(free, default=None)
+    return min([*free, *([] if (left := memory_left()) is None else [left])], default=None)
 
 
 def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None]:

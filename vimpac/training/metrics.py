@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import os
 import time
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 from torch import Tensor
 
 from vimpac.atomic import naming, write_text
+from vimpac.checked import check_regular
 from vimpac.errors import InputError
 from vimpac.training import distributed
 from vimpac.training.checkpoint import list_checkpoints
 from vimpac.training.distributed import World
+from vimpac.training.events import EventLog
 from vimpac.training.progress import Progress
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "mask_accuracy")
@@ -29,13 +32,12 @@ class MetricsLog:
         self.waiting: list[dict] = []
         self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
+        self.start, self.kept = step, set()  # the steps up to it that have a line
         self.dropped = 0  # lines of updates after `step`, which are made again
         if world.is_first:
             self._drop_lines_after(step)
             if importlib.util.find_spec("tensorboard"):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.events = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
+                self.events = EventLog(run / "tensorboard", step + 1)
 
     def add(self, metrics: dict) -> None:
         self.waiting.append(metrics)
@@ -67,6 +69,7 @@ class MetricsLog:
         if self.world.is_first and lines:
             self.write(lines)
             progress.update(lines[-1])
+            self.note_failure(progress)
         if bad:
             kept = list_checkpoints(self.path.parent)
             raise InputError(
@@ -80,33 +83,66 @@ class MetricsLog:
         with naming(self.path), open(self.path, "a", encoding="utf-8") as file:
             file.writelines(json.dumps(line) + "\n" for line in lines)
         if self.events is not None:
-            for line in lines:
-                for name, value in line.items():
-                    if name not in ("step", "final") and value is not None:
-                        self.events.add_scalar(f"{'final' if line.get('final') else 'train'}/{name}", value, line["step"])
-            self.events.flush()
+            self.events.write(lines)
+
+    def note_failure(self, progress: Progress) -> None:
+        """Says once why events are no longer written."""
+        if self.events is not None and self.events.failure:
+            progress.note(self.events.failure)
+            self.events = None
 
     def _drop_lines_after(self, step: int) -> None:
         """A resumed run writes the updates after its checkpoint again."""
         if self.path.exists():
             lines = [line for line in read_lines(self.path) if not line.get("final")]
             kept = [line for line in lines if line["step"] <= step]
-            self.dropped = len(lines) - len(kept)
+            self.dropped, self.kept = len(lines) - len(kept), {line["step"] for line in kept}
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def gap(self, first: int | None) -> str | None:
+        """What the log lacks of the updates before this run went on, as a sentence; None where it lacks nothing.
+
+        first: the run's first update; None = the first that the log has.
+        """
+        first = min(self.kept, default=self.start) if first is None else first
+        missing = [step for step in range(first, self.start + 1) if step not in self.kept]
+        if not missing or not self.world.is_first:
+            return None
+        return (
+            f"{self.path} lacks {len(missing)} of the updates up to step {self.start}, the first of them {missing[0]}: lines "
+            "were lost or damaged; the weights are whole, and the run goes on"
+        )
+
+    def sync(self) -> None:
+        """Makes what is written durable, so that no checkpoint outlives the lines of the updates before it."""
+        if self.world.is_first and self.path.exists():
+            for path in (self.path, self.path.parent):
+                descriptor = os.open(path, os.O_RDONLY)
+                try:
+                    os.fsync(descriptor)
+                finally:
+                    os.close(descriptor)
 
 
 def read_lines(path: Path) -> list[dict]:
-    """What a metrics.jsonl holds, if it is there, without a line that was cut short."""
+    """The lines of a metrics.jsonl, if it is there. One that is cut short or damaged is left out: it is UTF-8, an object, and
+    has a step, or it is no line."""
     if not path.exists():
         return []
-    return [line for text in path.read_text(encoding="utf-8").splitlines() if (line := _parsed(text))]
-
-
-def _parsed(line: str) -> dict | None:
     try:
-        return json.loads(line)
-    except ValueError:  # cut short when the run was killed
+        check_regular(path)
+    except InputError as error:
+        raise InputError(f"cannot read {path}: {error}; expected the metrics of a run") from None
+    return [line for text in path.read_bytes().split(b"\n") if (line := _parsed(text))]
+
+
+def _parsed(text: bytes) -> dict | None:
+    try:
+        line = json.loads(text.decode())
+    except (ValueError, RecursionError):
         return None
+    whole = isinstance(line, dict) and type(line.get("step")) is int and 0 <= line["step"] < 2**63
+    return line if whole else None
 
 
 def not_finite(line: dict) -> list[str]:

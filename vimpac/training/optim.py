@@ -38,10 +38,15 @@ def whole_state(optimizer: torch.optim.Optimizer, model: nn.Module, is_first: bo
     if not is_first:
         return None
     state = optimizer.state_dict()
-    names = {id(p): name for name, p in model.named_parameters()}
-    for saved, group in zip(state["param_groups"], optimizer.param_groups, strict=True):
-        saved["param_names"] = [names[id(p)] for p in group["params"]]
+    for saved, names in zip(state["param_groups"], group_names(optimizer, model), strict=True):
+        saved["param_names"] = names
     return state
+
+
+def group_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list[str]]:
+    """Names of the optimizer's parameters, group by group."""
+    names = {id(p): name for name, p in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:

@@ -22,9 +22,11 @@ from pathlib import Path
 import torch
 
 from vimpac import convert
-from vimpac.atomic import LOCK, TEMPORARY, locked, write_text
+from vimpac.atomic import LOCK, TEMPORARY, locked
+from vimpac.checked import load_json, typed, unsealed, write_json
 from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
+from vimpac.data.format import TokenizerInfo
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 from vimpac.evaluation.held_out import evaluate, most_frequent_token
@@ -97,6 +99,8 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
             progress.note(plain)
         if checkpoint is None and log.dropped:
             progress.note(f"{run} has no checkpoint yet: its {log.dropped} updates are made again")
+        if checkpoint is not None and (gap := log.gap(1 if config.continue_from is None else None)):
+            progress.note(gap)
         if why_not:
             progress.note(f"nothing is compiled, since torch.compile does not work here: {why_not}")
         if plan.parts > 1 and config.alpha > 0:
@@ -130,12 +134,13 @@ def finish(trainer: Trainer, held_out: ClipPairs, videos: int, log: MetricsLog, 
         found = evaluate(step, held_out, config.eval_batches, videos, trainer.plan.micro_batch, most_frequent)
     result = {"final": True, "step": trainer.step, **found, "held_out_videos": len(held_out.videos)}
     log.write([result])
+    log.note_failure(progress)
     if importlib.util.find_spec("matplotlib"):
         from vimpac.figures import plot_curves
 
         plot_curves(log.path, trainer.run / "curves.png")
     else:
-        progress.note('curves.png is not drawn: matplotlib is missing (pip install "vimpac[figures]")')
+        progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
     return result
 
@@ -209,7 +214,7 @@ def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, s
     def make() -> None:
         held.enter_context(locked(run, f"another run is writing to {run}: wait for its end, or give another --output"))
         if not (run / "config.json").exists():
-            write_text(run / "config.json", json.dumps(describe(config, store), indent=2) + "\n")
+            write_json(run / "config.json", describe(config, store), indent=2)
         elif not list_checkpoints(run):
             check_none_is_missing(run, config)
 
@@ -219,12 +224,14 @@ def start_run(run: Path, config: TrainConfig, store: TokenStore, world: World, s
 def check_none_is_missing(run: Path, config: TrainConfig) -> None:
     """Raises InputError where a run without checkpoints has gone beyond its first: to begin again would lose it all."""
     before = read_description(run / "config.json")["config"]
-    save_every = max(before.get("save_every", 1), config.save_every)  # it may have been raised at a restart
+    saved = before.get("save_every")
+    save_every = max(saved if type(saved) is int else 1, config.save_every)  # it may have been raised at a restart
     lines = read_lines(run / "metrics.jsonl")
-    steps = [line["step"] for line in lines]
-    if lines and (lines[-1].get("final") or any(step % save_every == 0 for step in range(steps[0], steps[-1]))):
+    first, last = (pick((line["step"] for line in lines), default=0) for pick in (min, max))
+    saves = (last - 1) // save_every - (first - 1) // save_every  # multiples of save_every from first to last - 1
+    if lines and (lines[-1].get("final") or (last > first and saves > 0)):
         raise InputError(
-            f"{run} has no checkpoint, although its metrics reach step {steps[-1]}: put {run / FOLDER} back, or delete "
+            f"{run} has no checkpoint, although its metrics reach step {last}: put {run / FOLDER} back, or delete "
             f"{run / 'metrics.jsonl'} to train from the beginning"
         )
 
@@ -240,11 +247,15 @@ def describe(config: TrainConfig, store: TokenStore) -> dict:
 
 
 def read_description(path: Path) -> dict:
+    """What config.json holds. Raises InputError for one that is damaged."""
     try:
-        saved = json.loads(path.read_text(encoding="utf-8"))
-        return {name: saved[name] for name in ("config", "tokenizer", "store")}
-    except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is damaged ({type(error).__name__}: {error}): give another --output") from None
+        saved = unsealed(*load_json(path), {"config", "tokenizer", "store"})
+        typed(TokenizerInfo, saved["tokenizer"], "tokenizer")
+        if not (isinstance(saved["config"], dict) and isinstance(saved["store"], dict)):
+            raise InputError("its config or its store is no object")
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({error}): give another --output") from None
+    return saved
 
 
 def check_same_run(saved: dict, config: TrainConfig, store: TokenStore, path: Path, device: torch.device) -> None:

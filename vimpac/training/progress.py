@@ -5,16 +5,24 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
-from datetime import timedelta
 from typing import TextIO
 
-SHOWN = (  # key of the metrics, its label, its format
-    ("loss", "loss", "6.3f"),
-    ("mask_loss", "mask", "6.3f"),
-    ("contrastive_loss", "contrastive", "6.3f"),
-    ("mask_accuracy", "mask accuracy", "5.3f"),
-    ("videos_per_second", "videos/s", "7.1f"),
-)
+from vimpac.console import printable
+
+SHOWN = {  # key of the metrics: its label, its format
+    "loss": ("loss", "6.3f"),
+    "mask_loss": ("mask", "6.3f"),
+    "contrastive_loss": ("contrastive", "6.3f"),
+    "mask_accuracy": ("mask accuracy", "5.3f"),
+    "videos_per_second": ("videos/s", "7.1f"),
+}
+NARROW = {
+    **SHOWN,
+    "contrastive_loss": ("contr.", "6.3f"),
+    "mask_accuracy": ("accuracy", "5.3f"),
+    "videos_per_second": ("videos/s", ".1f"),
+}
+DROPPED = ("contrastive_loss", "mask_loss", "videos_per_second", "mask_accuracy")  # one after another, on a narrower terminal
 LINE_SECONDS = 30.0  # without a terminal: a line this often, and one for each twentieth of the run
 LINE_SHARE = 20
 REFRESH_SECONDS = 0.1  # on a terminal: redraw at most this often, so that the display never slows training
@@ -117,7 +125,7 @@ class Progress:
 
     def _print(self, text: str) -> None:
         # soft_wrap: a long line stays one line for grep; markup off: [text] in brackets is text
-        self.console.print(text, markup=False, soft_wrap=True)
+        self.console.print(printable(text), markup=False, soft_wrap=True)
         self.console.file.flush()
 
     def _line(self, metrics: dict) -> str:
@@ -126,23 +134,35 @@ class Progress:
         return "  ".join([f"step {step:>{len(str(total))}}/{total}", *self._fields(metrics), *times])
 
     def _bar(self, metrics: dict):
-        """The live line; the end of it is what a narrow terminal cuts off."""
+        """The live line. A narrow terminal gets shorter labels, then fewer losses."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
 
         step, total = metrics["step"], self.total_steps
         times = " < ".join(_duration(seconds) for seconds in self._times(step).values())
-        fields = [f"{step:>{len(str(total))}}/{total}", times, *self._fields(metrics)]
-        line = Text("  ".join(fields), no_wrap=True, overflow="ellipsis")
-        if self.console.width < BAR_FROM:
-            return line
+        start = [f"{step:>{len(str(total))}}/{total}", times]
+        line = "  ".join([*start, *self._fields(metrics)])
+        narrow = self.console.width < BAR_FROM
+        if narrow and len(line) > self.console.width:
+            line = self._narrow(start, metrics)
+        text = Text(line, no_wrap=True, overflow="ellipsis")
+        if narrow:
+            return text
         grid = Table.grid(padding=(0, 1))
-        grid.add_row(ProgressBar(total=total, completed=step, width=BAR_WIDTH), line)
+        grid.add_row(ProgressBar(total=total, completed=step, width=BAR_WIDTH), text)
         return grid
 
-    def _fields(self, metrics: dict) -> list[str]:
-        return [f"{label} {metrics[key]:{form}}" for key, label, form in SHOWN if metrics.get(key) is not None]
+    def _narrow(self, start: list[str], metrics: dict) -> str:
+        for dropped in range(len(DROPPED) + 1):
+            shown = {key: form for key, form in NARROW.items() if key not in DROPPED[:dropped]}
+            line = "  ".join([*start, *self._fields(metrics, shown)])
+            if len(line) <= self.console.width:
+                break
+        return line
+
+    def _fields(self, metrics: dict, shown: dict[str, tuple[str, str]] = SHOWN) -> list[str]:
+        return [f"{label} {metrics[key]:{form}}" for key, (label, form) in shown.items() if metrics.get(key) is not None]
 
     def _times(self, step: int) -> dict[str, float]:
         """Seconds since the start, and seconds left at the speed since then: steps before a resume do not count."""
@@ -161,7 +181,8 @@ def _format(value) -> str:
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    minutes, seconds = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"  # hours of a long run, too: days would take the metrics' place
 
 
 def _table(rows: list[tuple[str, str]]):

@@ -9,7 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 import torch
@@ -22,15 +22,24 @@ from vimpac.data.store import TokenStore
 from vimpac.errors import InputError, Stopped
 from vimpac.model import PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
+from vimpac.model.state import check_state
 from vimpac.training import distributed
 from vimpac.training.batch import ROWS, Batch
-from vimpac.training.checkpoint import check_tokenizer, list_checkpoints, load_checkpoint, save_checkpoint
+from vimpac.training.checkpoint import (
+    check_moments,
+    check_scaler,
+    check_tokenizer,
+    check_weights,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from vimpac.training.distributed import BatchPlan, World
 from vimpac.training.graphs import GraphedStep, row_multiple
 from vimpac.training.loader import BatchLoader
 from vimpac.training.machine import PRECISIONS, resolve_precision
 from vimpac.training.metrics import MetricsLog
-from vimpac.training.optim import adamw, learning_rate, load_whole_state, whole_state
+from vimpac.training.optim import adamw, group_names, learning_rate, load_whole_state, whole_state
 from vimpac.training.profile import UpdateProfile
 from vimpac.training.progress import Progress
 from vimpac.training.schedule import Schedule
@@ -106,6 +115,7 @@ class Trainer:
                 if look:
                     log.flush(progress, config.batch_size, self.may_overflow, self.loader.waited if self.loader else 0.0)
                 if save:
+                    log.sync()
                     path = self.save()
                 if stop:
                     raise _stopped(self.signal[0] if self.signal else signal.SIGTERM, path)
@@ -246,7 +256,8 @@ class Trainer:
                 apart = self.look_every if self.world.size > 1 else 1
                 when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
                 again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
+                with suppress(OSError):  # who read it may be gone: the checkpoint is written all the same
+                    os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self.signal[1] > 2:
             raise KeyboardInterrupt
 
@@ -276,10 +287,27 @@ class Trainer:
     def restore(self, state: dict) -> None:
         """Go on where a checkpoint of this run was written, with any number of ranks: exactly there with the same number, with
         the same samples and masks but other dropout with another."""
-        self.module.model.load_state_dict(state["model"])
-        load_whole_state(self.optimizer, state["optimizer"])
+        shapes = {name: p.shape for name, p in self.module.named_parameters()}
+        try:
+            check_state(state["model"], self.module.model.state_dict())
+            check_moments(state["optimizer"], group_names(self.optimizer, self.module), shapes)
+            check_scaler(state["scaler"], self.scaler.state_dict())
+        except InputError as error:
+            raise InputError(
+                f"the checkpoint of step {state['step']} in {self.run} does not fit this model: {error}; it was damaged or is "
+                "another run's, delete it to resume from the one before"
+            ) from None
+        self.load(state["model"], state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
+
+    def load(self, weights: dict[str, Tensor], optimizer: dict) -> None:
+        """Weights and moments; what else an optimizer's state holds, such as the weight decay, stays this run's."""
+        own = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
+        self.module.model.load_state_dict(weights)
+        load_whole_state(self.optimizer, optimizer)
+        for group, options in zip(self.optimizer.param_groups, own, strict=True):
+            group.update(options)
 
     def continue_from(self, run: Path, store: TokenStore) -> None:
         """Go on from an earlier stage: weights, moments and step; positions (and moments) at this grid."""
@@ -289,15 +317,13 @@ class Trainer:
         state = load_checkpoint(checkpoints[-1])
         check_tokenizer(state["tokenizer"], store, checkpoints[-1])
         grid = self.config.model.grid
-        own = [{name: x for name, x in group.items() if name != "params"} for group in self.optimizer.param_groups]
         try:
-            self.module.model.load_state_dict(interpolate_state(state["model"], grid, IN_BACKBONE))
-            load_whole_state(self.optimizer, interpolate_moments(state["optimizer"], grid))
+            shapes = {f"model.{name}": p.shape for name, p in check_weights(state).named_parameters()}
+            check_moments(state["optimizer"], group_names(self.optimizer, self.module), shapes)
+            self.load(interpolate_state(state["model"], grid, IN_BACKBONE), interpolate_moments(state["optimizer"], grid))
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())
             raise InputError(f"{checkpoints[-1]} does not fit this model: {reason[:300]}") from None
-        for group, options in zip(self.optimizer.param_groups, own, strict=True):
-            group.update(options)  # this stage's weight decay and betas, not the earlier one's
         self.step = state["step"]
         if self.step >= self.schedule.steps:
             raise InputError(
@@ -312,7 +338,7 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
         return PretrainModel(config.model)
     from vimpac import convert  # safetensors, which a fresh start does without
 
-    model = convert.load(config.init_from, config.model.grid, store.tokenizer.digest)
+    model = convert.load(model_file(Path(config.init_from)), config.model.grid, store.tokenizer.digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
         raise InputError(
             f"init_from={config.init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "
@@ -321,6 +347,18 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
     fresh = PretrainModel(config.model)  # the configuration's dropout, not the file's
     fresh.load_state_dict(model.state_dict())
     return fresh
+
+
+def model_file(path: Path) -> Path:
+    """The file itself; of a run folder its model, or its newest checkpoint where it has not ended."""
+    if not path.is_dir():
+        return path
+    found = [x for x in (*list_checkpoints(path), path / "model.safetensors") if x.exists()]
+    if not found:
+        raise InputError(
+            f"init_from={path} is a folder without a model.safetensors or checkpoints: expected a run folder, or one of these"
+        )
+    return found[-1]
 
 
 def shape_of(config: ModelConfig) -> dict:
