@@ -46,7 +46,7 @@ def test_axis_dimensions_are_in_grid_order():
         ({"heads": 7}, "attention width 512 must be a multiple of the 7 heads"),
         ({"grid": (5, 16)}, r"T H W, got \(5, 16\)"),
         ({"grid": (5, 0, 16)}, r"got \(5, 0, 16\)"),
-        ({"norm": "middle"}, "'post' or 'pre', got 'middle'"),
+        ({"norm": "middle"}, "'post', 'pre' or 'pre-vit', got 'middle'"),
         ({"dropout": 1.0}, r"in \[0, 1\), got 1.0"),
         ({"dropout": float("nan")}, "got nan"),
         ({"layers": 0}, "model.layers must be at least 1, got 0"),

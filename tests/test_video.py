@@ -59,8 +59,10 @@ def test_chunks(tmp_path, chunk, sizes):
 
 def test_views(tmp_path):
     path = write_video(tmp_path / "a.mp4", quadrants(128, 256))
-    views = (View(crop="top-left"), View(crop="bottom-right"), View(), View(flip=True), View(1.25, "bottom-right"))
-    left, right, centre, flipped, enlarged = next(decode(path, 2, 64, views))[:, 0]
+    corners = (View(crop="top-left"), View(crop="bottom-right"), View(crop="top-left", flip=True))
+    views = (*corners, View(), View(flip=True), View(1.25, "bottom-right"))
+    left, right, flipped_left, centre, flipped, enlarged = next(decode(path, 2, 64, views))[:, 0]
+    np.testing.assert_array_equal(flipped_left, right[:, :, ::-1])  # the frame is flipped, then cropped; as high as the crop
     assert corner_colours(left) == [RED, RED, BLUE, BLUE]
     assert corner_colours(right) == [GREEN, GREEN, WHITE, WHITE]
     assert corner_colours(centre) == [RED, GREEN, BLUE, WHITE]

@@ -73,11 +73,12 @@ def _shorter_side(width: float, height: int, side: int) -> tuple[int, int]:
 
 
 def _crop(picture: np.ndarray, size: int, view: View) -> np.ndarray:
+    if view.flip:  # before the crop, as the released program has it: a flipped corner is the other corner, mirrored
+        picture = picture[:, :, ::-1]
     _, height, width = picture.shape
     share = {"top-left": 0.0, "center": 0.5, "bottom-right": 1.0}[view.crop]
     top, left = int(share * (height - size)), int(share * (width - size))
-    square = picture[:, top : top + size, left : left + size]
-    return square[:, :, ::-1] if view.flip else square
+    return picture[:, top : top + size, left : left + size]
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
