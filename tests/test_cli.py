@@ -81,7 +81,7 @@ def test_tokenize_counts_what_it_passes_over(copy, tmp_path, capsys):
     for name in ("a.gif", "b.GIF", "labels.csv"):
         (more / name).touch()
     assert cli.main([command, str(more), *arguments]) == 0
-    assert "\n3 files are no videos by their extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
+    assert "\n3 files passed over for the extension: 2 .gif, 1 .csv\n" in capsys.readouterr().out
     assert cli.main([command, videos, *arguments]) == 0
     assert "extension" not in capsys.readouterr().out
 

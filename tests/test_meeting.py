@@ -171,8 +171,15 @@ def test_something_else_listens(monkeypatch):
         silent.bind(("127.0.0.1", 0))
         silent.listen()
         monkeypatch.setenv("MASTER_PORT", str(silent.getsockname()[1]))
-        with pytest.raises(InputError, match=r"rank 1 cannot connect to 127\.0\.0\.1:\d+ \(something else answers there\)"):
+        with pytest.raises(InputError, match=r"rank 1 cannot connect to 127\.0\.0\.1:\d+ \(what listens there does not answer"):
             connect(Place(1, 2))
+
+
+def test_a_machine_whose_name_is_not_known(monkeypatch):
+    monkeypatch.setattr(meeting, "CONNECT_SECONDS", 0.5)
+    monkeypatch.setenv("MASTER_ADDR", "no-such-machine.invalid")
+    with pytest.raises(InputError, match=r"no-such-machine\.invalid:\d+ \(the name of this machine cannot be resolved\)"):
+        connect(Place(1, 2))
 
 
 def test_two_of_one_rank(monkeypatch):

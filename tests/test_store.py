@@ -214,6 +214,27 @@ def first_shard(folder):
     return sorted(folder.glob("*.bin"))[0]
 
 
+@pytest.mark.parametrize("gone", [[".json"], [".json", ".bin"], [".bin"]])
+def test_a_listed_shard_that_is_gone_is_no_reason_to_forget_it(folder, videos, gone):
+    """Neither a run that adds videos nor the end of one takes the store for a smaller one."""
+    for suffix in gone:
+        (folder / f"shard-00000-00001{suffix}").unlink()
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    for work in (lambda: StoreWriter(folder, SETTINGS), lambda: check_shards(folder), lambda: finish_store(folder)):
+        with pytest.raises(InputError, match=r"shard-00000-00001\.\w+ is missing from the store"):
+            work()
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo, lambda path: os.symlink("/dev/zero", path)])
+def test_an_index_that_is_no_file(folder, make):
+    (folder / "store.json").unlink()
+    make(folder / "store.json")
+    for work in (lambda: TokenStore(folder), lambda: StoreWriter(folder, SETTINGS)):
+        with pytest.raises(InputError, match=r"store\.json.* (folder|pipe)"):
+            work()
+
+
 def many_frames(count=40):
     return np.random.default_rng(count).integers(0, 512, (2, count, 3, 3), dtype=np.uint16)
 

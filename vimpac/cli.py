@@ -58,7 +58,7 @@ def tokenize(
         whole = ", nothing was missing" * (not summary.videos and not summary.failed)
         say(f"{count(present, 'video was', 'videos were')} in the store already{whole}")
     if others := summary.passed_over:
-        say(f"{count(sum(others.values()), 'file is', 'files are')} no videos by their extension: {count_extensions(others)}")
+        say(f"{count(sum(others.values()), 'file')} passed over for the extension: {count_extensions(others)}")
     _list_names(
         dict.fromkeys(summary.changed, ""),
         f"{count(len(summary.changed), 'file has', 'files have')} another size than when tokenized; the store keeps the old "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -37,6 +38,8 @@ def count(number: int, noun: str, nouns: str | None = None) -> str:
 def explained(error: InputError | OSError) -> str:
     """The error's line; an explanation that follows, such as a grammar, keeps its own lines."""
     if isinstance(error, OSError):
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            return f"{error.strerror}: allow this process more (`ulimit -n`)"
         return printable(f"{error.filename or 'writing'}: {error.strerror}")
     if error.explanation:
         return printable(str(error).removesuffix(f"\n{error.explanation}")) + f"\n{error.explanation}"

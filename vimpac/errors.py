@@ -28,8 +28,10 @@ class Stopped(Exception):
 FIXABLE = (
     *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EACCES, errno.EPERM, errno.EROFS),
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.EMFILE, errno.ENFILE),
 )
-"""Numbers of an OSError that the user can fix as well: no room, a folder that is not theirs, a path that leads nowhere."""
+"""Numbers of an OSError that the user can fix as well: no room, a folder that is not theirs, a path that leads nowhere,
+too few open files."""
 
 
 def reader_left() -> int:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -148,17 +149,26 @@ def connect(place: Place) -> Any:
     opening = threading.Thread(target=_open, args=(place, answer), daemon=True)
     opening.start()
     opening.join(CONNECT_SECONDS + BEAT_SECONDS)  # torch waits for ever for what listens there and is no store
-    said = "something else answers there"
+    said = "what listens there does not answer as torch's store does"
     if answer and not isinstance(answer[0], RuntimeError):
         return answer[0]
     if answer:
         said = str(answer[0]).strip().splitlines()[0][:200]
+    elif not _resolves(os.environ["MASTER_ADDR"]):
+        said = "the name of this machine cannot be resolved"
     if "EADDRINUSE" in said or "already in use" in said:
         raise InputError(port_taken(address()))
     raise InputError(
         f"rank {place.rank} cannot connect to {address()} ({said}): is rank 0 running, and are MASTER_ADDR and MASTER_PORT the "
         "same on all machines?"
     )
+
+
+def _resolves(name: str) -> bool:
+    try:
+        return bool(socket.getaddrinfo(name, None))
+    except OSError:
+        return False
 
 
 def _open(place: Place, answer: list) -> None:

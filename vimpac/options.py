@@ -40,7 +40,7 @@ def _bad_value(error: BaseException, words: Sequence[str]) -> str | None:
     if not flags or not expected:
         return None
     plain = [word.partition("=")[0].replace("_", "-") for word in words]
-    place = next((i for i, word in enumerate(plain) if word in flags), None)
+    place = max((i for i, word in enumerate(plain) if word in flags), default=None)  # the last one counts
     if place is None:
         return f"{flags[0]} has a value that does not fit, expected {expected}"
     values = [words[place].partition("=")[2]] if "=" in words[place] else []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -103,7 +104,7 @@ def read_index(folder: Path) -> dict:
     """What `store.json` holds, checked. Raises InputError for a folder that is no store, or one of another version."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`")
-    if not (folder / INDEX).is_file():
+    if not os.path.lexists(folder / INDEX):
         if any(folder.glob("shard-*")):
             raise InputError(f"{folder} is an unfinished store (no {INDEX}); run the same `vimpac tokenize` again to finish it")
         raise InputError(f"{folder} is not a token store (no {INDEX}); make one with `vimpac tokenize VIDEOS OUT`")

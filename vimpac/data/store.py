@@ -145,7 +145,7 @@ def finish_store(folder: str | Path, failed: Mapping[str, str] | None = None) ->
     videos. Call it once, after every rank has closed its writer. Raises InputError if there is no shard.
     """
     folder = Path(folder)
-    before = read_index(folder)["failed"] if (folder / INDEX).is_file() else []
+    before = read_index(folder)["failed"] if os.path.lexists(folder / INDEX) else []
     failed = {entry["name"]: entry["reason"] for entry in before} | dict(failed or {})
     shards = _finished_shards(folder)
     if not shards:
@@ -362,9 +362,14 @@ def check_shards(folder: str | Path) -> None:
 
 
 def _finished_shards(folder: Path) -> dict[Path, dict]:
-    """Shard contents by the path of the .bin, for every shard that was written to its end, sorted."""
-    paths = sorted(path.with_suffix(".bin") for path in folder.glob("shard-?????-?????.json"))
-    return {path: read_shard(path) for path in paths}
+    """Shard contents by the path of the .bin, for every shard that was written to its end, sorted.
+
+    Raises InputError for one that `store.json` lists and that is not there: its videos would be lost without a word.
+    """
+    paths = {path.with_suffix(".bin") for path in folder.glob("shard-?????-?????.json")}
+    if os.path.lexists(folder / INDEX):
+        paths |= {folder / f"{name}.bin" for name in read_index(folder)["shards"]}
+    return {path: read_shard(path) for path in sorted(paths)}
 
 
 def _check_contents(path: str | Path, expected: int, vocab_size: int) -> None:

@@ -249,7 +249,7 @@ def _write_videos(
 
 @contextmanager
 def _signals_at_ticks(out: Path) -> Iterator[Callable[[], None]]:
-    """Yields check(), which raises after Ctrl-C or SIGTERM: so neither ends a run in the middle of a write.
+    """Yields check(), which raises Stopped after Ctrl-C, SIGTERM or SIGHUP: so none ends a run in the middle of a write.
 
     A second Ctrl-C raises at once. (torchrun passes each on, so it comes twice.)
     """
@@ -261,12 +261,10 @@ def _signals_at_ticks(out: Path) -> Iterator[Callable[[], None]]:
             raise KeyboardInterrupt
 
     def check() -> None:
-        if seen and seen[0][0] == signal.SIGINT:
-            raise KeyboardInterrupt
         if seen:
             raise Stopped(seen[0][0], f"what was finished is in {out}, the same command goes on from there")
 
-    numbers = (signal.SIGINT, signal.SIGTERM) if threading.current_thread() is threading.main_thread() else ()
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP) if threading.current_thread() is threading.main_thread() else ()
     before = {number: signal.signal(number, note) for number in numbers if signal.getsignal(number) != signal.SIG_IGN}
     try:
         yield check

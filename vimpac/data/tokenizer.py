@@ -6,6 +6,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import os
 import sys
 import types
 from collections.abc import Iterator
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Protocol
 import numpy as np
 
 from vimpac.atomic import replacing
-from vimpac.checked import check_names, typed
+from vimpac.checked import check_names, check_regular, typed
 from vimpac.data.format import MAX_VOCABULARY, TOKENIZER, TokenizerInfo
 from vimpac.errors import InputError
 from vimpac.meta import without_memory
@@ -62,8 +63,11 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
     path = Path(path)
     if path.is_dir():
         path = path / TOKENIZER
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; expected a tokenizer's .safetensors file, or a token store")
+    try:
+        check_regular(path)
+    except InputError as error:
+        why = f"cannot be read: {error}" if os.path.lexists(path) else "does not exist"
+        raise InputError(f"{path} {why}; expected a tokenizer's .safetensors file, or a token store") from None
     name, tensors, config = _read(path)
     return PatchVQ(tensors["codebook"], **config) if name == PatchVQ.name else _dalle(path, tensors, config)
 

@@ -75,8 +75,8 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"cannot read checkpoint {path} ({reason}): it was cut short or damaged; copy it again, or delete it to resume "
-            "from the one before"
+            f"cannot read checkpoint {path} ({reason}): it is another program's, or was cut short or damaged; copy it again, "
+            "or delete it to resume from the one before"
         ) from None
     kind = (state.get("format"), state.get("version")) if isinstance(state, dict) else (None, None)
     if kind != (FORMAT, VERSION):

@@ -60,7 +60,8 @@ def _status(error) -> int:
 def _cause(number: int) -> str:
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
-        return f"{name}: most likely this machine ran out of memory (`dmesg` tells); a smaller --micro-batch takes less"
+        why = "most likely this machine ran out of memory (`dmesg` tells)"
+        return f"{name}: {why}; training takes less with a smaller --micro-batch"
     return name
 
 
