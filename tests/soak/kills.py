@@ -101,10 +101,11 @@ def training(kills: int, seed: int, folder: Path, ranks: int = 1) -> list[str]:
     """The same of training, in one process or several of which one is killed."""
     store = write_store(folder / "tokens")
     words = lambda name, **options: arguments(store, folder / name, steps=12, save_every=3, **options)  # noqa: E731
-    started = time.monotonic()
-    whole = Run(words("whole"), folder / "log", ranks, undrawn)
-    if any(whole.wait(LONGEST)):
-        return [f"the uninterrupted run failed: {whole.output}"]
+    for name in ("first", "whole"):  # the first also waits until the server that processes are forked from has imported torch
+        started = time.monotonic()
+        whole = Run(words(name), folder / "log", ranks, undrawn)
+        if any(whole.wait(LONGEST)):
+            return [f"the uninterrupted run failed: {whole.output}"]
     expected, seconds = (metrics(folder / "whole"), model_bytes(folder / "whole")), time.monotonic() - started
 
     def attempt(number: int, rng: random.Random) -> tuple[int, str]:
