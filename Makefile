@@ -1,7 +1,7 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
 # make test                                    install what is missing, then the whole test suite and ruff
 # make gpu [RESULTS=DIR]                       every kernel test and benchmark on this machine's GPU; installs nothing
-# make soak                                    every bit flipped, kills at random moments, mutated videos: 20 minutes on 2 cores
+# make soak                                    every bit flipped, kills at random moments, damaged videos: some 3 minutes on 2 cores
 # make sanitize                                the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make clean                                   remove the environment and what was built
 
