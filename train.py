@@ -6,7 +6,7 @@
 import sys
 from collections.abc import Sequence
 
-from vimpac.training import command
+from vimpac.commands import train as command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -26,26 +26,26 @@ import harness
 
 ROOT = harness.ROOT
 TESTS = [  # the slowest first: they run side by side
-    "test_axial_attention_triton.py",
-    "test_axial_attention_cuda.py",
-    "test_whole_model_triton.py",
-    "test_info_nce_triton.py",
-    "test_block_mask_triton.py",
-    "test_block_mask_cuda.py",
-    "test_masked_cross_entropy_triton.py",
-    "test_dropout_add_triton.py",
-    "test_update.py",
-    "test_axial_attention.py",
-    "test_info_nce.py",
-    "test_block_mask.py",
-    "test_masked_cross_entropy.py",
-    "test_dropout_add.py",
-    "test_philox.py",
+    "ops/test_axial_attention_triton.py",
+    "ops/test_axial_attention_cuda.py",
+    "model/test_whole_model_triton.py",
+    "ops/test_info_nce_triton.py",
+    "ops/test_block_mask_triton.py",
+    "ops/test_block_mask_cuda.py",
+    "ops/test_masked_cross_entropy_triton.py",
+    "ops/test_dropout_add_triton.py",
+    "training/test_update.py",
+    "ops/test_axial_attention.py",
+    "ops/test_info_nce.py",
+    "ops/test_block_mask.py",
+    "ops/test_masked_cross_entropy.py",
+    "ops/test_dropout_add.py",
+    "ops/test_philox.py",
 ]
 SHARDS = {  # by what they compile on one core: some four minutes, and one or more
-    "test_axial_attention_triton.py": 8,
-    "test_block_mask_triton.py": 3,
-    "test_info_nce_triton.py": 2,
+    "ops/test_axial_attention_triton.py": 8,
+    "ops/test_block_mask_triton.py": 3,
+    "ops/test_info_nce_triton.py": 2,
 }
 SANITIZED_PARTS = 8  # what compute-sanitizer watches compiles for some 80 s on one core, a fifth of it in the slowest part
 COMPILED_PARTS = 4  # of what benchmarks/axial_attention.py times: some 80 s on one core
@@ -134,7 +134,8 @@ def tests() -> dict[str, list[str]]:
     for file in TESTS:
         count = SHARDS.get(file, 1)
         for i in range(1, count + 1):
-            name = file if count == 1 else f"{file.removesuffix('.py')}-{i}.py"
+            stem = Path(file).stem
+            name = f"{stem}.py" if count == 1 else f"{stem}-{i}.py"
             commands[name] = [*command, f"tests/{file}", f"--shard={i}/{count}"]
     for i in range(1, COMPILED_PARTS + 1):
         part = ["--compile", f"{i}/{COMPILED_PARTS}"]

@@ -241,7 +241,7 @@ class Benchmark:
 
 def ours(op: str, call: Callable, inputs: Sequence[Tensor], **options) -> list[Impl]:
     """What backend=None chooses, then every other backend by name but the reference. call(*inputs, backend=…) runs the op."""
-    from vimpac.ops import backend as backends  # not above: the path was not set yet
+    from vimpac.ops import dispatch as backends  # not above: the path was not set yet
 
     default = chosen_backend(lambda: call(*inputs, backend=None))
     first = Impl("ours", lambda: partial(call, backend=None), ours=True, required=True, note=f"backend {default}", **options)
@@ -251,7 +251,7 @@ def ours(op: str, call: Callable, inputs: Sequence[Tensor], **options) -> list[I
 
 def chosen_backend(call: Callable[[], object]) -> str | None:
     """The backend that a call with backend=None runs; None if the call fails, which its row will tell."""
-    from vimpac.ops import backend as backends
+    from vimpac.ops import dispatch as backends
 
     names, choose = [], backends.choose
     try:
@@ -539,7 +539,7 @@ def write(folder: Path, result: dict) -> None:
 
 def write_json(folder: Path, result: dict) -> Path:
     """FOLDER/TITLE.json, whole or not at all; returns it without the suffix."""
-    from vimpac.atomic import write_text  # not above: the path was not set yet
+    from vimpac.files.atomic import write_text  # not above: the path was not set yet
 
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / result["benchmark"]

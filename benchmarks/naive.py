@@ -4,7 +4,7 @@ Sequences [B, 1 + T·H·W, C] with [CLS] first; for every axis the tokens are tr
 each (Eq. 12-15); attention is matmul, softmax, dropout, matmul (Eq. 9); logits are computed at every position and the masked
 ones selected (Eq. 1, 16, 17); InfoNCE is one dense score matrix (Eq. 5); block masks are drawn in a Python loop (Eq. 3).
 Nothing is slowed down on purpose: one fused QKV projection a block, one batched matmul for all lines, nothing computed twice.
-`tests/test_naive.py` shows that it computes what `vimpac.model` computes.
+`tests/benchmarks/test_naive.py` shows that it computes what `vimpac.model` computes.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from harness import Benchmark
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
-from vimpac.losses import contrastive_loss, mask_loss
 from vimpac.model import PretrainModel
+from vimpac.model.losses import contrastive_loss, mask_loss
 from vimpac.ops import BlockMask, block_mask
 from vimpac.training.batch import pack
 from vimpac.training.distributed import World, plan_batches

@@ -715,7 +715,7 @@ def lines_of_block(length):
 def launch_shape(forward, axes, grid, width, itemsize):
     """num_warps and num_stages.
 
-    Chosen by what the compiled code promises (benchmarks/predicted.py); not measured on a GPU yet. With so many registers a
+    Chosen by what the compiled code promises (tools/predicted.py); not measured on a GPU yet. With so many registers a
     multiprocessor has room for 8 to 16 warps, too few to hide one another's loads: with three stages the next two blocks' are
     under way. Forward a warp holds 1024 elements of a block, backward 512, and longer blocks have fewer stages: with more,
     some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it

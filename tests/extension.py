@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 
 CPU_ERROR = backends.library_error("cpu")
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))

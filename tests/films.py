@@ -1,6 +1,9 @@
 """Small videos written with PyAV, and what can be read off their frames."""
 
+import errno
+import os
 from fractions import Fraction
+from pathlib import Path
 
 import av
 import numpy as np
@@ -88,3 +91,15 @@ def patch(path, *changes):
         assert old in data
         data = data.replace(old, new)
     path.write_bytes(data)
+
+
+def close_folder(monkeypatch, *closed):
+    """As chmod 0 does to everybody but root."""
+    scandir = os.scandir
+
+    def refusing(path):
+        if Path(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)

@@ -227,7 +227,7 @@ def _on_rank(rank: int, hook) -> None:
 
 def undrawn() -> None:
     """A hook: no curves.png, which takes longer than training here."""
-    from vimpac import figures
+    from vimpac.figures import curves as figures
 
     figures.plot_curves = lambda *paths: None
 

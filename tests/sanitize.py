@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, masked_cross_entropy
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 
 
 def attention(dtype, grid, axes, device):

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from runs import files_of_at_most
+from vimpac import checkpoint
+from vimpac.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 from vimpac.errors import InputError
-from vimpac.training import checkpoint
-from vimpac.training.checkpoint import list_checkpoints, load_checkpoint, save_checkpoint
 
 
 def state(step):

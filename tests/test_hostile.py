@@ -14,17 +14,17 @@ from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
 from runs import make_trainer, write_store
-from vimpac import convert
-from vimpac.checked import write_json
+from vimpac import weights
+from vimpac.checkpoint import load_checkpoint, save_checkpoint
 from vimpac.config import ModelConfig
-from vimpac.data import tokenizer as tokenizer_module
+from vimpac.data import tokenizers as tokenizer_module
 from vimpac.data.format import StoreSettings, TokenizerInfo
 from vimpac.data.store import StoreWriter, TokenStore, check_listed, finish_store
-from vimpac.data.tokenizer import DalleVAE, PatchVQ, load_tokenizer
+from vimpac.data.tokenizers import DalleVAE, PatchVQ, load_tokenizer
 from vimpac.errors import InputError
+from vimpac.files.checked import write_json
+from vimpac.files.tensorfile import UNSEALED, seal
 from vimpac.model import PretrainModel
-from vimpac.tensorfile import UNSEALED, seal
-from vimpac.training.checkpoint import load_checkpoint, save_checkpoint
 
 CONFIG = ModelConfig(layers=1, width=8, heads=2, grid=(2, 2, 2), head_layers=2, head_width=4, head_out=4, vocab_size=9)
 TOKENIZER = {"name": "patch-vq", "vocab_size": 9, "stride": 8, "digest": "a" * 64}
@@ -48,7 +48,7 @@ def write_model(path, change=None, state=None, **header):
 
 
 def test_the_model_that_is_damaged_below(tmp_path):
-    assert convert.load(write_model(tmp_path / "m.safetensors")).config == CONFIG
+    assert weights.load(write_model(tmp_path / "m.safetensors")).config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -84,7 +84,7 @@ def test_the_model_that_is_damaged_below(tmp_path):
 def test_model_headers(tmp_path, config):
     path = write_model(tmp_path / "m.safetensors", config)
     with pytest.raises(InputError, match=r"m\.safetensors") as error:
-        convert.load(path)
+        weights.load(path)
     assert len(str(error.value)) < 1000
 
 
@@ -106,7 +106,7 @@ def test_model_headers(tmp_path, config):
 def test_other_parts_of_a_models_header(tmp_path, header):
     path = write_model(tmp_path / "m.safetensors", **header)
     with pytest.raises(InputError, match=r"m\.safetensors"):
-        convert.load(path, tokenizer_digest="a" * 64)
+        weights.load(path, tokenizer_digest="a" * 64)
 
 
 @pytest.mark.parametrize("text", ["", "[1]", "{", "[" * 100_000, "7", "null"])
@@ -115,7 +115,7 @@ def test_a_models_header_that_is_no_object(tmp_path, text):
     save_file({}, path, {"format": "vimpac-model", "version": "1", "header": text, **UNSEALED})
     seal(path)
     with pytest.raises(InputError, match=r"m\.safetensors"):
-        convert.load(path)
+        weights.load(path)
 
 
 @pytest.mark.parametrize(
@@ -145,12 +145,12 @@ def test_model_weights(tmp_path, kind):
             state[name] = x
     path = write_model(tmp_path / "m.safetensors", state=state)
     with pytest.raises(InputError, match=rf"m\.safetensors.*({name}|extra)"):
-        convert.load(path)
+        weights.load(path)
 
 
 def test_half_precision_weights_are_taken(tmp_path):
     state = {name: x.bfloat16() if x.is_floating_point() else x for name, x in PretrainModel(CONFIG).state_dict().items()}
-    model = convert.load(write_model(tmp_path / "m.safetensors", state=state))
+    model = weights.load(write_model(tmp_path / "m.safetensors", state=state))
     assert all(torch.equal(x, state[name].to(x.dtype)) for name, x in model.state_dict().items())
     assert model.backbone.cls.dtype == torch.float32
 
@@ -161,15 +161,15 @@ def test_paths_that_are_no_regular_file(tmp_path, name):
     path = tmp_path / name
     os.mkfifo(path)
     with pytest.raises(InputError, match=rf"{name}: it is a pipe"):
-        convert.load(path)
+        weights.load(path)
     path.unlink()
     path.mkdir()
     with pytest.raises(InputError, match=rf"{name}: it is a folder"):
-        convert.load(path)
+        weights.load(path)
     path.rmdir()
     path.symlink_to("/dev/zero")
     with pytest.raises(InputError, match=rf"{name}: it is a pipe, a socket or a device"):
-        convert.load(path)
+        weights.load(path)
 
 
 # --- checkpoints ----------------------------------------------------------------------------------------------------------
@@ -275,7 +275,7 @@ def test_parts_of_a_checkpoint(trained, tmp_path, path, value):
 def test_checkpoints_as_models(trained, tmp_path, path, value):
     file = save_checkpoint(tmp_path, edited(trained[1], path, value), keep=1)
     with pytest.raises(InputError, match=r"step-00000001\.pt"):
-        convert.load(file, tokenizer_digest="d" * 64)
+        weights.load(file, tokenizer_digest="d" * 64)
 
 
 def test_continue_from_what_does_not_fit(trained, tmp_path):

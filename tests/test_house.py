@@ -12,18 +12,20 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A part may import itself, the leaves, and what stands beside it here. Everything flows one way.
 LEAVES = {
-    *("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.config", "vimpac.cgroup", "vimpac.cores", "vimpac.atomic"),
-    *("vimpac.checked", "vimpac.console", "vimpac.meeting", "vimpac.meta", "vimpac.ranks", "vimpac.tensorfile"),
+    *("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.config", "vimpac.console", "vimpac.meta"),
+    *("vimpac.files", "vimpac.files.atomic", "vimpac.files.checked", "vimpac.files.tensorfile"),
+    *("vimpac.processes", "vimpac.processes.limits", "vimpac.processes.meeting", "vimpac.processes.ranks"),
 }
 MAY_IMPORT = {
     "vimpac.data": set(),
-    "vimpac.kernels": {"vimpac.ops.backend"},
+    "vimpac.kernels": {"vimpac.ops"},
     "vimpac.ops": {"vimpac.kernels"},
     "vimpac.model": {"vimpac.ops"},
-    "vimpac.losses": {"vimpac.model", "vimpac.ops"},
-    "vimpac.convert": {"vimpac.model", "vimpac.training.checkpoint", "vimpac.data.format"},
+    "vimpac.checkpoint": {"vimpac.model", "vimpac.data"},
+    "vimpac.weights": {"vimpac.model", "vimpac.checkpoint", "vimpac.data.format"},
+    "vimpac.released": {"vimpac.model"},
     "vimpac.figures": set(),
-    "vimpac.evaluation": {"vimpac.data", "vimpac.model", "vimpac.ops", "vimpac.losses", "vimpac.training.step"},
+    "vimpac.evaluation": {"vimpac.data", "vimpac.model", "vimpac.ops", "vimpac.training.step"},
 }  # training and the commands may import all
 
 
@@ -82,7 +84,7 @@ def test_import_does_no_work():
 import logging, sys, torch
 torch.cuda.is_available = torch.cuda._lazy_init = lambda *a: (_ for _ in ()).throw(AssertionError("asked for CUDA"))
 before = "torch._dynamo" in sys.modules
-import vimpac.ops, vimpac.model, vimpac.convert, vimpac.losses, vimpac.config, vimpac.cli, vimpac.training.pretrain
+import vimpac.ops, vimpac.model, vimpac.convert, vimpac.config, vimpac.commands.main, vimpac.training.pretrain
 assert ("torch._dynamo" in sys.modules) == before
 assert not logging.getLogger().handlers
 """

@@ -8,12 +8,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from vimpac import cli, convert
-from vimpac.checked import typed
+from vimpac import weights
+from vimpac.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.commands import main as cli
 from vimpac.config import TrainConfig
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
-from vimpac.data.tokenizer import check_tokenizer_file, load_tokenizer
-from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.data.tokenizers import check_tokenizer_file, load_tokenizer
+from vimpac.files.checked import typed
 from vimpac.training.pretrain import pretrain
 
 OLD = Path(__file__).parent / "old"
@@ -51,7 +52,7 @@ def fields_names():
 
 
 def test_a_model_and_a_checkpoint():
-    model = convert.load(OLD / "run" / "model.safetensors")
+    model = weights.load(OLD / "run" / "model.safetensors")
     state = load_checkpoint(OLD / "run" / "checkpoints" / "step-00000002.pt")
     assert state["step"] == 2 and model.state_dict().keys() == state["model"].keys()
     assert dataclasses.asdict(model.config) == state["config"]["model"]
@@ -61,11 +62,11 @@ def test_a_model_and_a_checkpoint():
 
 def test_a_run_goes_on(tmp_path, monkeypatch, one_thread):
     """As it went then, to the rounding of another machine."""
-    monkeypatch.setattr("vimpac.figures.plot_curves", lambda *paths: None)
+    monkeypatch.setattr("vimpac.figures.curves.plot_curves", lambda *paths: None)
     run = shutil.copytree(OLD / "run", tmp_path / "run")
     config = typed(TrainConfig, json.loads((run / "config.json").read_text())["config"])
     pretrain(dataclasses.replace(config, data=str(OLD / "store"), output=str(run), resume=True))
     assert [path.stem for path in list_checkpoints(run)] == ["step-00000002", "step-00000003"]
-    now, then = (convert.load(path / "run" / "model.safetensors").state_dict() for path in (tmp_path, OLD))
+    now, then = (weights.load(path / "run" / "model.safetensors").state_dict() for path in (tmp_path, OLD))
     for name, x in now.items():  # float32 sums of a few terms in another order
         torch.testing.assert_close(x, then[name], rtol=1e-4, atol=1e-5)

@@ -2,7 +2,7 @@
 
 import sys
 
-from vimpac.cli import main
+from vimpac.commands.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

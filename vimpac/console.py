@@ -7,9 +7,9 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from vimpac.atomic import naming
 from vimpac.errors import FIXABLE, InputError, Stopped, forget_output, reader_left
-from vimpac.ranks import speaks
+from vimpac.files.atomic import naming
+from vimpac.processes.ranks import speaks
 
 STANDARD_OUTPUT = Path("standard output")
 _STEERING = (

@@ -1,4 +1,4 @@
-// The kernels of csrc/axial_attention.cu on host memory, for tests/test_axial_attention_cuda.py.
+// The kernels of csrc/axial_attention.cu on host memory, for tests/ops/test_axial_attention_cuda.py.
 #include "../../csrc/axial_attention.cu"
 
 using namespace vimpac::axial;

@@ -1,4 +1,4 @@
-// The kernel of csrc/block_mask.cu on host memory, for tests/test_block_mask_cuda.py.
+// The kernel of csrc/block_mask.cu on host memory, for tests/ops/test_block_mask_cuda.py.
 #include "../../csrc/block_mask.cu"
 
 using namespace vimpac::masking;

@@ -31,14 +31,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from vimpac import convert
-from vimpac.checked import typed
+from vimpac import weights
+from vimpac.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.store import StoreSettings, StoreWriter, TokenStore, check_listed, finish_store
-from vimpac.data.tokenizer import PatchVQ, check_tokenizer_file, describe, load_tokenizer
+from vimpac.data.tokenizers import PatchVQ, check_tokenizer_file, describe, load_tokenizer
 from vimpac.errors import InputError
-from vimpac.figures import read_metrics
-from vimpac.training.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.figures.curves import read_metrics
+from vimpac.files.checked import typed
 from vimpac.training.metrics import read_lines
 from vimpac.training.pretrain import check_same_run, pretrain, read_description
 
@@ -116,8 +116,8 @@ def tokenizer_contents(path: Path) -> tuple:
 
 
 def model_contents(path: Path) -> tuple:
-    model = convert.load(path)
-    return dataclasses.asdict(model.config), convert.read_model_file(path)[0], dict(model.state_dict())
+    model = weights.load(path)
+    return dataclasses.asdict(model.config), weights.read_model_file(path)[0], dict(model.state_dict())
 
 
 def resumption(store: Path, path: Path) -> Callable[[], str]:

@@ -30,8 +30,8 @@ from vimpac.data.store import TokenStore  # noqa: E402
 TOKENIZE = """
 import sys
 from functools import partial
-from vimpac import cli
-from vimpac.data import tokenize
+from vimpac.commands import main as cli
+from vimpac.data import build as tokenize
 if sys.argv[1] == "each":
     tokenize.StoreWriter = partial(tokenize.StoreWriter, shard_seconds=0.0)  # every video a shard
 sys.exit(cli.main(["tokenize", *sys.argv[2:], "--codes=32", "--frame-size=32", "--fps=5"]))

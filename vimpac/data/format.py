@@ -18,9 +18,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vimpac.checked import load_json, typed, unsealed
 from vimpac.data.video import View
 from vimpac.errors import InputError
+from vimpac.files.checked import load_json, typed, unsealed
 
 FORMAT = "vimpac-tokens"
 VERSION = 1

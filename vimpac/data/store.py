@@ -22,12 +22,12 @@ from pathlib import Path
 
 import numpy as np
 
-from vimpac.atomic import TEMPORARY, create, naming, publish, temporary_of
-from vimpac.checked import write_json
 from vimpac.data.format import FORMAT, INDEX, VERSION, StoreSettings, read_index, read_shard
 from vimpac.data.format import TOKENIZER as TOKENIZER  # for those who import what a store is from here
 from vimpac.data.format import TokenizerInfo as TokenizerInfo
 from vimpac.errors import InputError
+from vimpac.files.atomic import TEMPORARY, create, naming, publish, temporary_of
+from vimpac.files.checked import write_json
 
 SHARD_BYTES = 64 << 20
 SHARD_SECONDS = 60.0
@@ -227,7 +227,7 @@ class TokenStore:
     def verify(self) -> None:
         """Reads every shard; raises InputError that names the first with another checksum, or an id outside the vocabulary.
 
-        The tokenizer's file is `vimpac.data.tokenizer.check_tokenizer_file`'s to check.
+        The tokenizer's file is `vimpac.data.tokenizers.check_tokenizer_file`'s to check.
         """
         for path, expected in zip(self._paths, self._crcs, strict=True):
             _check_contents(path, expected, self.tokenizer.vocab_size)

@@ -21,10 +21,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimpac.atomic import make_folder, replacing
 from vimpac.config import SynthesizeConfig
-from vimpac.cores import share_of_cores
 from vimpac.errors import InputError
+from vimpac.files.atomic import make_folder, replacing
+from vimpac.processes.limits import share_of_cores
 
 PAIRS = (
     ("right", "left"),

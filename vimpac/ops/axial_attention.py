@@ -33,7 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from vimpac.layouts import axis_dimensions
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 from vimpac.ops.choice import order
 from vimpac.ops.philox import philox, seed_tensor, split_words
 

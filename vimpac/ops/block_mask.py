@@ -22,7 +22,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 from vimpac.ops.choice import order
 from vimpac.ops.philox import below, philox, seed_tensor, split_words
 

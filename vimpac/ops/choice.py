@@ -1,7 +1,7 @@
 """Which backend an op takes where none is named: the first of a row that can run the call, fastest first.
 
 The table is what benchmarks/ measured (docs/kernels.md has the numbers). No GPU has been measured yet; there the CUDA kernels,
-where they were built, come before Triton's because of what attention's machine code promises (benchmarks/predicted.py), and
+where they were built, come before Triton's because of what attention's machine code promises (tools/predicted.py), and
 because Triton's launches go through Python. A product of axes, or a line of more than 64 tokens, is a long sequence, and
 torch's scaled_dot_product_attention is made for those.
 """

@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 from vimpac.ops.choice import order
 from vimpac.ops.philox import philox, seed_tensor, split_words
 

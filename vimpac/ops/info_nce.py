@@ -23,7 +23,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 from vimpac.ops.choice import order
 
 

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimpac.ops import backend as backends
+from vimpac.ops import dispatch as backends
 from vimpac.ops.choice import order
 
 CHUNK_LOGITS = 1 << 24  # logits in memory at once: 64 MiB of float32

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from vimpac.checkpoint import list_checkpoints
 from vimpac.errors import InputError
-from vimpac.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, is_loss, meet
-from vimpac.ranks import Place, read_place
-from vimpac.training.checkpoint import list_checkpoints
+from vimpac.processes.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, is_loss, meet
+from vimpac.processes.ranks import Place, read_place
 
 COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
 """How long a collective waits for a peer that is there, as for the first one to write a checkpoint: torch's own limits."""

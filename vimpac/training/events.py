@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from vimpac.atomic import naming
+from vimpac.files.atomic import naming
 
 
 class EventLog:

@@ -14,8 +14,8 @@ import sys
 from collections.abc import Sequence
 
 from vimpac.console import printable
-from vimpac.cores import share_of_cores
-from vimpac.ranks import LAUNCHER
+from vimpac.processes.limits import share_of_cores
+from vimpac.processes.ranks import LAUNCHER
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -66,7 +66,7 @@ def _cause(number: int) -> str:
 
 
 def _why_not_started(error: Exception, where: str) -> str:
-    from vimpac.meeting import port_taken
+    from vimpac.processes.meeting import port_taken
 
     said = " ".join(str(error.__cause__ or error).split())
     if "EADDRINUSE" in said or "already in use" in said:

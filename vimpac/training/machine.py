@@ -11,13 +11,13 @@ from pathlib import Path
 
 import torch
 
-from vimpac.cgroup import memory_left
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model.calls import Call, op_calls
-from vimpac.ops.backend import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
-from vimpac.ranks import read_place
+from vimpac.ops.dispatch import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.processes.limits import memory_left
+from vimpac.processes.ranks import read_place
 from vimpac.training.distributed import BatchPlan, World
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -21,17 +21,17 @@ from pathlib import Path
 
 import torch
 
-from vimpac import convert
-from vimpac.atomic import LOCK, TEMPORARY, locked
-from vimpac.checked import load_json, typed, unsealed, write_json
+from vimpac import weights
+from vimpac.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.format import TokenizerInfo
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
-from vimpac.evaluation.held_out import evaluate, most_frequent_token
+from vimpac.evaluation.pretraining import evaluate, most_frequent_token
+from vimpac.files.atomic import LOCK, TEMPORARY, locked
+from vimpac.files.checked import load_json, typed, unsealed, write_json
 from vimpac.training import distributed
-from vimpac.training.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
 from vimpac.training.distributed import World
 from vimpac.training.machine import (
     check_options,
@@ -127,7 +127,7 @@ def finish(trainer: Trainer, held_out: ClipPairs, videos: int, log: MetricsLog, 
     if trainer.signal is not None:  # during the last update
         trainer.stop_now(*trainer.signal)
     config, step = trainer.config, trainer.module
-    convert.save(step.model, trainer.run / "model.safetensors", trainer.tokenizer)
+    weights.save(step.model, trainer.run / "model.safetensors", trainer.tokenizer)
     step.padded |= held_out.padded
     most_frequent = most_frequent_token(trainer.pairs, config.model.vocab_size)
     with torch.compiler.set_stance("force_eager"):  # not worth compiling once more
@@ -136,7 +136,7 @@ def finish(trainer: Trainer, held_out: ClipPairs, videos: int, log: MetricsLog, 
     log.write([result])
     log.note_failure(progress)
     if importlib.util.find_spec("matplotlib"):
-        from vimpac.figures import plot_curves
+        from vimpac.figures.curves import plot_curves
 
         plot_curves(log.path, trainer.run / "curves.png")
     else:
@@ -162,8 +162,8 @@ def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
 
 def synthetic_store(config: TrainConfig, world: World) -> Path:
     """A store of generated videos beside the run folder, made by the first rank unless it is there already."""
+    from vimpac.data.build import tokenize_videos
     from vimpac.data.synthetic import synthesize
-    from vimpac.data.tokenize import tokenize_videos
 
     if not config.synthetic_videos:
         raise InputError(

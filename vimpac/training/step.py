@@ -9,11 +9,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from vimpac.config import TrainConfig
-from vimpac.losses import contrastive_loss, mask_loss
 from vimpac.model import PretrainModel
+from vimpac.model.losses import contrastive_loss, mask_loss
 from vimpac.ops import BlockMask, block_mask
-from vimpac.ops.backend import ANY
 from vimpac.ops.block_mask import expected_block_ratio
+from vimpac.ops.dispatch import ANY
 from vimpac.training.batch import ROWS, Batch, pack
 
 TARGET_RATIO = 0.15  # section B.1: the number of blocks whose expected ratio is closest to this

@@ -16,6 +16,15 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from vimpac.checkpoint import (
+    check_moments,
+    check_scaler,
+    check_tokenizer,
+    check_weights,
+    list_checkpoints,
+    load_checkpoint,
+    save_checkpoint,
+)
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
@@ -25,15 +34,6 @@ from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.model.state import check_state
 from vimpac.training import distributed
 from vimpac.training.batch import ROWS, Batch
-from vimpac.training.checkpoint import (
-    check_moments,
-    check_scaler,
-    check_tokenizer,
-    check_weights,
-    list_checkpoints,
-    load_checkpoint,
-    save_checkpoint,
-)
 from vimpac.training.distributed import BatchPlan, World
 from vimpac.training.graphs import GraphedStep, row_multiple
 from vimpac.training.loader import BatchLoader
@@ -336,9 +336,9 @@ def initial_model(config: TrainConfig, store: TokenStore) -> PretrainModel:
     """A fresh model, or `init_from`'s weights at this grid."""
     if config.init_from is None:
         return PretrainModel(config.model)
-    from vimpac import convert  # safetensors, which a fresh start does without
+    from vimpac import weights  # safetensors, which a fresh start does without
 
-    model = convert.load(model_file(Path(config.init_from)), config.model.grid, store.tokenizer.digest)
+    model = weights.load(model_file(Path(config.init_from)), config.model.grid, store.tokenizer.digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config.model):
         raise InputError(
             f"init_from={config.init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "

@@ -1,0 +1,1 @@
+"""The `vimpac` command, one file a subcommand."""

@@ -1,0 +1,91 @@
+"""What this machine offers vimpac: versions, devices, and for each op the backend it takes here and why not another one."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import platform
+
+import torch
+
+from vimpac.config import ModelConfig
+from vimpac.model.calls import Call, op_calls
+from vimpac.ops import dispatch as backends
+
+PACKAGES = ("vimpac", "torch", "triton", "numpy", "av", "safetensors", "scikit-learn")
+
+
+def report() -> str:
+    """The text of `vimpac doctor`."""
+    lines = ["versions", *(f"  {name:<14}{version}" for name, version in versions().items())]
+    lines += ["", "extension", *(f"  {name:<14}{state}" for name, state in extension().items())]
+    devices = [torch.device("cpu"), *(torch.device("cuda", i) for i in range(torch.cuda.device_count()))]
+    lines += ["", "devices", *(f"  {device!s:<14}{describe(device)}" for device in devices)]
+    for device in devices:
+        for dtype in (torch.float32, torch.bfloat16):
+            lines += ["", f"ops on {device} with {str(dtype).removeprefix('torch.')}"]
+            for label, call in op_calls(ModelConfig(), device, dtype).items():
+                lines += choice(label, call)
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            found[name] = "not installed"  # vimpac, too, can be used from a checkout alone
+    return found | {"torch": torch.__version__}  # with its CUDA, which the package's version leaves out
+
+
+def extension() -> dict[str, str]:
+    """Each library of csrc/: how it was built, or why it is not there."""
+    states = {}
+    for backend, file in backends.LIBRARIES.items():
+        states[file] = backends.library_error(backend) or f"{backends.library_path(backend)}, {held(backend)}"
+    states["_C"] = "vimpac was installed without it, which takes a C++ compiler, ninja and pybind11"
+    if importlib.util.find_spec("vimpac._C"):
+        try:
+            from vimpac import _C
+        except ImportError as error:
+            return states | {"_C": f"it cannot be imported: {error}"}
+        facts = _C.build()
+        cuda = f", {facts['nvcc']} for {facts['cuda_archs']}" if facts["nvcc"] else ""
+        states["_C"] = f"revision {facts['revision']}, {facts['compiler']}, headers of torch {facts['torch']}{cuda}"
+    return states
+
+
+def held(backend: str) -> str:
+    """What a library holds, or why what it holds cannot be used."""
+    return (backends.cpu_isa_error() if backend == "cpu" else "") or backends.library_facts(backend)
+
+
+def describe(device: torch.device) -> str:
+    if device.type == "cpu":
+        return f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    properties = torch.cuda.get_device_properties(device)
+    return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB"
+
+
+def choice(label: str, call: Call) -> list[str]:
+    """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot, or is not chosen."""
+    op, preference, arguments = call
+    try:
+        chosen, _ = backends.pick(op, None, preference, *arguments)
+        named = backends.named_by_environment(op) == chosen
+    except ValueError as error:
+        chosen, named = str(error), True
+    lines = [f"  {label:<22}{chosen}"]
+    for name in backends.names(op):
+        if name != chosen:
+            reasons = backends.why_not(op, name, *arguments)
+            decides = "VIMPAC_CPU_ISA" if backends.cpu_isa_error() else "VIMPAC_BACKEND"
+            passed_over = f"{decides} decides" if named else why_passed_over(name, chosen, preference)
+            lines.append(f"    not {name:<16}{'; '.join(reasons) or f'can run here, but {passed_over}'}")
+    return lines
+
+
+def why_passed_over(name: str, chosen: str, preference: tuple[str, ...]) -> str:
+    """Why a backend that could run is not the one that does, where nobody named one."""
+    return f"comes after {chosen}" if name in preference else "is not in the order of backends for this call"

@@ -1,0 +1,1 @@
+"""This process among others: its share of the cores, its rank, how ranks meet."""

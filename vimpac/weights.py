@@ -1,0 +1,135 @@
+"""A model's weights in one file: safetensors with the configuration inside, and checkpoints of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from vimpac.checkpoint import load_checkpoint
+from vimpac.config import ModelConfig
+from vimpac.data.format import TokenizerInfo
+from vimpac.errors import InputError
+from vimpac.files.atomic import replacing
+from vimpac.files.checked import check_names, typed
+from vimpac.files.tensorfile import UNSEALED, read_tensors, seal
+from vimpac.model import ClassificationModel, PretrainModel
+from vimpac.model.positions import IN_BACKBONE, interpolate_state
+from vimpac.model.state import check_state, empty_model
+
+FORMAT = "vimpac-model"
+VERSION = 1
+
+
+def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer: Mapping | None = None) -> None:
+    """Write weights and config as one safetensors file, atomically.
+
+    tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
+    Raises OSError, as of a full disk; a file that was there is then whole.
+    """
+    header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
+    if isinstance(model, ClassificationModel):
+        header["classes"] = model.classifier.out_features
+    metadata = {"format": FORMAT, "version": str(VERSION), "header": json.dumps(header), **UNSEALED}
+    tensors = {name: x.detach().cpu().contiguous() for name, x in model.state_dict().items()}
+    with replacing(Path(path)) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            if number := re.search(r"\(os error (\d+)\)", str(error)):  # a full disk, for one
+                raise OSError(int(number[1]), os.strerror(int(number[1]))) from None
+            raise
+        seal(temporary)
+
+
+def load(
+    path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
+) -> PretrainModel | ClassificationModel:
+    """Read what `save` wrote, or a checkpoint of a run (RUN/checkpoints/step-….pt, as of one that has not ended): a model in
+    float32, on the CPU, in evaluation mode (no dropout).
+
+    grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
+    Raises InputError for a missing or broken file, another format or version, or another tokenizer.
+    """
+    header, state = read_model_file(path)
+    trained_on = (header["tokenizer"] or {}).get("digest")
+    if tokenizer_digest and trained_on and trained_on != tokenizer_digest:
+        raise InputError(
+            f"{path} was trained on tokenizer {trained_on[:12]}…, the store was made with {tokenizer_digest[:12]}…: "
+            "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
+        )
+    classes = header.get("classes")
+    make = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    config = ModelConfig(**header["config"])
+    try:
+        model = empty_model(make, config, len(state))
+        check_state(state, model.state_dict())
+    except InputError as error:
+        reason = str(error)[:500]
+        raise InputError(f"{path} does not fit the model that it describes: {reason}; it was damaged, copy it again") from None
+    if grid is not None:
+        config = dataclasses.replace(config, grid=tuple(grid))
+        state = interpolate_state(state, config.grid, IN_BACKBONE)
+        model = empty_model(make, config, len(state))
+    own = model.state_dict()  # copies of the file's memory map, in float32
+    whole = {name: x.to(own[name].dtype, copy=True, memory_format=torch.contiguous_format) for name, x in state.items()}
+    model.load_state_dict(whole, assign=True)
+    return model.eval()
+
+
+def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
+    """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`.
+
+    The header's types and ranges are checked here, the state dict against it by `load`.
+    """
+    path = Path(path)
+    if path.suffix == ".pt":
+        checkpoint = load_checkpoint(path)
+        header, state = {"config": checkpoint["config"].get("model"), "tokenizer": checkpoint["tokenizer"]}, checkpoint["model"]
+    else:
+        header, state = _read_safetensors(path)
+    try:
+        typed(_Header, header)
+    except InputError as error:
+        reason = str(error)[:500]
+        raise InputError(f"{path} is damaged or was not written by this program: {reason}; copy it again") from None
+    return header, state
+
+
+@dataclasses.dataclass(frozen=True)
+class _Header:
+    """What a model file's header must hold."""
+
+    config: ModelConfig
+    tokenizer: TokenizerInfo | None
+    classes: int | None = None
+
+    def __post_init__(self):
+        if self.classes is not None and not 1 <= self.classes < 2**31:
+            raise InputError(f"classes is {self.classes}, expected 1 or more")
+
+
+def _read_safetensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
+    try:
+        metadata, state = read_tensors(path, "pt")
+    except InputError as error:
+        raise InputError(f"cannot read model {path}: {error}; expected a model.safetensors or a checkpoint of a run") from None
+    if metadata.get("format") != FORMAT or metadata.get("version") != str(VERSION):
+        raise InputError(
+            f"{path} is not a model of this program: format {metadata.get('format')!r} version "
+            f"{metadata.get('version')!r}, expected {FORMAT!r} version {VERSION}"
+        )
+    try:
+        check_names(metadata, {"format", "version", "header"})
+        return json.loads(metadata["header"]), state
+    except (ValueError, RecursionError) as error:  # an InputError among them
+        raise InputError(f"cannot read model {path}: its header is damaged, {error}; copy it again") from None
