@@ -20,9 +20,9 @@ from torch import Tensor
 import harness
 import naive
 from harness import Benchmark, Case, Impl
+from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import block_mask, block_mask_reference
 from vimpac.ops.block_mask import MASK_OFFSET, expected_block_ratio
-from vimpac.training.step import blocks_for_ratio
 
 SEED, VOCABULARY = 3, 8192
 CLIPS = 512

@@ -41,10 +41,10 @@ from training import BOUNDS, TINY, Cell, Stores, Trained
 from vimpac.config import ModelConfig
 from vimpac.layouts import axis_dimensions, parse_layout
 from vimpac.model.backbone import SPECIAL_IDS
+from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops.block_mask import expected_block_ratio
 from vimpac.training import profile
-from vimpac.training.machine import keep_freed_memory
-from vimpac.training.step import blocks_for_ratio
+from vimpac.training.memory import keep_freed_memory
 
 
 @dataclass(frozen=True)

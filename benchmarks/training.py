@@ -1,6 +1,6 @@
 """Ours and naive.py in training on the same clips: what attn_layouts.py and train_step.py build, check and time.
 
-Ours is the run itself: vimpac.training.trainer.Trainer on a token store of random ids in a temporary folder, with its
+Ours is the run itself: vimpac.training.loop.Loop on a token store of random ids in a temporary folder, with its
 ClipPairs, BatchLoader, masks drawn on the host, AdamW and default options. On a GPU the loader's thread makes batches ahead; on
 a CPU the making of a batch is part of the step. The opponent is the loop that one would first write around naive.py: the same
 clips, read when they are needed and moved to the device, block masks in a Python loop, both losses, backward, clipping, fused
@@ -31,15 +31,15 @@ from vimpac.data.clips import ClipPairs
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
 from vimpac.model import PretrainModel
 from vimpac.model.losses import contrastive_loss, mask_loss
+from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import BlockMask, block_mask
 from vimpac.training.batch import pack
-from vimpac.training.distributed import World, plan_batches
+from vimpac.training.distributed import World
 from vimpac.training.loader import BatchLoader
+from vimpac.training.loop import Loop
 from vimpac.training.optim import adamw, learning_rate
-from vimpac.training.schedule import plan_steps
-from vimpac.training.seeds import seed_dropout
-from vimpac.training.step import blocks_for_ratio
-from vimpac.training.trainer import Trainer
+from vimpac.training.plan import Schedule, plan_batches
+from vimpac.training.pretrain_task import pretraining_loop
 
 CHECKED = 2  # clips
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # of states after all layers
@@ -115,46 +115,45 @@ def _ignoring(run, _state):
 
 
 class Ours(Trained):
-    def __init__(self, trainer: Trainer):
-        self.trainer, self.model, self.keep = trainer, trainer.module, trainer.config.graphs
-        trainer.loader = BatchLoader(trainer.make_batch, trainer.first_samples(), trainer.world.device)
-        trainer.module.train()
+    def __init__(self, loop: Loop):
+        self.loop, self.model, self.keep = loop, loop.module, loop.config.graphs
+        loop.loader = BatchLoader(loop.make_batch, loop.first_samples(), loop.world.device)
+        loop.module.train()
 
     @property
     def waited(self) -> float:
-        return self.trainer.loader.waited
+        return self.loop.loader.waited
 
     def states(self, tokens, masked):
-        step = self.trainer.module
+        step = self.loop.module
         model, batch = step.model, pack(tokens, masked)
         with step.mixed():
             cls, hidden = model.backbone(batch.masked, False)
             losses = (
                 mask_loss(model, hidden, batch.rows, batch.targets)[0],
-                contrastive_loss(model, cls, step.config.temperature),
+                contrastive_loss(model, cls, step.objective.temperature),
             )
         return [cls, hidden, *losses]
 
     def forward(self):
-        return self.trainer.module(self.next_batch())["loss"]
+        return self.loop.module(self.next_batch())["loss"]
 
     def backward(self):
-        self.trainer.forward_backward(self.next_batch())
-        self.trainer.optimizer.zero_grad()
+        self.loop.forward_backward(self.next_batch())
+        self.loop.optimizer.zero_grad()
 
     def step(self):
-        self.trainer.update()
-        self.trainer.step += 1
+        self.loop.update()
+        self.loop.step += 1
         if not self.keep:  # a graph's gradients stay where they are
-            self.trainer.optimizer.zero_grad()
+            self.loop.optimizer.zero_grad()
 
     def next_batch(self):
-        trainer = self.trainer
-        seed_dropout(trainer.world.device, trainer.config.seed, trainer.step, 0, 0)
-        return next(trainer.loader)
+        self.loop.seed(0)
+        return next(self.loop.loader)
 
     def close(self):
-        self.trainer.close()
+        self.loop.close()
 
 
 class Naive(Trained):
@@ -234,10 +233,10 @@ class Cell:
             raise ValueError("a CUDA graph needs a CUDA device")
         train = dataclasses.replace(self.train, graphs=graphs)
         plan = plan_batches(train.batch_size, train.contrastive_videos, train.micro_batch, 1)
-        schedule, world = plan_steps(train, len(self.store)), World(0, 1, self.device)
-        trainer = Trainer(train, self.pairs, plan, schedule, world, Path(train.output), self.store, None, compiled)
-        trainer.module.model.load_state_dict(self.weights)
-        return Ours(trainer)
+        schedule, world = Schedule(STEPS, STEPS), World(0, 1, self.device)
+        loop = pretraining_loop(train, self.store, self.pairs, plan, schedule, world, None, compiled)
+        loop.module.model.load_state_dict(self.weights)
+        return Ours(loop)
 
     def naive(self, compiled: bool) -> Naive:
         model = self.naive_model().to(self.device)

@@ -57,6 +57,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def wide(monkeypatch):
+    """Weights start ten times wider: see runs.wide_start."""
+    monkeypatch.setattr("vimpac.model.backbone.INIT_STD", 0.2)
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Without curves.png, which takes longer than training here."""
+    monkeypatch.setattr("vimpac.figures.curves.plot_curves", lambda *paths: None)
+
+
 @pytest.fixture(scope="session")
 def store_folder(tmp_path_factory):
     """A token store of 25 videos of 3 to 9 frames, 4×4 tokens each, 11 ids."""

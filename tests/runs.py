@@ -81,23 +81,49 @@ def arguments(store: Path | str, output: Path | str, model: dict | None = None, 
     return words
 
 
-def make_trainer(store_folder: Path, folder: Path | str, world=None, compiled: bool = False, **options):
-    """The tiny run's Trainer, for tests that call its updates one by one."""
+def make_loop(store_folder: Path, folder: Path | str, world=None, compiled: bool = False, **options):
+    """The tiny run's Loop, for tests that call its updates one by one."""
     import torch
 
     from vimpac.data.clips import ClipPairs, split_videos
     from vimpac.data.store import TokenStore
-    from vimpac.training.distributed import World, plan_batches
-    from vimpac.training.schedule import plan_steps
-    from vimpac.training.trainer import Trainer
+    from vimpac.training.distributed import World
+    from vimpac.training.plan import plan_batches, plan_steps
+    from vimpac.training.pretrain_task import pretraining_loop
 
     config = tiny_config(data=str(store_folder), output=str(folder), **options)
     store = TokenStore(store_folder)
     videos, _ = split_videos(store, config.held_out)
     pairs = ClipPairs(store, videos, config.model.grid[0], config.model.pad_id, config.seed, config.contrastive_videos)
     plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, 1)
+    schedule = plan_steps(config.steps, config.epochs, config.schedule_epochs, config.batch_size, len(videos))
     world = world or World(0, 1, torch.device("cpu"))
-    return Trainer(config, pairs, plan, plan_steps(config, len(videos)), world, Path(folder), store, None, compiled)
+    return pretraining_loop(config, store, pairs, plan, schedule, world, None, compiled)
+
+
+def make_step(config: TrainConfig, padded: bool = False, autocast=None, model=None):
+    """The module that a run with this configuration trains; model: a PretrainModel, None = a fresh one."""
+    from vimpac.model import PretrainModel
+    from vimpac.model.losses import Objective
+    from vimpac.model.masking import Masking
+    from vimpac.training.step import PretrainStep
+
+    model = model or PretrainModel(config.model)
+    return PretrainStep(model, Objective.from_config(config), Masking.from_config(config), padded, autocast=autocast)
+
+
+def restore(loop, checkpoint: dict) -> None:
+    """Loads a checkpoint of this run into the loop."""
+    from vimpac.training import start
+
+    loop.step = start.restore(checkpoint, loop.run, loop.module, loop.optimizer, loop.scaler)
+
+
+def continue_stage(loop, run: Path, store) -> None:
+    """Loads the last checkpoint of an earlier stage into the loop."""
+    from vimpac.training import start
+
+    loop.step = start.continue_stage(run, store, loop.schedule.steps, loop.module, loop.optimizer)
 
 
 def train_main():
@@ -248,15 +274,15 @@ def keep_weights(folder: Path) -> Callable[[], None]:
 def _keep_weights(folder: str) -> None:
     import torch
 
-    from vimpac.training.trainer import Trainer
+    from vimpac.training.loop import Loop
 
-    save = Trainer.save
+    save = Loop.save
 
-    def patched(trainer):
-        torch.save(trainer.module.model.state_dict(), f"{folder}/rank-{trainer.world.rank}.pt")
-        return save(trainer)
+    def patched(loop):
+        torch.save(loop.module.model.state_dict(), f"{folder}/rank-{loop.world.rank}.pt")
+        return save(loop)
 
-    Trainer.save = patched
+    Loop.save = patched
 
 
 def moments_kept(folder: Path) -> Callable[[], None]:
@@ -265,16 +291,16 @@ def moments_kept(folder: Path) -> Callable[[], None]:
 
 
 def _moments_kept(folder: str) -> None:
-    from vimpac.training.trainer import Trainer
+    from vimpac.training.loop import Loop
 
-    save = Trainer.save
+    save = Loop.save
 
-    def patched(trainer):
-        inner = getattr(trainer.optimizer, "optim", trainer.optimizer)
-        Path(f"{folder}/moments-{trainer.world.rank}").write_text(str(len(inner.state)))
-        return save(trainer)
+    def patched(loop):
+        inner = getattr(loop.optimizer, "optim", loop.optimizer)
+        Path(f"{folder}/moments-{loop.world.rank}").write_text(str(len(inner.state)))
+        return save(loop)
 
-    Trainer.save = patched
+    Loop.save = patched
 
 
 def kill(original, *args, **kwargs):

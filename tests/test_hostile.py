@@ -13,7 +13,7 @@ import torch
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import save_file
 
-from runs import make_trainer, write_store
+from runs import continue_stage, make_loop, restore, write_store
 from vimpac import weights
 from vimpac.checkpoint import load_checkpoint, save_checkpoint
 from vimpac.config import ModelConfig
@@ -177,12 +177,12 @@ def test_paths_that_are_no_regular_file(tmp_path, name):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """(a trainer, the checkpoint that it wrote)"""
+    """(a loop, the checkpoint that it wrote)"""
     folder = tmp_path_factory.mktemp("hostile")
-    trainer = make_trainer(write_store(folder / "store"), folder / "run")
-    trainer.update()
-    trainer.step = 1
-    return trainer, load_checkpoint(trainer.save())
+    loop = make_loop(write_store(folder / "store"), folder / "run")
+    loop.update()
+    loop.step = 1
+    return loop, load_checkpoint(loop.save())
 
 
 def edited(state, path, value):
@@ -225,18 +225,18 @@ MOMENT = ("optimizer", "state", 0, "exp_avg")
     ids=lambda x: "-".join(map(str, x)) if isinstance(x, tuple) else type(x).__name__,
 )
 def test_checkpoints_that_do_not_fit(trained, path, value):
-    trainer, state = trained
-    trainer.restore(state)
+    loop, state = trained
+    restore(loop, state)
     with pytest.raises(InputError, match=r"checkpoint of step 1 in .* does not fit this model"):
-        trainer.restore(edited(state, path, value))
+        restore(loop, edited(state, path, value))
 
 
 def test_options_of_the_optimizer_are_the_runs(trained):
-    trainer, state = trained
+    loop, state = trained
     hostile = edited(edited(state, ("optimizer", "param_groups", 0, "betas"), "x"), ("optimizer", "param_groups", 0, "lr"), [])
-    before = [{name: x for name, x in group.items() if name != "params"} for group in trainer.optimizer.param_groups]
-    trainer.restore(hostile)
-    assert [{name: x for name, x in group.items() if name != "params"} for group in trainer.optimizer.param_groups] == before
+    before = [{name: x for name, x in group.items() if name != "params"} for group in loop.optimizer.param_groups]
+    restore(loop, hostile)
+    assert [{name: x for name, x in group.items() if name != "params"} for group in loop.optimizer.param_groups] == before
 
 
 @pytest.mark.parametrize(
@@ -279,12 +279,12 @@ def test_checkpoints_as_models(trained, tmp_path, path, value):
 
 
 def test_continue_from_what_does_not_fit(trained, tmp_path):
-    trainer, state = trained
-    store = trainer.pairs.store
+    loop, state = trained
+    store = loop.task.pairs.store
     for path, value in ((("config", "model", "layers"), HUGE), (MOMENT, torch.zeros(3)), (("tokenizer", "digest"), None)):
         save_checkpoint(tmp_path, edited(state, path, value), keep=1)
         with pytest.raises(InputError, match=r"step-00000001\.pt"):
-            trainer.continue_from(tmp_path, store)
+            continue_stage(loop, tmp_path, store)
 
 
 # --- tokenizers -----------------------------------------------------------------------------------------------------------

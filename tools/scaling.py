@@ -34,8 +34,8 @@ from render import H100, ROOT, Results, fill, number, table
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.errors import InputError
 from vimpac.model import PretrainModel
-from vimpac.training.distributed import BatchPlan, plan_batches
 from vimpac.training.optim import is_norm
+from vimpac.training.plan import BatchPlan, plan_batches
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
 START = re.compile(r"<!-- scaling: (\S+) -->")

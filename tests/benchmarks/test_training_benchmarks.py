@@ -11,6 +11,7 @@ import naive
 import train_step
 import training
 from vimpac.config import ModelConfig
+from vimpac.model.masking import Masking
 from vimpac.training.batch import ROWS
 from vimpac.training.distributed import World
 
@@ -91,7 +92,7 @@ def test_ours_computes_no_more_products_than_needed(cell, monkeypatch):
     batch = trained.next_batch()
     config, clips = cell.config, 2 * VIDEOS
     with FlopCounterMode(display=False) as counter:
-        trained.trainer.module(batch)
+        trained.loop.module(batch)
     rows = len(batch.rows)
     assert rows == ROWS and batch.count < ROWS
     needed = train_step.operations(config, VIDEOS, rows / (clips * 48)) / 3
@@ -130,8 +131,8 @@ def test_both_train_alike(bench, stores, monkeypatch):
     """Same weights, clips, rates: without dropout and with the same masks, the same weights after two steps."""
     cell = training.Cell(bench, stores, ModelConfig(**TINY, dropout=0.0), VIDEOS)
     ours, opponent = both(cell).values()
-    masks, mask = [], ours.trainer.module.mask
-    monkeypatch.setattr(ours.trainer.module, "mask", lambda *call: masks.append(mask(*call)) or masks[-1])
+    masks, draw = [], Masking.draw
+    monkeypatch.setattr(Masking, "draw", lambda *call: masks.append(draw(*call)) or masks[-1])
     monkeypatch.setattr(naive, "block_masks", lambda *_: masks.pop(0).mask)
     start = {name: p.clone() for name, p in opponent.model.state_dict().items()}
     for _ in range(2):
@@ -139,7 +140,7 @@ def test_both_train_alike(bench, stores, monkeypatch):
         opponent.step()
     got = opponent.model.state_dict()
     checked = 0
-    for name, p in ours.trainer.module.model.state_dict().items():
+    for name, p in ours.loop.module.model.state_dict().items():
         name = naive.naive_name(name, opponent.model)
         if name.endswith("weight") and p.ndim == 2:
             step = (got[name] - start[name]).norm()
@@ -150,13 +151,13 @@ def test_both_train_alike(bench, stores, monkeypatch):
 
 def test_both_get_the_steps_of_training(cell):
     ours, opponent = both(cell).values()
-    assert ours.trainer.config.activation_checkpointing == "selective" and ours.trainer.config.model.dropout == 0.1
-    assert ours.trainer.module.training and opponent.model.training
+    assert ours.loop.config.activation_checkpointing == "selective" and ours.loop.config.model.dropout == 0.1
+    assert ours.loop.module.training and opponent.model.training
     for trained in (ours, opponent):
         trained.step()
         trained.step()
-    assert ours.trainer.step == opponent.updates == 2
-    rates = [trained.optimizer.param_groups[0]["lr"] for trained in (ours.trainer, opponent)]
+    assert ours.loop.step == opponent.updates == 2
+    rates = [trained.optimizer.param_groups[0]["lr"] for trained in (ours.loop, opponent)]
     assert rates[0] == rates[1] == pytest.approx(2e-3 / (0.1 * training.STEPS))
 
 
@@ -413,7 +414,7 @@ def test_stores_hold_what_clips_need(stores, cell):
     batch = cell.pairs.batch(0, VIDEOS)
     assert batch.tokens.shape == (2 * VIDEOS, 3, 4, 4) and batch.tokens.min() >= 0 and batch.tokens.max() < 50
     assert not cell.pairs.padded and len(set(batch.videos)) == VIDEOS
-    assert cell.ours(compiled=False).trainer.world == World(0, 1, torch.device("cpu"))
+    assert cell.ours(compiled=False).loop.world == World(0, 1, torch.device("cpu"))
     random.seed(5)
     first = cell.naive(compiled=False)
     assert first.pairs.batch(0, VIDEOS).tokens.tolist() == batch.tokens.tolist()

@@ -184,14 +184,14 @@ def test_bad_values(main, output, store_folder, options, parts):
 
 @pytest.mark.parametrize("said", ["DefaultCPUAllocator: can't allocate memory", "Storage size calculation overflowed with"])
 def test_a_model_that_fits_nowhere(main, output, store_folder, monkeypatch, said):
-    def too_large(config, store):
+    def too_large(*_):
         raise RuntimeError(said)
 
-    monkeypatch.setattr("vimpac.training.trainer.initial_model", too_large)
+    monkeypatch.setattr("vimpac.training.pretrain_task.initial_model", too_large)
     refused(
         main, arguments(store_folder, output), output, "the model does not fit into the memory of cpu: make its --model.…", said
     )
-    monkeypatch.setattr("vimpac.training.trainer.initial_model", lambda config, store: torch.zeros(1) @ torch.zeros(2))
+    monkeypatch.setattr("vimpac.training.pretrain_task.initial_model", lambda *_: torch.zeros(1) @ torch.zeros(2))
     with pytest.raises(RuntimeError, match="inconsistent tensor size"):  # a mistake of ours keeps its traceback
         main(arguments(store_folder, output))
 
@@ -483,7 +483,7 @@ def test_before_its_first_checkpoint_a_run_begins_again(main, damaged_run, store
     path = damaged_run / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     status, said = main(arguments(store_folder, damaged_run, resume=True))
-    assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are made again\n" in said
+    assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are computed again\n" in said
     assert [line["step"] for line in metrics(damaged_run)] == [1, 2, 3, 4, 5, 6, 6]
 
 

@@ -6,19 +6,19 @@ import numpy as np
 import pytest
 import torch
 
+import runs
 from runs import VOCABULARY, tiny_config
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
+from vimpac.evaluation import pretraining as evaluation
 from vimpac.evaluation.pretraining import (
     HELD_OUT_IDS,
-    evaluate,
     histograms,
     most_frequent_token,
     nearest_visible,
     partners_found,
 )
-from vimpac.model import PretrainModel, backbone
-from vimpac.training.step import PretrainStep
+from vimpac.model import backbone
 
 PAD = VOCABULARY + 1
 
@@ -32,8 +32,12 @@ def told_apart(monkeypatch):
 
 def make_step(**options):
     torch.manual_seed(0)
-    config = tiny_config(**options)
-    return PretrainStep(PretrainModel(config.model), config, padded=False)
+    return runs.make_step(tiny_config(**options))
+
+
+def evaluate(step, pairs, batches, videos, micro_batch, most_frequent):
+    options = batches, videos, micro_batch, most_frequent, step.padded, step.autocast
+    return evaluation.evaluate(step.model, step.objective, step.masking, pairs, *options)
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +107,7 @@ def test_histograms_are_of_what_the_model_sees(pairs, masked, monkeypatch):
     step = make_step(contrastive_masked=masked)
     batch = pairs.batch(0, 4)
     tokens = torch.from_numpy(batch.tokens)
-    seen = step.mask(tokens, torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS).tokens if masked else tokens
+    seen = step.masking.draw(tokens, torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS).tokens if masked else tokens
     found = evaluate(step, pairs, 1, 4, 2, 0)["histogram_retrieval_accuracy"]
     assert torch.equal(torch.cat([tokens for tokens, _ in given]), seen) and {size for _, size in given} == {VOCABULARY}
     assert found == partners_found(histograms(seen, VOCABULARY)) / 8
@@ -130,7 +134,7 @@ def test_evaluate_counts(pairs):
     for i in range(3):
         batch = pairs.batch(4 * i, 4)
         tokens, ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS
-        masks = step.mask(tokens, ids)
+        masks = step.masking.draw(tokens, ids)
         with torch.no_grad():
             cls, hidden = step.model.backbone(masks.tokens)
             guess = step.model.token_head(hidden).argmax(-1)[masks.mask]
@@ -164,7 +168,7 @@ def test_no_answer_is_shown(pairs, monkeypatch):
 def test_masks_are_not_those_of_training(pairs):
     step, batch = make_step(), pairs.batch(0, 4)
     tokens, ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample_ids)
-    assert not torch.equal(step.mask(tokens, ids).mask, step.mask(tokens, ids + HELD_OUT_IDS).mask)
+    assert not torch.equal(step.masking.draw(tokens, ids).mask, step.masking.draw(tokens, ids + HELD_OUT_IDS).mask)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -206,6 +210,6 @@ def test_retrieval_sees_what_training_contrasts(pairs, mask_task, contrastive_ma
     evaluate(step, pairs, 1, 4, 4, 0)
     batch = pairs.batch(0, 4)
     tokens, ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS
-    inputs = step.mask(tokens, ids).tokens if contrastive_masked else tokens
+    inputs = step.masking.draw(tokens, ids).tokens if contrastive_masked else tokens
     with torch.no_grad():
         assert torch.equal(seen[0], step.eval().model.backbone(inputs)[0])

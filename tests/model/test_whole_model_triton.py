@@ -8,10 +8,10 @@ import torch
 from torch.testing import assert_close
 
 from kernel_checks import DEVICE, INTERPRETED, NATIVE, run_in_interpreter, runs_kernels
+from runs import make_step
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
-from vimpac.training.step import PretrainStep
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -128,7 +128,7 @@ def train(backend, updates, monkeypatch, dtype=None):
     config = TrainConfig(
         model=ModelConfig(**{**vars(MODEL), "dropout": 0.1}), batch_size=VIDEOS, contrastive_videos=VIDEOS, steps=updates
     )
-    step = PretrainStep(model(config.model), config, padded=True, autocast=dtype)
+    step = make_step(config, True, dtype, model(config.model))
     optimizer = torch.optim.AdamW(step.parameters(), 1e-3, eps=1e-2)  # a large eps: signs of tiny gradients are rounding
     torch.manual_seed(1)
     history = []
@@ -175,10 +175,10 @@ def test_kernels_are_the_default_on_a_gpu(monkeypatch):
             return func(*args, **(kwargs or {}))
 
     config = TrainConfig(model=MODEL, batch_size=VIDEOS, contrastive_videos=VIDEOS, steps=1)
-    step = PretrainStep(model(), config, padded=True)
+    step = make_step(config, True, model=model())
     with Names():
         step(batch(step, tokens(2 * VIDEOS), torch.arange(2 * VIDEOS)))["loss"].backward()
-        step.mask(tokens(8), torch.arange(8, device=DEVICE))
+        step.masking.draw(tokens(8), torch.arange(8, device=DEVICE))
     on_the_host = {"block_mask.cpu", "block_mask.reference"}  # where a batch is made
     ran = [name.split(".") for name in ran - on_the_host]
     ops = {"axial_attention", "axial_attention_backward", "block_mask", "info_nce", "info_nce_backward", "masked_cross_entropy"}

@@ -15,7 +15,6 @@ import torch
 
 from extension import CPU_ERROR, needs_compiler, needs_cpu, python
 from vimpac.commands import doctor
-from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.ops import block_mask, info_nce
 from vimpac.ops import dispatch as backends
@@ -302,8 +301,9 @@ def test_training_says_it_in_its_own_words(tmp_path):
 import torch
 from vimpac.config import TrainConfig
 from vimpac.ops import info_nce
-from vimpac.training.machine import plain_ops
-print(plain_ops(TrainConfig(), torch.device("cpu")))
+from vimpac.training.device import op_calls_of, plain_ops
+cpu = torch.device("cpu")
+print(plain_ops(op_calls_of(TrainConfig().model, "fp32", cpu), cpu))
 info_nce(torch.ones(2, 2), torch.ones(2, 2))
 """
     ended = python(code, VIMPAC_LIBRARIES=str(tmp_path), VIMPAC_BACKEND="")
@@ -313,14 +313,14 @@ info_nce(torch.ones(2, 2), torch.ones(2, 2))
 @pytest.mark.parametrize("junk, shown", [("sse9", "=sse9"), ("avx2 ", "=avx2 "), ("\x1b[2J", r"='\x1b[2J'")])
 def test_instruction_sets_that_are_none(monkeypatch, junk, shown):
     """The same sentence from the check at a start, of an op by name and by choice, and of training."""
-    from vimpac.training.machine import check_backends
+    from vimpac.training.device import check_backends
 
     monkeypatch.setenv("VIMPAC_CPU_ISA", junk)
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
     sentence = f"VIMPAC_CPU_ISA{shown} is not one of portable, avx2, avx512: name one of these, or unset it"
     assert backends.cpu_isa_error() == sentence
     z = torch.ones(2, 2)
-    calls = [backends.check_environment, lambda: check_backends(TrainConfig(), torch.device("cpu"))]
+    calls = [backends.check_environment, lambda: check_backends([])]
     if not CPU_ERROR:
         calls += [lambda: info_nce(z, z), lambda: info_nce(z, z, backend="cpu")]
     for call in calls:

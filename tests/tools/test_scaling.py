@@ -15,12 +15,13 @@ import torch.distributed as dist
 import render
 import scaling
 from scaling import GPUS, JOBS, Collective, Hardware, Inputs, Weights
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce
-from vimpac.training.distributed import BatchPlan, World
+from vimpac.training.distributed import World
 from vimpac.training.optim import adamw
-from vimpac.training.trainer import Trainer
+from vimpac.training.plan import BatchPlan
+from vimpac.training.pretrain_task import PretrainTask
 
 HARDWARE = Hardware()
 SLOW = dataclasses.replace(HARDWARE, machine_gb_per_s=12.5)
@@ -180,8 +181,9 @@ def test_small_collectives_are_those_of_the_code(four_ranks):
             pytest.skip(", ".join(reasons))
         loss = info_nce(z1, z2, 0.2, dist.group.WORLD, "cpu")  # sends what Triton's does
     loss.backward()
-    trainer = SimpleNamespace(world=World(0, 4, torch.device("cpu")), config=TrainConfig(model=config))
-    Trainer.weighted(trainer, [SimpleNamespace(count=3, _replace=lambda **_: None)])
+    module = SimpleNamespace(objective=SimpleNamespace(mask_task=True))
+    task = SimpleNamespace(world=World(0, 4, torch.device("cpu")), module=module)
+    PretrainTask.weighted(task, [SimpleNamespace(count=3, _replace=lambda **_: None)])
     expected = Counter()
     for each in scaling.small_collectives(config, contrastive=24, group_ranks=4):
         expected[each.kind, each.size] += each.count

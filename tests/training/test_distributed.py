@@ -25,9 +25,10 @@ from runs import (
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.errors import InputError
 from vimpac.files.atomic import locked
-from vimpac.training.distributed import BatchPlan, World, averaging, plan_batches
+from vimpac.training.device import generator_of, seed_dropout
+from vimpac.training.distributed import World, averaging
 from vimpac.training.optim import adamw, load_whole_state, whole_state
-from vimpac.training.seeds import generator_of, seed_dropout
+from vimpac.training.plan import BatchPlan, plan_batches
 
 # Float32 sums in another order, through 20 updates: 1e-5 of each value (measured: 4e-6 of losses, 8e-6 of gradient norms).
 CLOSE = {"rtol": 1e-5, "atol": 1e-7}
@@ -134,7 +135,7 @@ def whole(store_folder, tmp_path_factory):
 def test_sigterm(store_folder, whole, tmp_path, ranks):
     """To both processes or to one: all stop after the same update, and go on where they stopped, with their own dropout."""
     folder = tmp_path / "run"
-    stop = on_call("vimpac.training.trainer:Trainer.update", 3, "terminate")
+    stop = on_call("vimpac.training.loop:Loop.update", 3, "terminate")
     hook = hooks(undrawn, *(on_rank(rank, stop) for rank in ranks))
     output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", 2, hook, code=143)
     path = folder / "checkpoints" / "step-00000003.pt"
@@ -158,7 +159,7 @@ def test_another_number_of_processes(store_folder, whole, tmp_path):
     """Two processes stop, one goes on: same clips, masks and updates (dropout 0; with dropout it is a new draw)."""
     model = {"dropout": 0.0, "width": 32, "head_width": 32}
     start = hooks(undrawn, wide_start)
-    stop = hooks(start, on_call("vimpac.training.trainer:Trainer.update", 3, "terminate"))
+    stop = hooks(start, on_call("vimpac.training.loop:Loop.update", 3, "terminate"))
     run(arguments(store_folder, tmp_path / "two", model), tmp_path / "log", 2, stop, code=143)
     run(arguments(store_folder, tmp_path / "two", model, resume=True), tmp_path / "log", hook=start)
     run(arguments(store_folder, tmp_path / "one", model), tmp_path / "log", hook=start)
@@ -185,7 +186,7 @@ def test_sharded_optimizer(store_folder, whole, tmp_path):
 
 @pytest.mark.parametrize("before, after", [(True, False), (False, True), (True, True)])
 def test_a_sharded_optimizer_goes_on(store_folder, whole, tmp_path, before, after):
-    stop = hooks(undrawn, on_call("vimpac.training.trainer:Trainer.update", 3, "terminate"))
+    stop = hooks(undrawn, on_call("vimpac.training.loop:Loop.update", 3, "terminate"))
     run(arguments(store_folder, tmp_path / "run", shard_optimizer=before), tmp_path / "log", 2, stop, code=143)
     run(arguments(store_folder, tmp_path / "run", shard_optimizer=after, resume=True), tmp_path / "log", 2, undrawn)
     assert metrics(tmp_path / "run") == metrics(whole) and model_bytes(tmp_path / "run") == model_bytes(whole)
@@ -229,7 +230,7 @@ def test_a_second_stage_shards(store_folder, whole, tmp_path):
 @pytest.mark.parametrize("lost", [0, 1])
 def test_the_others_end_when_one_is_lost(store_folder, tmp_path, lost):
     """With a sentence, not a traceback; whoever comes back finds the last checkpoint."""
-    hook = hooks(undrawn, on_rank(lost, on_call("vimpac.training.trainer:Trainer.update", 4, "kill")))
+    hook = hooks(undrawn, on_rank(lost, on_call("vimpac.training.loop:Loop.update", 4, "kill")))
     started = Run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook)
     codes = started.wait()
     assert codes[lost] == -signal.SIGKILL and codes[1 - lost] == 1
@@ -253,7 +254,7 @@ def test_process_groups_end_after_their_reducers(store_folder, tmp_path, code):
     """Otherwise one run in ten hangs at its end, or after a signal."""
     hook = hooks(undrawn, on_call("torch.distributed:destroy_process_group", 1, "only_without_reducers"))
     if code:
-        hook = hooks(hook, on_call("vimpac.training.trainer:Trainer.update", 2, "terminate"))
+        hook = hooks(hook, on_call("vimpac.training.loop:Loop.update", 2, "terminate"))
     run(arguments(store_folder, tmp_path / "run"), tmp_path / "log", 2, hook, code)
 
 
@@ -285,7 +286,7 @@ def test_the_first_process_fails_alone(tmp_path):
 def test_folders_that_are_not_shared(store_folder, whole, tmp_path):
     """A machine that does not see the run folder would start from the beginning."""
     words = arguments(store_folder, whole, resume=True)
-    hook = on_rank(1, on_call("vimpac.training.pretrain:list_checkpoints", 1, "nothing"))
+    hook = on_rank(1, on_call("vimpac.training.run:list_checkpoints", 1, "nothing"))
     before = metrics(whole)
     output = run(words, tmp_path / "log", 2, hook, code=1)
     assert "processes would go on from different steps [6, 0]" in output and metrics(whole) == before
@@ -339,7 +340,7 @@ def test_plans(batch_size, contrastive_videos, micro_batch, ranks, plan):
     [
         (1024, 128, None, 3, "contrastive_videos=128 cannot be split evenly over 3 processes: use a multiple of 3, or"),
         (1024, 128, 48, 1, "contrastive_videos=128 cannot be made up of micro_batch=48 videos in each of 1 processes"),
-        (1024, 256, 32, 3, "must be micro_batch × a divisor of 3, or a multiple of micro_batch × 3 (which takes two passes)"),
+        (1024, 256, 32, 3, "must be micro_batch × a divisor of 3, or a multiple of micro_batch × 3 (with gradient caching)"),
         (960, 128, 32, 1, "batch_size=960 must be a multiple of contrastive_videos=128: use --batch-size 896 or 1024"),
         (16, 5, None, 1, "of contrastive_videos=5: use --batch-size 15 or 20, or --contrastive-videos 4 or 8"),
         (3, 5, None, 1, "of contrastive_videos=5: use --batch-size 5, or --contrastive-videos 3"),

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from extension import needs_cpu
-from runs import make_trainer, write_store
+from runs import make_loop, write_store
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 DEMO = {"layers": 2, "width": 64, "heads": 4, "grid": (5, 4, 4), "head_width": 64, "head_out": 64, "dropout": 0.1}
@@ -19,21 +19,21 @@ def resident():
         return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def trainer_of(store_folder, **options):
-    trainer = make_trainer(store_folder, "unused", **options)
-    trainer.module.train()
-    return trainer
+def loop_of(store_folder, **options):
+    loop = make_loop(store_folder, "unused", **options)
+    loop.module.train()
+    return loop
 
 
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="no /proc/self/statm")
-@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}], ids=["one pass", "two passes"])
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}], ids=["one pass", "gradient caching"])
 def test_memory_stays(store_folder, options):
     """500 updates with changing numbers of masked tokens: resident memory of the last 400 is flat to 2 %, or 4 MB."""
-    trainer = trainer_of(store_folder, **options)
+    loop = loop_of(store_folder, **options)
     sizes = []
     for i in range(500):
-        trainer.update()
-        trainer.step += 1
+        loop.update()
+        loop.step += 1
         if i % 50 == 49:
             gc.collect()
             sizes.append(resident())
@@ -49,12 +49,12 @@ def demo_store(tmp_path_factory):
 def curve(store_folder, monkeypatch, backend, updates):
     monkeypatch.setenv("VIMPAC_BACKEND", backend)
     options = {"batch_size": 8, "contrastive_videos": 8, "learning_rate": 1e-3, "warmup": 0.1, "steps": 200, "eps": 1e-6}
-    trainer = trainer_of(store_folder, model=DEMO, **options)
+    loop = loop_of(store_folder, model=DEMO, **options)
     lines = []
     for _ in range(updates):
-        out = trainer.update()
+        out = loop.update()
         lines.append([float(out[name]) for name in ("mask_loss", "contrastive_loss", "mask_accuracy")])
-        trainer.step += 1
+        loop.step += 1
     return torch.tensor(lines)
 
 

@@ -12,7 +12,7 @@ from vimpac.checkpoint import list_checkpoints
 from vimpac.errors import InputError
 from vimpac.training.distributed import World
 from vimpac.training.metrics import MetricsLog, read_lines
-from vimpac.training.pretrain import pretrain
+from vimpac.training.pretrain import METRICS, pretrain
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = World(0, 1, torch.device("cpu"))
@@ -75,7 +75,7 @@ def test_nothing_is_said_of_a_whole_log(stopped_run, store_folder, capsys):
 def test_the_first_update_of_a_later_stage_is_not_known(tmp_path):
     """A stage that continues another begins at that one's step."""
     (tmp_path / "metrics.jsonl").write_text('{"step": 7}\n{"step": 8}\n{"step": 10}\n{"step": 11}\n')
-    log = MetricsLog(tmp_path, CPU, 10)
+    log = MetricsLog(tmp_path, CPU, 10, METRICS)
     assert log.gap(None).startswith(f"{tmp_path / 'metrics.jsonl'} lacks 1 of the updates up to step 10, the first of them 9")
     assert "lacks 7 of" in log.gap(1) and log.dropped == 1
 

@@ -66,13 +66,13 @@ def test_short_schedules(steps, warmup, expected):
     ],
 )
 def test_steps_of_a_run(options, videos, expected):
-    schedule = plan_steps(TrainConfig(**options), videos)
+    schedule = planned(TrainConfig(**options), videos)
     assert (schedule.steps, schedule.decay_steps) == expected
 
 
 def test_two_stages_are_one_schedule():
     """The presets of the paper's results: the second stage starts where the first ends and ends where its schedule does."""
-    first, second = (plan_steps(PRESETS[name][1], 130_000) for name in ("large-half", "large-half-256"))
+    first, second = (planned(PRESETS[name][1], 130_000) for name in ("large-half", "large-half-256"))
     assert first.decay_steps == second.decay_steps == second.steps
     assert first.steps == pytest.approx(0.9 * second.steps, abs=1)  # each stage rounds to whole updates
     rates = [
@@ -96,3 +96,7 @@ def test_one_update_by_hand():
         decay = 0.5 if name == "0.weight" else 0.0
         expected = before[name] * (1 - 0.1 * decay) - 0.1 * p.grad / (p.grad.abs() + 1e-8)
         torch.testing.assert_close(p.detach(), expected, rtol=1e-12, atol=1e-12)  # float64 rounding
+
+
+def planned(config, videos):
+    return plan_steps(config.steps, config.epochs, config.schedule_epochs, config.batch_size, videos)

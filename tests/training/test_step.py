@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import runs
 from extension import needs_compiler
 from runs import MODEL, VOCABULARY, tiny_config
-from vimpac.model import PretrainModel
+from vimpac.model.masking import Masking, blocks_for_ratio
 from vimpac.ops import info_nce_reference, masked_cross_entropy_reference
-from vimpac.training.step import PretrainStep, blocks_for_ratio
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MASK = VOCABULARY + 4
@@ -16,8 +16,7 @@ MASK = VOCABULARY + 4
 
 def make_step(autocast=None, **options):
     torch.manual_seed(0)
-    config = tiny_config(**options)
-    return PretrainStep(PretrainModel(config.model), config, padded=False, autocast=autocast)
+    return runs.make_step(tiny_config(**options), autocast=autocast)
 
 
 def batch(videos=6, seed=0):
@@ -43,7 +42,7 @@ def test_loss_by_hand(alpha, contrastive_masked):
     options = {"alpha": alpha, "contrastive_masked": contrastive_masked, "temperature": 0.3, "model": {"dropout": 0.0}}
     step, (tokens, ids) = make_step(**options), batch()
     out, _ = backward(step, tokens, ids)
-    masked = step.mask(tokens, ids)
+    masked = step.masking.draw(tokens, ids)
     cls, hidden = step.model.backbone(masked.tokens)
     head = step.model.token_head
     states = head.transform(hidden[masked.mask])
@@ -105,33 +104,33 @@ def test_no_masked_token_at_all():
 
 def test_mask_depends_on_the_run_and_the_sample():
     tokens, ids = batch()
-    masks = [make_step(seed=seed).mask(tokens, ids).mask for seed in (0, 0, 1)]
+    masks = [make_step(seed=seed).masking.draw(tokens, ids).mask for seed in (0, 0, 1)]
     assert torch.equal(masks[0], masks[1]) and not torch.equal(masks[0], masks[2])
-    assert torch.equal(make_step().mask(tokens[3:5], ids[3:5]).mask, masks[0][3:5])
+    assert torch.equal(make_step().masking.draw(tokens[3:5], ids[3:5]).mask, masks[0][3:5])
 
 
 @pytest.mark.parametrize("mask_ratio", [0.1, 0.145, 0.5])
 def test_iid_mask(mask_ratio):
     tokens, ids = batch(500)
-    share = make_step(mask="iid", mask_ratio=mask_ratio).mask(tokens, ids).mask.float().mean()
+    share = make_step(mask="iid", mask_ratio=mask_ratio).masking.draw(tokens, ids).mask.float().mean()
     assert abs(share - mask_ratio) < 5 * (mask_ratio * (1 - mask_ratio) / tokens.numel()) ** 0.5  # 5 standard errors
 
 
 def test_mask_ratio_is_for_iid_masks_only():
     tokens, ids = batch()
-    assert torch.equal(*(make_step(mask_ratio=ratio).mask(tokens, ids).mask for ratio in (0.1, 0.5)))
+    assert torch.equal(*(make_step(mask_ratio=ratio).masking.draw(tokens, ids).mask for ratio in (0.1, 0.5)))
 
 
 def test_n_blocks_grows_the_mask():
     tokens, ids = batch()
-    one, five = (make_step(n_blocks=n).mask(tokens, ids).mask for n in (1, 5))
+    one, five = (make_step(n_blocks=n).masking.draw(tokens, ids).mask for n in (1, 5))
     assert (five | one).equal(five) and five.sum() > one.sum()
 
 
 def test_noisy_mask():
     """80 % MASK, 10 % a random code, 10 % the token itself, at the same positions (section G.3)."""
     tokens, ids = batch(2000)
-    plain, noisy = (make_step(noisy_mask=noisy).mask(tokens, ids) for noisy in (False, True))
+    plain, noisy = (make_step(noisy_mask=noisy).masking.draw(tokens, ids) for noisy in (False, True))
     assert torch.equal(plain.mask, noisy.mask) and (plain.tokens[plain.mask] == MASK).all()
     assert torch.equal(noisy.tokens[~noisy.mask], tokens[~noisy.mask])
     inside, truth = noisy.tokens[noisy.mask], tokens[noisy.mask]
@@ -145,7 +144,7 @@ def test_noisy_mask():
 def test_number_of_blocks_is_bold_in_table_2(grid, blocks):
     assert blocks_for_ratio(grid) == blocks
     config = tiny_config({"grid": grid})
-    assert PretrainStep(PretrainModel(config.model), config, False).n_blocks == blocks
+    assert Masking.from_config(config).n_blocks == blocks
 
 
 # --- precision, memory, speed ---------------------------------------------------------------------------------------------
@@ -193,7 +192,7 @@ def test_accumulation_is_the_mean_of_micro_steps():
     """Equal to the big batch where micro-steps have as many masked tokens; for the contrastive loss, a mean over groups."""
     step = make_step(alpha=0.0, n_blocks=1, model={"dropout": 0.0, "grid": (1, 2, 2)})  # every mask has one token
     tokens, ids = torch.randint(VOCABULARY, (12, 1, 2, 2)), torch.arange(12)
-    assert step.mask(tokens, ids).counts.unique().tolist() == [1]
+    assert step.masking.draw(tokens, ids).counts.unique().tolist() == [1]
     whole, gradients = backward(step, tokens, ids)
     halves = [backward(step, tokens[part], ids[part]) for part in (slice(0, 6), slice(6, 12))]
     assert whole["loss"] == pytest.approx(sum(out["loss"] for out, _ in halves) / 2, rel=1e-6)  # float32

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -9,75 +12,107 @@ from scipy.ndimage import distance_transform_edt
 from torch import Tensor
 
 from vimpac.data.clips import ClipPairs
-from vimpac.training.step import PretrainStep
+from vimpac.model import PretrainModel
+from vimpac.model.losses import Objective
+from vimpac.model.masking import Masking
+from vimpac.ops import BlockMask, info_nce
 
 HELD_OUT_IDS = 1 << 62  # added to held-out sample ids, so that their masks are not those of training samples
 
 
 @torch.inference_mode()
-def evaluate(step: PretrainStep, pairs: ClipPairs, batches: int, videos: int, micro_batch: int, most_frequent: int) -> dict:
+def evaluate(
+    model: PretrainModel,
+    objective: Objective,
+    masking: Masking,
+    pairs: ClipPairs,
+    batches: int,
+    videos: int,
+    micro_batch: int,
+    most_frequent: int,
+    padded: bool = True,
+    autocast: torch.dtype | None = None,
+) -> dict:
     """Accuracy on masked tokens and of finding a clip's partner, over `batches` batches of `videos` videos.
 
+    objective, masking: those of training; every masked token is hidden, where noisy masks (section G.3) leave some visible.
     micro_batch: videos a forward pass. most_frequent: the token that the first trivial predictor always answers.
+    padded: whether clips may hold PAD. autocast: dtype of mixed precision, None = float32.
 
     Returns mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy (a copy of the nearest visible token): shares of
-    masked tokens, None without the mask task; retrieval_accuracy: share of clips whose nearest neighbour among the batch's
-    other clips (by cosine of the contrastive features, or of [CLS] without the contrastive task) is the other clip of the
-    same video, histogram_retrieval_accuracy (by cosine of how often each token occurs in what the model sees) and
-    retrieval_chance, None for one video, whose clips have no other candidate; masked_tokens and retrieval_clips that these
-    are shares of. Every masked token is hidden, where training leaves some visible (section G.3), too.
+    masked tokens, None without the mask task; cl_loss: γ · L_cl (Eq. 5) of a batch's videos, the paper's CL-Loss, None
+    without the contrastive task; retrieval_accuracy: share of clips whose nearest neighbour among the batch's other clips (by
+    cosine of the contrastive features, or of [CLS] without the contrastive task) is the other clip of the same video,
+    histogram_retrieval_accuracy (by cosine of how often each token occurs in what the model sees) and retrieval_chance;
+    these and cl_loss are None for one video, whose clips have no other candidate; masked_tokens and retrieval_clips that these
+    are shares of.
     """
-    device = next(step.parameters()).device
-    training = step.training
-    step.eval()
+    device = next(model.parameters()).device
+    training = model.training
+    model.eval()
+    masking = replace(masking, noisy=False)
     hits = {"mask_accuracy": 0, "most_frequent_accuracy": 0, "nearest_copy_accuracy": 0}
-    tokens_seen = retrieved = by_histogram = clips_seen = 0
+    tokens_seen = retrieved = by_histogram = 0
+    losses = []
     for i in range(batches):
         batch = pairs.batch(i * videos, videos)
-        features, counts = [], []
+        states, counts = [], []
         for tokens, ids in zip(
             *(torch.from_numpy(x).split(2 * micro_batch) for x in (batch.tokens, batch.sample_ids)), strict=True
         ):
-            right, seen, z, histogram = _clips(step, tokens.to(device), (ids + HELD_OUT_IDS).to(device), most_frequent)
-            hits = {name: hits[name] + count for name, count in zip(hits, right, strict=True)}
-            tokens_seen += seen
-            features.append(z)
-            counts.append(histogram)
-        retrieved += partners_found(torch.cat(features))
+            clips, ids = tokens.to(device), (ids + HELD_OUT_IDS).to(device)
+            with torch.autocast(device.type, autocast, enabled=autocast is not None):
+                seen = _look(model, objective, masking.draw(clips, ids), clips, padded, most_frequent)
+            hits = {name: hits[name] + count for name, count in zip(hits, seen.right, strict=True)}
+            tokens_seen += seen.masked
+            states.append(seen.features)
+            counts.append(seen.histogram)
+        features = torch.cat(states)
+        retrieved += partners_found(features)
         by_histogram += partners_found(torch.cat(counts))
-        clips_seen += 2 * videos
-    step.train(training)
-    shares = {name: count / max(tokens_seen, 1) if step.config.mask_task else None for name, count in hits.items()}
+        if objective.contrasts:
+            losses.append(objective.temperature * info_nce(*features.chunk(2), objective.temperature))
+    model.train(training)
+    shares = {name: count / max(tokens_seen, 1) if objective.mask_task else None for name, count in hits.items()}
+    clips_seen = 2 * videos * batches
     found = (retrieved / clips_seen, by_histogram / clips_seen, 1 / (2 * videos - 1)) if videos > 1 else (None, None, None)
     return {
         **shares,
+        "cl_loss": float(torch.stack(losses).mean()) if losses and videos > 1 else None,
         **dict(zip(("retrieval_accuracy", "histogram_retrieval_accuracy", "retrieval_chance"), found, strict=True)),
         "masked_tokens": tokens_seen,
         "retrieval_clips": clips_seen,
     }
 
 
-def _clips(step: PretrainStep, tokens: Tensor, ids: Tensor, most_frequent: int) -> tuple[list[int], int, Tensor, Tensor]:
-    """Right answers of the model and of the two predictors, number of masked tokens, features and histograms of these clips."""
-    model, config = step.model, step.config
-    with torch.autocast(tokens.device.type, step.autocast, enabled=step.autocast is not None):
-        masked = step.mask(tokens, ids, noisy=False)
-        right, cls = [0, 0, 0], None
-        if config.mask_task or config.contrastive_masked:
-            cls, hidden = model.backbone(masked.tokens, step.padded)
-        if config.mask_task:
-            truth = tokens[masked.mask]
-            guesses = [
-                torch.cat([model.token_head(rows).argmax(-1) for rows in hidden[masked.mask].split(4096)]),
-                torch.full_like(truth, most_frequent),
-                nearest_visible(tokens, masked.mask, config.model.pad_id),
-            ]
-            right = [int((guess == truth).sum()) for guess in guesses]
-        if not config.contrastive_masked:  # as in training
-            cls, _ = model.backbone(tokens, step.padded)
-        features = model.cls_head(cls) if config.alpha > 0 else cls
-    shown = masked.tokens if config.contrastive_masked else tokens
-    return right, int(masked.mask.sum()), features.float(), histograms(shown, config.model.vocab_size)
+class _Seen(NamedTuple):
+    """What a forward pass over some clips tells: right answers of the model and of the two trivial predictors."""
+
+    right: list[int]
+    masked: int  # tokens
+    features: Tensor  # [B, head_out] float32, or [CLS] [B, C] without the contrastive task
+    histogram: Tensor  # [B, V]
+
+
+def _look(
+    model: PretrainModel, objective: Objective, masked: BlockMask, tokens: Tensor, padded: bool, most_frequent: int
+) -> _Seen:
+    right, cls = [0, 0, 0], None
+    if objective.reads_masked_clips:
+        cls, hidden = model.backbone(masked.tokens, padded)
+    if objective.mask_task:
+        truth = tokens[masked.mask]
+        guesses = [
+            torch.cat([model.token_head(rows).argmax(-1) for rows in hidden[masked.mask].split(4096)]),
+            torch.full_like(truth, most_frequent),
+            nearest_visible(tokens, masked.mask, model.config.pad_id),
+        ]
+        right = [int((guess == truth).sum()) for guess in guesses]
+    if not objective.contrastive_masked:  # as in training
+        cls, _ = model.backbone(tokens, padded)
+    features = model.cls_head(cls) if objective.contrasts else cls
+    shown = masked.tokens if objective.contrastive_masked else tokens
+    return _Seen(right, int(masked.mask.sum()), features.float(), histograms(shown, model.config.vocab_size))
 
 
 def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:

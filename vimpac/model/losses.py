@@ -1,13 +1,47 @@
-"""The two tasks' losses on a model's outputs (Eq. 1, 5, 6), written with the ops. Each spans the ranks of a process group
-so that the mean over ranks, which is what DistributedDataParallel averages, is the loss of the whole batch."""
+"""The losses of both pre-training tasks (Eq. 1, 5, 6), written with the ops.
+
+Each spans the ranks of a process group so that the mean over ranks, which is what DistributedDataParallel averages, is the loss
+of the whole batch.
+"""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch.distributed as dist
 from torch import Tensor
 
+from vimpac.config import TrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce, masked_cross_entropy
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a pre-training run minimises (Eq. 6): L_mask + alpha · temperature · L_cl."""
+
+    mask_task: bool
+    alpha: float
+    temperature: float
+    contrastive_masked: bool
+    """Contrast the masked clips; otherwise intact ones, which take a forward pass of their own."""
+
+    @classmethod
+    def from_config(cls, config: TrainConfig) -> Objective:
+        return cls(config.mask_task, config.alpha, config.temperature, config.contrastive_masked)
+
+    @property
+    def contrasts(self) -> bool:
+        return self.alpha > 0
+
+    @property
+    def reads_masked_clips(self) -> bool:
+        return self.mask_task or self.contrastive_masked
+
+    @property
+    def contrastive_weight(self) -> float:
+        """What Eq. 6 multiplies the contrastive loss by."""
+        return self.alpha * self.temperature
 
 
 def mask_loss(
@@ -16,7 +50,7 @@ def mask_loss(
     """Eq. 1 and the accuracy on masked tokens.
 
     hidden [B, T, H, W, C]: last hidden states of the masked clips. rows [M] int64: raster indices of the masked positions.
-    targets [M] int64: their ids before masking; negative = the row is filler and does not count.
+    targets [M] int64: their ids before masking; a negative one marks a filler row, which does not count.
     share: factor that turns the mean over these rows into their part of the mean over a larger batch.
     """
     head = model.token_head

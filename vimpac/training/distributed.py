@@ -5,18 +5,16 @@ from __future__ import annotations
 import gc
 import inspect
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from vimpac.checkpoint import list_checkpoints
 from vimpac.errors import InputError
 from vimpac.processes.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, is_loss, meet
 from vimpac.processes.ranks import Place, read_place
@@ -56,7 +54,7 @@ def join_world() -> Iterator[World]:
     if place.size == 1:
         yield World(0, 1, device)
         return
-    with meet(place, f"{GONE}: {AGAIN}") as meeting, lost_peers_explained(lambda: f"{GONE}: {AGAIN}"):
+    with meet(place, f"{GONE}: {AGAIN}") as meeting, explaining_lost_peers(lambda: f"{GONE}: {AGAIN}"):
         try:
             start_group(place, device, meeting)
             yield World(place.rank, place.size, device, meeting)
@@ -102,85 +100,15 @@ def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
 
 
 @contextmanager
-def explained_loss(run: Path, world: World) -> Iterator[None]:
-    """The failure of a collective because another process is gone becomes an InputError that says how to go on."""
-
-    def said() -> str:
-        kept = list_checkpoints(run)
-        return f"{GONE}; the last checkpoint is {kept[-1] if kept else 'not written yet'}: {AGAIN}"
-
-    if world.size == 1:
-        yield
-        return
-    with lost_peers_explained(said):
-        yield
-
-
-@contextmanager
-def lost_peers_explained(said: Callable[[], str]) -> Iterator[None]:
+def explaining_lost_peers(message: Callable[[], str]) -> Iterator[None]:
+    """Turns the failure of a collective because another process has ended into an InputError with this message."""
     try:
         yield
     except RuntimeError as error:
         if not is_loss(error):
             raise
         traceback.clear_frames(error.__traceback__)  # they refer to the reducer: see leave_world
-        raise PeerLost(said()) from None
-
-
-@dataclass(frozen=True)
-class BatchPlan:
-    """How an update's videos are laid out over processes and micro-steps."""
-
-    micro_batch: int  # videos a forward pass in each process
-    micro_steps: int  # forward passes an update
-    group_ranks: int  # neighbouring ranks that make up one contrastive batch
-    parts: int = 1  # micro-steps, one after another, that make up one contrastive batch: more than one means two passes
-
-
-def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int) -> BatchPlan:
-    """Split an update of `batch_size` videos. Raises InputError where the contrastive batch would not come out whole."""
-    if micro_batch is None and contrastive_videos % ranks:
-        raise InputError(
-            f"contrastive_videos={contrastive_videos} cannot be split evenly over {ranks} processes: use a multiple of "
-            f"{ranks}, or --micro-batch {contrastive_videos} so that each process has contrastive batches of its own"
-        )
-    asked, micro_batch = micro_batch, micro_batch or contrastive_videos // ranks
-    group, remainder = divmod(contrastive_videos, micro_batch)
-    parts, uneven = divmod(group, ranks) if group > ranks else (1, 0)
-    group = min(group, ranks)
-    if remainder or uneven or group == 0 or ranks % group:
-        raise InputError(
-            f"contrastive_videos={contrastive_videos} cannot be made up of micro_batch={micro_batch} videos in each of "
-            f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, or a multiple of micro_batch × {ranks} "
-            f"(which takes two passes), for example --micro-batch "
-            f"{_or(_micro_batches(contrastive_videos, ranks))}"
-        )
-    videos = micro_batch * ranks * parts
-    if batch_size % videos or batch_size < videos:
-        raise InputError(_uneven_batch(batch_size, contrastive_videos, asked, ranks, videos))
-    return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
-
-
-def _uneven_batch(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int, videos: int) -> str:
-    """Why an update is not made up of `videos`, in the options that were given, and the nearest values that are."""
-    below = batch_size // videos * videos
-    ways = [f"--batch-size {_or(x for x in (below, below + videos) if x)}"]
-    of = f"contrastive_videos={contrastive_videos}"
-    if videos != contrastive_videos:
-        of = f"micro_batch × processes = {micro_batch} × {ranks} = {videos}"
-    if micro_batch is None:
-        fits = [n for n in range(max(ranks, 2), batch_size + 1) if batch_size % n == 0 and n % ranks == 0]
-        nearest = [max((n for n in fits if n < videos), default=None), min((n for n in fits if n > videos), default=None)]
-        ways += [f"--contrastive-videos {_or(n for n in nearest if n)}"] if fits else []
-    return f"batch_size={batch_size} must be a multiple of {of}: use {', or '.join(ways)}"
-
-
-def _or(values: Iterable[int]) -> str:
-    return " or ".join(str(x) for x in values)
-
-
-def _micro_batches(contrastive_videos: int, ranks: int) -> list[int]:
-    return [contrastive_videos // g for g in range(1, ranks + 1) if ranks % g == 0 and contrastive_videos % g == 0]
+        raise PeerLost(message()) from None
 
 
 def contrastive_group(world: World, ranks: int) -> dist.ProcessGroup | None:

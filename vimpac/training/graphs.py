@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from vimpac.training.batch import ROWS, Batch
-from vimpac.training.seeds import generator_of
+from vimpac.training.device import generator_of
 
 WARM_UP = 3  # runs before a capture: autotuning, compilation, cuBLAS workspaces
 

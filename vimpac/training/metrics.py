@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,19 +22,18 @@ from vimpac.training.distributed import World
 from vimpac.training.events import EventLog
 from vimpac.training.progress import Progress
 
-METRICS = ("loss", "mask_loss", "contrastive_loss", "mask_accuracy")
-
 
 class MetricsLog:
     """Metrics of each update, kept on the device until someone looks: RUN/metrics.jsonl, TensorBoard, the progress line."""
 
-    def __init__(self, run: Path, world: World, step: int):
-        self.path, self.world = run / "metrics.jsonl", world
+    def __init__(self, run: Path, world: World, step: int, names: Sequence[str]):
+        """step: the last update before this process's first. names: the task's metrics; a line has null where one is off."""
+        self.path, self.world, self.names = run / "metrics.jsonl", world, tuple(names)
         self.waiting: list[dict] = []
         self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
         self.start, self.kept = step, set()  # the steps up to it that have a line
-        self.dropped = 0  # lines of updates after `step`, which are made again
+        self.dropped = 0  # lines of updates after `step`, which are computed again
         if world.is_first:
             self._drop_lines_after(step)
             if importlib.util.find_spec("tensorboard"):
@@ -57,7 +57,7 @@ class MetricsLog:
         self.since, self.waited = now, waited
         lines, bad = [], []
         for metrics, row in zip(self.waiting, values, strict=True):
-            line = {"step": metrics["step"], **{name: None for name in METRICS}, **metrics}
+            line = {"step": metrics["step"], **{name: None for name in self.names}, **metrics}
             line |= dict(zip(names, row, strict=True)) | speeds
             if may_overflow and not math.isfinite(line["grad_norm"]):
                 line["grad_norm"] = None
@@ -98,6 +98,12 @@ class MetricsLog:
             kept = [line for line in lines if line["step"] <= step]
             self.dropped, self.kept = len(lines) - len(kept), {line["step"] for line in kept}
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+
+    def recomputed(self) -> str | None:
+        """A sentence on the updates that are computed again, since the run has no checkpoint yet; None where there are none."""
+        if not self.dropped:
+            return None
+        return f"{self.path.parent} has no checkpoint yet: its {self.dropped} updates are computed again"
 
     def gap(self, first: int | None) -> str | None:
         """What the log lacks of the updates before this run went on, as a sentence; None where it lacks nothing.
@@ -147,5 +153,6 @@ def _parsed(text: bytes) -> dict | None:
 
 def not_finite(line: dict) -> list[str]:
     """`name=value` of the terms of a line that are not finite."""
-    terms = (*METRICS[1:3], "loss", "grad_norm")
-    return [f"{name}={line[name]}" for name in terms if line[name] is not None and not math.isfinite(line[name])]
+    parts = [name for name in line if name.endswith("_loss") and name != "cl_loss"]  # which is contrastive_loss, scaled
+    terms = [*parts, "loss", "grad_norm"]
+    return [f"{name}={line[name]}" for name in terms if line.get(name) is not None and not math.isfinite(line[name])]

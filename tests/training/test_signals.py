@@ -1,0 +1,121 @@
+"""SIGTERM and Ctrl-C end a run with a checkpoint, at any time, and it goes on as if nothing had happened."""
+
+import signal
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from runs import (
+    arguments,
+    make_loop,
+    metrics,
+    model_bytes,
+    on_call,
+    run,
+    tiny_config,
+)
+from vimpac.checkpoint import list_checkpoints
+from vimpac.errors import Stopped
+from vimpac.training import loop as loop_module
+from vimpac.training.distributed import World
+from vimpac.training.pretrain import pretrain
+from vimpac.training.progress import Progress
+from vimpac.training.signals import StopRequest, handling_signals
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+CPU = World(0, 1, torch.device("cpu"))
+LINE = {
+    "step",
+    "loss",
+    "mask_loss",
+    "contrastive_loss",
+    "cl_loss",
+    "mask_accuracy",
+    "learning_rate",
+    "grad_norm",
+    "videos_per_second",
+    "data_wait_share",
+}
+FINAL = {"mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy", "retrieval_accuracy", "retrieval_chance"}
+FINAL |= {"histogram_retrieval_accuracy", "cl_loss"}
+
+
+@pytest.mark.parametrize("update", [1, 3, 5])
+def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, update):
+    folder = tmp_path / "run"
+    hook = on_call("vimpac.training.loop:Loop.update", update, "terminate")
+    output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", hook=hook, code=143)
+    path = folder / "checkpoints" / f"step-{update:08d}.pt"
+    assert f"train.py: stopped by SIGTERM; {path} is written, go on with --resume\n" in output
+    assert "Traceback" not in output and list_checkpoints(folder) == [path]
+    assert not (folder / "model.safetensors").exists()
+    run(arguments(store_folder, folder, save_every=2, resume=True), tmp_path / "log")
+    assert metrics(folder) == metrics(finished_run)
+    assert model_bytes(folder) == model_bytes(finished_run)
+
+
+@pytest.mark.parametrize("ranks, ends", [(1, 2), (2, 3)])
+def test_one_process_on_a_gpu_ends_after_the_update(store_folder, tmp_path, monkeypatch, ranks, ends):
+    """It looks at its metrics every third update, and several agree on nothing in between."""
+    loop = make_loop(store_folder, tmp_path, steps=9, save_every=9)
+    loop.look_every, loop.world = 3, World(0, ranks, torch.device("cpu"))
+    monkeypatch.setattr(loop, "update", lambda: loop.step != 1 or signal.raise_signal(signal.SIGTERM))
+    monkeypatch.setattr(loop_module.distributed, "any_rank", lambda flag, world: flag)
+    monkeypatch.setattr(loop, "save", lambda: tmp_path / f"step-{loop.step}")
+    log = Mock()
+    with handling_signals(loop.stop.handle), pytest.raises(Stopped, match=rf"step-{ends} is written"):
+        loop.train(log, Progress(9, enabled=False))
+    assert log.add.call_count == ends and log.flush.call_count == 1
+
+
+@pytest.mark.parametrize(
+    "hook",
+    [
+        on_call("vimpac.training.loop:Loop.update", 6, "terminate"),  # the last one
+        on_call("vimpac.evaluation.pretraining:partners_found", 1, "terminate"),
+    ],
+    ids=["last update", "evaluation"],
+)
+def test_sigterm_after_training(finished_run, store_folder, tmp_path, hook):
+    folder = tmp_path / "run"
+    output = run(arguments(store_folder, folder), tmp_path / "log", hook=hook, code=143)
+    assert "stopped by SIGTERM" in output and "Traceback" not in output
+    assert not (folder / "curves.png").exists()
+    run(arguments(store_folder, folder, resume=True), tmp_path / "log")
+    assert metrics(folder) == metrics(finished_run)
+
+
+def test_ctrl_c_twice(store_folder, tmp_path, capfd):
+    """torchrun passes Ctrl-C on, so each process gets it twice; only one that comes later is impatience."""
+    loop = make_loop(store_folder, tmp_path / "run")
+    loop.stop.handle(signal.SIGINT, None)
+    loop.stop.handle(signal.SIGINT, None)
+    loop.stop.handle(signal.SIGTERM, None)
+    assert loop.stop.number == signal.SIGINT
+    assert capfd.readouterr().err == "SIGINT: a checkpoint is written after this update, Ctrl-C again ends at once\n"
+    loop.stop.time -= 10
+    with pytest.raises(KeyboardInterrupt):
+        loop.stop.handle(signal.SIGINT, None)
+
+
+@pytest.mark.parametrize("ranks, when", [(1, "after this update"), (2, "within 10 updates, when all processes look for it")])
+def test_a_signal_says_when_it_is_heeded(store_folder, tmp_path, capfd, ranks, when):
+    loop = make_loop(store_folder, tmp_path)
+    loop.stop = StopRequest(World(0, ranks, CPU.device), 10)  # as on GPUs
+    loop.stop.handle(signal.SIGTERM, None)
+    assert capfd.readouterr().err == f"SIGTERM: a checkpoint is written {when}\n"
+
+
+def stopped_update(loop):
+    signal.raise_signal(signal.SIGINT)
+    return {"step": loop.step + 1, "loss": torch.ones(()), "grad_norm": torch.ones(())}
+
+
+def test_handlers_are_given_back(store_folder, tmp_path, monkeypatch):
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(loop_module.Loop, "update", stopped_update)
+    with pytest.raises(Stopped) as stopped:
+        pretrain(tiny_config(data=str(store_folder), output=str(tmp_path / "run")))
+    assert stopped.value.signal == signal.SIGINT
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before

@@ -1,0 +1,114 @@
+"""What a run asks of its device: precision, compilation, kernels, CUDA graphs, generators. What it cannot give is refused."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import torch
+
+from vimpac.config import ModelConfig, TrainConfig
+from vimpac.errors import InputError
+from vimpac.model.calls import Call, op_calls
+from vimpac.ops.dispatch import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.training.distributed import World
+from vimpac.training.plan import BatchPlan
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+
+
+def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
+    """The dtype of mixed precision; None = float32 throughout."""
+    return PRECISIONS[resolve_precision(precision, device)]
+
+
+def op_calls_of(model: ModelConfig, precision: str, device: torch.device) -> list[Call]:
+    """What training asks of the ops on this device. Its masks are drawn on the host, whatever backend is named."""
+    dtype = autocast_dtype(precision, device) or torch.float32
+    return [call for call in op_calls(model, device, dtype).values() if call[0] != "block_mask"]
+
+
+def check_backends(calls: list[Call]) -> None:
+    """Raises InputError where VIMPAC_BACKEND or VIMPAC_CPU_ISA names what does not exist, or what cannot run the model here."""
+    try:
+        check_environment()
+        if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+            return
+        for op, preference, call in calls:
+            choose(op, None, preference, *call)
+    except ValueError as error:
+        raise InputError(str(error)) from None
+
+
+def plain_ops(calls: list[Call], device: torch.device) -> str | None:
+    """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
+    found: dict[str, list[str]] = {}  # reasons → ops
+    for op, preference, call in calls:
+        if named_by_environment(op) is None and pick(op, None, preference, *call)[0] == "reference":
+            reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
+            found.setdefault(reasons, []).append(op)
+    if found:
+        MISSING.update(LIBRARIES)  # said here, so that the ops do not warn of it as well
+    slow = "run as plain PyTorch, several times slower than their kernels"
+    return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
+
+
+def check_graphs(config: TrainConfig, plan: BatchPlan, world: World) -> None:
+    """Raises InputError where --graphs does not go together with the other options, the device or the processes."""
+    if not config.graphs:
+        return
+    if world.device.type != "cuda":
+        raise InputError(f"--graphs needs a CUDA device, training runs on {world.device}: leave it out")
+    if world.size > 1:
+        raise InputError(f"--graphs replays the step of one process, {world.size} take part: leave it out")
+    if plan.parts > 1:
+        whole = plan.micro_batch * plan.parts
+        raise InputError(
+            f"--graphs needs contrastive_videos={config.contrastive_videos} in one pass, micro_batch={plan.micro_batch} makes "
+            f"{plan.parts} parts: leave it out, or --micro-batch {whole}"
+        )
+    if config.activation_checkpointing == "full" and config.model.dropout > 0:
+        raise InputError(
+            f"--graphs cannot draw dropout={config.model.dropout} twice, as --activation-checkpointing full does: use "
+            "--activation-checkpointing selective, or leave out --graphs"
+        )
+
+
+def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None]:
+    """Whether to compile, and why not where "auto" would have. Raises InputError where "on" cannot be had."""
+    if choice == "off" or (choice == "auto" and device.type != "cuda"):
+        return False, None
+    reason = why_not_compile(device)
+    if reason is not None and choice == "on":
+        raise InputError(f"--compile on: torch.compile does not work here ({reason}): mend that, or --compile off")
+    return reason is None, reason
+
+
+def why_not_compile(device: torch.device) -> str | None:
+    """Compiles a small function; the reason where that fails, None where it works."""
+    try:
+        torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
+    except Exception as error:  # a missing compiler, header, driver or triton: nearly anything
+        return " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    return None
+
+
+def seed_dropout(device: torch.device, seed: int, step: int, micro_step: int, rank: int) -> None:
+    """Seed torch's generator of `device` as a function of the run's seed, the update, the micro-step and the rank.
+
+    A resumed run needs no generator states, and a batch that goes forward twice has the same dropout both times. On a CUDA
+    device the seed is two numbers on the host: nothing waits.
+    """
+    words = np.random.SeedSequence([seed % 2**64, step, micro_step, rank]).generate_state(2, np.uint32)
+    generator_of(device).manual_seed(int(words[0]) | int(words[1]) << 32)
+
+
+def generator_of(device: torch.device) -> torch.Generator:
+    """The generator that F.dropout on `device` draws from."""
+    return torch.cuda.default_generators[device.index] if device.type == "cuda" else torch.default_generator

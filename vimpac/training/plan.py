@@ -1,0 +1,79 @@
+"""How a run's videos are laid out: over updates, over processes and micro-steps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from vimpac.errors import InputError
+
+
+@dataclass(frozen=True)
+class Schedule:
+    steps: int  # updates at which the run ends
+    decay_steps: int  # updates at which the learning rate reaches 0
+
+
+def plan_steps(steps: int | None, epochs: float, schedule_epochs: float | None, batch_size: int, videos: int) -> Schedule:
+    """Updates of a run over `videos` training videos and of its learning-rate schedule, which stages of one schedule share."""
+    schedule_epochs = schedule_epochs or epochs
+    if steps is not None:
+        return Schedule(steps, round(schedule_epochs / epochs * steps))
+    steps, decay_steps = (max(1, round(n * videos / batch_size)) for n in (epochs, schedule_epochs))
+    return Schedule(steps, decay_steps)
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """How an update's videos are laid out over processes and micro-steps."""
+
+    micro_batch: int  # videos a forward pass in each process
+    micro_steps: int  # forward passes an update
+    group_ranks: int  # neighbouring ranks that make up one contrastive batch
+    parts: int = 1  # consecutive micro-steps that make up one contrastive batch: more than one takes gradient caching
+
+
+def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int) -> BatchPlan:
+    """Split an update of `batch_size` videos. Raises InputError where the contrastive batch would not come out whole."""
+    if micro_batch is None and contrastive_videos % ranks:
+        raise InputError(
+            f"contrastive_videos={contrastive_videos} cannot be split evenly over {ranks} processes: use a multiple of "
+            f"{ranks}, or --micro-batch {contrastive_videos} so that each process has contrastive batches of its own"
+        )
+    asked, micro_batch = micro_batch, micro_batch or contrastive_videos // ranks
+    group, remainder = divmod(contrastive_videos, micro_batch)
+    parts, uneven = divmod(group, ranks) if group > ranks else (1, 0)
+    group = min(group, ranks)
+    if remainder or uneven or group == 0 or ranks % group:
+        raise InputError(
+            f"contrastive_videos={contrastive_videos} cannot be made up of micro_batch={micro_batch} videos in each of "
+            f"{ranks} processes: it must be micro_batch × a divisor of {ranks}, or a multiple of micro_batch × {ranks} "
+            f"(with gradient caching), for example --micro-batch "
+            f"{_or(_micro_batches(contrastive_videos, ranks))}"
+        )
+    videos = micro_batch * ranks * parts
+    if batch_size % videos or batch_size < videos:
+        raise InputError(_uneven_batch(batch_size, contrastive_videos, asked, ranks, videos))
+    return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
+
+
+def _uneven_batch(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int, videos: int) -> str:
+    """Why an update is not made up of `videos`, in the options that were given, and the nearest values that are."""
+    below = batch_size // videos * videos
+    ways = [f"--batch-size {_or(x for x in (below, below + videos) if x)}"]
+    of = f"contrastive_videos={contrastive_videos}"
+    if videos != contrastive_videos:
+        of = f"micro_batch × processes = {micro_batch} × {ranks} = {videos}"
+    if micro_batch is None:
+        fits = [n for n in range(max(ranks, 2), batch_size + 1) if batch_size % n == 0 and n % ranks == 0]
+        nearest = [max((n for n in fits if n < videos), default=None), min((n for n in fits if n > videos), default=None)]
+        ways += [f"--contrastive-videos {_or(n for n in nearest if n)}"] if fits else []
+    return f"batch_size={batch_size} must be a multiple of {of}: use {', or '.join(ways)}"
+
+
+def _or(values: Iterable[int]) -> str:
+    return " or ".join(str(x) for x in values)
+
+
+def _micro_batches(contrastive_videos: int, ranks: int) -> list[int]:
+    return [contrastive_videos // g for g in range(1, ranks + 1) if ranks % g == 0 and contrastive_videos % g == 0]

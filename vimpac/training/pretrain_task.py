@@ -1,0 +1,126 @@
+"""Pre-training as a task of the training loop: clip pairs, both losses, gradient caching."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from vimpac.config import TrainConfig
+from vimpac.data.clips import ClipPairs
+from vimpac.data.store import TokenStore
+from vimpac.model.losses import Objective
+from vimpac.model.masking import Masking
+from vimpac.training import distributed
+from vimpac.training.batch import ROWS, Batch
+from vimpac.training.device import autocast_dtype
+from vimpac.training.distributed import World
+from vimpac.training.graphs import row_multiple
+from vimpac.training.loop import Loop
+from vimpac.training.optim import adamw
+from vimpac.training.plan import BatchPlan, Schedule
+from vimpac.training.start import continue_stage, initial_model, restore
+from vimpac.training.step import PretrainStep
+
+
+class PretrainTask:
+    """Batches of clip pairs and the gradients of both losses (Eq. 6) on them.
+
+    A contrastive batch that does not fit into one forward pass is made up of several parts with gradient caching (Gao et al.,
+    2021): a first pass without a graph gives the gradient by each part's [CLS] states, a second sends it through the backbone.
+    """
+
+    def __init__(self, module: PretrainStep, pairs: ClipPairs, plan: BatchPlan, world: World, graphs: bool):
+        self.module, self.pairs, self.plan, self.world = module, pairs, plan, world
+        tokens = 2 * plan.micro_batch * math.prod(module.masking.grid)
+        self.rows = row_multiple(tokens, module.masking.expected_share) if graphs else ROWS
+
+    def make_batch(self, first: int, videos: int) -> Batch:
+        """Samples first, first + 1, …, on the CPU."""
+        clips = self.pairs.batch(first, videos)
+        return self.module.batch(torch.from_numpy(clips.tokens), torch.from_numpy(clips.sample_ids), self.rows)
+
+    def accumulate(self, loop: Loop, first: int, unit: list[Batch]) -> dict[str, Tensor]:
+        """Adds the gradients of one contrastive batch, micro-steps `first`, first + 1, …; its part of the update's metrics.
+
+        `cl_loss` is γ · L_cl, what the paper's tables call CL-Loss.
+        """
+        objective, weight = self.module.objective, 1 / self.plan.micro_steps
+        unit = self.weighted(unit)
+        gradients, sums = [None] * len(unit), {}
+        if len(unit) > 1 and objective.contrasts:
+            gradients, loss = self.cache_gradients(loop, first, unit)
+            sums["contrastive_loss"] = loss * (weight * len(unit))
+            sums["loss"] = objective.contrastive_weight * sums["contrastive_loss"]
+        for i, (batch, gradient) in enumerate(zip(unit, gradients, strict=True), first):
+            for name, x in loop.micro_step(i, batch, gradient).items():
+                sums[name] = sums.get(name, 0) + x * weight
+        if "contrastive_loss" in sums:
+            sums["cl_loss"] = objective.temperature * sums["contrastive_loss"]
+        return sums
+
+    def cache_gradients(self, loop: Loop, first: int, unit: list[Batch]) -> tuple[list[Tensor], Tensor]:
+        """The first pass of gradient caching over the parts of a contrastive batch: every part's [CLS] states without a graph,
+        then the contrastive head and loss on all of them, which adds the head's gradients.
+
+        Returns the gradient of the update's loss by each part's states [2m, C], and Eq. 5.
+        """
+        parts, states = len(unit), []
+        with record_function("first pass"):
+            with torch.no_grad():
+                for i, batch in enumerate(unit, first):
+                    loop.seed(i)
+                    states.append(self.module.contrasted_states(batch))
+            cls = torch.stack(states).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2).requires_grad_()  # [2n, C]
+            loss = self.module.contrast(cls)
+            scale = self.module.objective.contrastive_weight * parts / self.plan.micro_steps
+            loop.scaler.scale(loss * scale).backward()
+            gradients = cls.grad.unflatten(0, (2, parts, -1)).transpose(0, 1).flatten(1, 2)  # [parts, 2m, C]
+        return list(gradients), loss.detach()
+
+    def weighted(self, unit: list[Batch]) -> list[Batch]:
+        """The parts of a contrastive batch, each with its share of the mean over the masked tokens of all parts and ranks."""
+        ranks, parts = self.world.size, len(unit)
+        if not self.module.objective.mask_task or ranks * parts == 1:
+            return unit
+        device = self.world.device  # a fill, not a copy from the host, which would wait
+        total = torch.full((), float(sum(batch.count for batch in unit)), device=device)
+        total = distributed.sum_over_ranks(total, self.world).clamp_(min=1)
+        return [
+            batch._replace(share=torch.full((), float(ranks * parts * batch.count), device=device) / total) for batch in unit
+        ]
+
+
+def pretraining_loop(
+    config: TrainConfig,
+    store: TokenStore,
+    pairs: ClipPairs,
+    plan: BatchPlan,
+    schedule: Schedule,
+    world: World,
+    checkpoint: dict | None = None,
+    compiled: bool = False,
+) -> Loop:
+    """The loop of a pre-training run on `pairs`, with the model, optimizer and step that the run starts from."""
+    torch.manual_seed(config.seed)
+    model = initial_model(config.model, config.init_from, store.tokenizer.digest).to(world.device)
+    model.backbone.activation_checkpointing = config.activation_checkpointing
+    autocast = autocast_dtype(config.precision, world.device)
+    objective, masking = Objective.from_config(config), Masking.from_config(config)
+    group = distributed.contrastive_group(world, plan.group_ranks)
+    module = PretrainStep(model, objective, masking, pairs.padded, group, autocast)
+    shard = config.shard_optimizer and world.size > 1
+    optimizer = adamw(module, config.weight_decay, config.betas, config.eps, shard)
+    scaler = torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16)
+    step = 0
+    if checkpoint is not None:
+        step = restore(checkpoint, Path(config.output), module, optimizer, scaler)
+    elif config.continue_from is not None:
+        step = continue_stage(Path(config.continue_from), store, schedule.steps, module, optimizer)
+    if compiled:
+        model.compile_parts()
+    task = PretrainTask(module, pairs, plan, world, config.graphs)
+    return Loop(task, optimizer, scaler, config, plan, schedule, world, store.tokenizer, step)

@@ -1,0 +1,143 @@
+"""The run folder: which run may write there, and whether it is the same one that began it.
+
+RUN/config.json        the configuration, the tokenizer and the size of the store
+RUN/metrics.jsonl      one line an update; last, the evaluation
+RUN/checkpoints/       the newest checkpoints
+RUN/tensorboard/       the same metrics as events, where tensorboard is installed
+RUN/model.safetensors  the trained model
+RUN/curves.png         the metrics drawn, where matplotlib is installed
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vimpac.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
+from vimpac.data.format import TokenizerInfo
+from vimpac.data.store import TokenStore
+from vimpac.errors import InputError
+from vimpac.files.atomic import LOCK, TEMPORARY, locked
+from vimpac.files.checked import load_json, typed, unsealed, write_json
+from vimpac.training import distributed
+from vimpac.training.device import resolve_precision
+from vimpac.training.distributed import World
+from vimpac.training.metrics import read_lines
+
+# What changes neither samples nor masks, nor losses beyond rounding and the draws of dropout. (A micro-batch of several
+# contrastive groups is also what batch norm spans, and what the mask loss is a mean over the masked tokens of; restarts with
+# another number of processes may need another one.)
+MAY_CHANGE = frozenset(
+    {
+        *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
+        *("compile", "graphs", "activation_checkpointing", "shard_optimizer", "micro_batch"),
+    }
+)
+
+
+def describe(config: Any, store: TokenStore) -> dict:
+    """What config.json says of a run with this configuration (a dataclass) on this store."""
+    contents = {"videos": len(store), "frames": int(store.frames.sum()), "fps": store.fps}
+    return {"config": asdict(config), "tokenizer": asdict(store.tokenizer), "store": contents}
+
+
+def open_run(run: Path, description: dict, resume: bool, store: TokenStore, device: torch.device) -> dict | None:
+    """The checkpoint to resume from, if there is one. Writes nothing; raises InputError when this run may not go there."""
+    path = run / "config.json"
+    if path.exists():
+        if not resume:
+            raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
+        check_same_run(read_description(path), description, store, path, device)
+        checkpoints = list_checkpoints(run)
+        return load_checkpoint(checkpoints[-1]) if checkpoints else None
+    ours = (TEMPORARY, LOCK)  # of a run that was killed before it wrote config.json
+    if run.exists() and not (run.is_dir() and all(entry.name.endswith(ours) for entry in run.iterdir())):
+        raise InputError(f"{run} exists and is not a run folder: give another --output")
+    return None
+
+
+def start_run(run: Path, description: dict, world: World, step: int, held: ExitStack) -> None:
+    """Make the run folder, once every rank is ready to train from the same step. No other run writes there until `held` ends.
+
+    Raises InputError on all ranks where another run does, where their steps differ, or where checkpoints are missing.
+    """
+    steps = [int(x) for x in distributed.gather_rows(torch.tensor(step), world)]
+    if len(set(steps)) > 1:
+        raise InputError(
+            f"processes would go on from different steps {steps}: {run} must be one folder on a file system that all machines "
+            "share"
+        )
+
+    def make() -> None:
+        held.enter_context(locked(run, f"another run is writing to {run}: wait for its end, or give another --output"))
+        if not (run / "config.json").exists():
+            write_json(run / "config.json", description, indent=2)
+        elif not list_checkpoints(run):
+            check_none_is_missing(run, description["config"]["save_every"])
+
+    distributed.on_first_rank(make, world)
+
+
+def check_none_is_missing(run: Path, save_every: int) -> None:
+    """Raises InputError where a run without checkpoints has gone beyond its first: to begin again would lose it all."""
+    saved = read_description(run / "config.json")["config"].get("save_every")
+    save_every = max(saved if type(saved) is int else 1, save_every)  # it may have been raised at a restart
+    lines = read_lines(run / "metrics.jsonl")
+    first, last = (pick((line["step"] for line in lines), default=0) for pick in (min, max))
+    saves = (last - 1) // save_every - (first - 1) // save_every  # multiples of save_every from first to last - 1
+    if lines and (lines[-1].get("final") or (last > first and saves > 0)):
+        raise InputError(
+            f"{run} has no checkpoint, although its metrics reach step {last}: put {run / FOLDER} back, or delete "
+            f"{run / 'metrics.jsonl'} to train from the beginning"
+        )
+
+
+def read_description(path: Path) -> dict:
+    """What config.json holds. Raises InputError for one that is damaged."""
+    try:
+        saved = unsealed(*load_json(path), {"config", "tokenizer", "store"})
+        typed(TokenizerInfo, saved["tokenizer"], "tokenizer")
+        if not (isinstance(saved["config"], dict) and isinstance(saved["store"], dict)):
+            raise InputError("its config or its store is no object")
+    except InputError as error:
+        raise InputError(f"{path} is damaged ({error}): give another --output") from None
+    return saved
+
+
+def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path, device: torch.device) -> None:
+    """Raises InputError when a run would be resumed with other settings, or on another store's videos.
+
+    The precision is compared as it is on this device: what "auto" stood for where the run began is not known.
+    """
+    check_tokenizer(saved["tokenizer"], store, path)
+    now = json.loads(json.dumps(description))
+    before, after = (
+        {**x, "precision": resolve_precision(x.get("precision"), device)} for x in (saved["config"], now["config"])
+    )
+    elsewhere = "or give another --output"
+    if changed := differences(before, after, MAY_CHANGE):
+        longer = f" (--continue-from {path.parent} begins another stage with its weights and moments)"
+        raise InputError(
+            f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
+        )
+    if changed := differences(saved["store"], now["store"]):
+        raise InputError(
+            f"cannot resume {path.parent} on other videos: {changed} in {store.folder}. Give --data the first one, {elsewhere}"
+        )
+
+
+def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:
+    """`name was …, now …` of the values that differ, those within dictionaries as well."""
+    names = [name for name in now if name not in ignored and before.get(name) != now[name]]
+    return "; ".join(_difference(name, before.get(name), now[name]) for name in names)
+
+
+def _difference(name: str, before: object, now: object) -> str:
+    if not (isinstance(before, dict) and isinstance(now, dict)):
+        return f"{name} was {before}, now {now}"
+    return differences(*({f"{name}.{part}": x for part, x in values.items()} for values in (before, now)))

@@ -1,0 +1,62 @@
+"""SIGTERM and Ctrl-C: a run ends after an update, with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from vimpac.errors import Stopped
+from vimpac.training.distributed import World
+
+
+class StopRequest:
+    """Whether a signal has asked this run to end.
+
+    look_every: updates between two looks at the metrics, at which several processes agree to stop.
+    """
+
+    def __init__(self, world: World, look_every: int):
+        self.world, self.look_every = world, look_every
+        self.number: int | None = None
+        self.time = 0.0
+
+    @property
+    def asked(self) -> bool:
+        return self.number is not None
+
+    def handle(self, number: int, _frame) -> None:
+        """Handles a signal: the run ends after this update, or with several processes on GPUs at their next look.
+
+        A second Ctrl-C ends it at once. torchrun passes each one on, so each arrives twice.
+        """
+        now = time.monotonic()
+        if self.number is None:
+            self.number, self.time = number, now
+            if self.world.is_first:  # written directly: the progress display may be in the middle of a line
+                apart = self.look_every if self.world.size > 1 else 1
+                when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
+                again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
+                with suppress(OSError):  # nobody may be reading any more: the checkpoint is written all the same
+                    os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
+        elif number == signal.SIGINT and now - self.time > 2:
+            raise KeyboardInterrupt
+
+    def as_exception(self, checkpoint: Path) -> Stopped:
+        """What ends the run; SIGTERM where another process received the signal."""
+        number = signal.SIGTERM if self.number is None else self.number
+        return Stopped(number, f"{checkpoint} is written, go on with --resume")
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
+    """Have `handler` called on SIGTERM and SIGINT, instead of the process ending there."""
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, before in previous.items():
+            signal.signal(number, before)
