@@ -21,7 +21,8 @@ import harness
 import naive
 from harness import Benchmark, Case, Impl
 from vimpac.ops import block_mask, block_mask_reference
-from vimpac.ops.block_mask import MASK_OFFSET, expected_block_ratio
+from vimpac.ops.block_mask import expected_block_ratio
+from vimpac.special_ids import MASK_OFFSET
 from vimpac.training.step import blocks_for_ratio
 
 SEED, VOCABULARY = 3, 8192

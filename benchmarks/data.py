@@ -45,7 +45,7 @@ from harness import Benchmark, Case, Impl
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
 from vimpac.ops import block_mask, block_mask_reference
-from vimpac.ops.block_mask import PAD_OFFSET
+from vimpac.special_ids import PAD_OFFSET
 from vimpac.training.step import blocks_for_ratio
 
 SEED, VOCABULARY = 3, 8192

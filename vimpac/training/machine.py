@@ -14,8 +14,9 @@ import torch
 from vimpac.config import TrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
-from vimpac.model.calls import Call, op_calls
-from vimpac.ops.dispatch import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.ops.dispatch import MISSING, Call, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.ops.libraries import LIBRARIES
+from vimpac.ops.samples import sample_calls
 from vimpac.processes.limits import memory_left
 from vimpac.processes.ranks import read_place
 from vimpac.training.distributed import BatchPlan, World
@@ -70,7 +71,7 @@ def check_backends(config: TrainConfig, device: torch.device) -> None:
 def device_calls(config: TrainConfig, device: torch.device) -> list[Call]:
     """What training asks of the ops there; its masks are drawn where the batch is, whatever is named."""
     dtype = PRECISIONS[resolve_precision(config.precision, device)] or torch.float32
-    return [call for call in op_calls(config.model, device, dtype).values() if call[0] != "block_mask"]
+    return [call for call in sample_calls(config.model, device, dtype).values() if call[0] != "block_mask"]
 
 
 def plain_ops(config: TrainConfig, device: torch.device) -> str | None:
