@@ -33,7 +33,8 @@ import harness
 from harness import Benchmark, Case, Impl
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import axial_attention_packed, axial_attention_reference
-from vimpac.ops.axial_attention import from_lines, has_long_lines, head_groups, line_qkv, unpack
+from vimpac.ops.axial_attention import has_long_lines
+from vimpac.ops.lines import from_lines, head_groups, line_qkv, unpack
 
 SEED = 7
 SHAPES = {  # name → (T, H, W), N, D

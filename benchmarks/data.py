@@ -46,7 +46,7 @@ from vimpac.data.clips import ClipPairs
 from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import block_mask, block_mask_reference
-from vimpac.ops.block_mask import PAD_OFFSET
+from vimpac.special_ids import PAD_OFFSET
 
 SEED, VOCABULARY = 3, 8192
 VIDEOS_A_BATCH = 128

@@ -241,21 +241,21 @@ class Benchmark:
 
 def ours(op: str, call: Callable, inputs: Sequence[Tensor], **options) -> list[Impl]:
     """What backend=None chooses, then every other backend by name but the reference. call(*inputs, backend=…) runs the op."""
-    from vimpac.ops import dispatch as backends  # not above: the path was not set yet
+    from vimpac.ops import dispatch  # not above: the path was not set yet
 
     default = chosen_backend(lambda: call(*inputs, backend=None))
     first = Impl("ours", lambda: partial(call, backend=None), ours=True, required=True, note=f"backend {default}", **options)
-    others = [other for other in backends.names(op) if other not in ("reference", default)]
+    others = [other for other in dispatch.names(op) if other not in ("reference", default)]
     return [first, *(Impl(f"ours:{other}", lambda b=other: partial(call, backend=b), ours=True, **options) for other in others)]
 
 
 def chosen_backend(call: Callable[[], object]) -> str | None:
     """The backend that a call with backend=None runs; None if the call fails, which its row will tell."""
-    from vimpac.ops import dispatch as backends
+    from vimpac.ops import dispatch
 
-    names, choose = [], backends.choose
+    names, choose = [], dispatch.choose
     try:
-        with mock.patch.object(backends, "choose", lambda *a: names.append(choose(*a)) or names[-1]), torch.no_grad():
+        with mock.patch.object(dispatch, "choose", lambda *a: names.append(choose(*a)) or names[-1]), torch.no_grad():
             call()
     except UNAVAILABLE:
         return None

@@ -10,9 +10,9 @@ import sys
 import pytest
 import torch
 
-from vimpac.ops import dispatch as backends
+from vimpac.ops import libraries
 
-CPU_ERROR = backends.library_error("cpu")
+CPU_ERROR = libraries.library_error("cpu")
 HAS_COMPILER = any(map(shutil.which, ("c++", "g++", "clang++")))
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="no C++ compiler, which torch.compile needs on a CPU")
 needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
@@ -21,7 +21,7 @@ needs_cpu = pytest.mark.skipif(bool(CPU_ERROR), reason=CPU_ERROR)
 def needs_gpu(test):
     """Marks a test of the CUDA library on a GPU. Only a library that is not there is a reason to skip: one that cannot be
     loaded has to be seen."""
-    there = torch.cuda.is_available() and backends.library_path("cuda").exists()
+    there = torch.cuda.is_available() and libraries.library_path("cuda").exists()
     return pytest.mark.gpu(pytest.mark.skipif(not there, reason="no CUDA device, or no _ops_cuda.so")(test))
 
 
@@ -43,7 +43,7 @@ def run_with(file: str, timeout: int = 600, **environment: str) -> None:
 def narrower_isas() -> list[str]:
     """Instruction sets that the CPU library holds beside the one in use."""
     order = ["portable", "avx2", "avx512"]
-    return [] if CPU_ERROR else order[: order.index(backends.library_facts("cpu"))]
+    return [] if CPU_ERROR else order[: order.index(libraries.library_facts("cpu"))]
 
 
 def python(code: str, **environment: str) -> subprocess.CompletedProcess:

@@ -11,8 +11,7 @@ from functools import partial
 
 import torch
 
-from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, masked_cross_entropy
-from vimpac.ops import dispatch as backends
+from vimpac.ops import axial_attention, block_mask, dropout_add, info_nce, libraries, masked_cross_entropy
 
 
 def attention(dtype, grid, axes, device):
@@ -48,7 +47,7 @@ def masks(backend, device):
 
 def library(device):
     """The extension's: masks; attention's lines that fill a tile, several lines in one, two tiles, PAD and dropout."""
-    if not backends.library_path("cuda").exists():
+    if not libraries.library_path("cuda").exists():
         return
     masks("cuda", device)
     bf16, fp16 = torch.bfloat16, torch.float16

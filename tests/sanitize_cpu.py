@@ -57,7 +57,7 @@ def environment(libraries: Path) -> dict[str, str]:
 def main() -> int:
     named = environment(build(ROOT / "build" / "sanitize"))
     # of a library that cannot be loaded the tests would be skipped
-    load = "import sys; from vimpac.ops import dispatch as backend; sys.exit(backend.library_error('cpu') or None)"
+    load = "import sys; from vimpac.ops import libraries; sys.exit(libraries.library_error('cpu') or None)"
     for command in (["-c", load], ["-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS]):
         ended = subprocess.run([sys.executable, *command], cwd=ROOT, env=named)
         if ended.returncode:

@@ -4,12 +4,11 @@ import itertools
 
 import pytest
 import torch
-from test_axial_attention import doubles, inputs, padding, values_and_gradients
+from attention_calls import doubles, inputs, padding, values_and_gradients
 
 from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
-from vimpac.ops import axial_attention, axial_attention_reference
-from vimpac.ops import dispatch as backends
+from vimpac.ops import axial_attention, axial_attention_reference, dispatch
 
 pytestmark = needs_cpu
 
@@ -163,7 +162,7 @@ assert torch.equal(out, torch.ones(3, 1, 4))
 
 def test_wrong_types_reach_no_memory():
     """The ops called directly, past the checks of Python."""
-    op = backends.overload("axial_attention", "cpu")
+    op = dispatch.overload("axial_attention", "cpu")
     qkv, cls_qkv = torch.ones(1, 2, 1, 1, 3, 1, 4), torch.ones(1, 3, 1, 4)
     with pytest.raises(RuntimeError, match="float32, float64 and bfloat16"):
         op(qkv.half(), cls_qkv.half(), ["T"], None, 0.0, None, True)
@@ -183,7 +182,7 @@ def test_wrong_types_reach_no_memory():
     for pad in (torch.zeros(1, 2, 1, 1), torch.zeros(1, 1, 1, 1, dtype=torch.bool)):
         with pytest.raises(RuntimeError, match=r"pad as bool \[B, T, H, W\]"):
             op(qkv, cls_qkv, ["T"], pad, 0.0, None, True)
-    backward = backends.overload("axial_attention_backward", "cpu")
+    backward = dispatch.overload("axial_attention_backward", "cpu")
     for grad in (torch.ones(2, 1, 4), torch.ones(3, 1, 4).double(), torch.ones(3, 1, 8)[..., ::2]):
         with pytest.raises(RuntimeError, match="grad as contiguous rows"):
             backward(grad, qkv, cls_qkv, ["T"], None, 0.0, None, True)

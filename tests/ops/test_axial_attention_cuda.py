@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_axial_attention import nothing_leaves_padding
+from attention_calls import nothing_leaves_padding
 
 import nvcc
 from extension import needs_gpu
 from kernel_checks import uneven_sums
 from vimpac.ops import axial_attention, axial_attention_packed
-from vimpac.ops.axial_attention import axial_attention_reference, pack, unpack
+from vimpac.ops.axial_attention import axial_attention_reference
+from vimpac.ops.lines import pack, unpack
 
 EMULATOR = Path(__file__).parents[1] / "emulator"
 DTYPES = [torch.float16, torch.bfloat16]

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_axial_attention import nothing_leaves_padding
+from attention_calls import nothing_leaves_padding
 
 from kernel_checks import (
     ARCHITECTURES,
@@ -25,8 +25,7 @@ from kernel_checks import (
     runs_kernels,
     uneven_sums,
 )
-from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference
-from vimpac.ops import dispatch as backends
+from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference, dispatch
 from vimpac.ops.philox import philox, split_words
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -158,9 +157,9 @@ def test_opcheck(dtype, strided, padded, p, context):
         qkv, cls = qkv.contiguous(), cls.contiguous()
     seed = torch.tensor(5, device=DEVICE) if p else None
     call = (qkv, cls, ("T", "W"), pad if padded else None, p, seed, context)
-    torch.library.opcheck(backends.overload("axial_attention", "triton"), call)
+    torch.library.opcheck(dispatch.overload("axial_attention", "triton"), call)
     grad = torch.randn(2 * 13, 2, 16, device=DEVICE).to(dtype)
-    torch.library.opcheck(backends.overload("axial_attention_backward", "triton"), (grad, *call))
+    torch.library.opcheck(dispatch.overload("axial_attention_backward", "triton"), (grad, *call))
 
 
 @runs_kernels
@@ -327,17 +326,18 @@ def test_says_why_it_cannot_run():
 )
 @pytest.mark.parametrize("padded", [False, True])
 def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, has, needed, padded):
-    from vimpac.ops.axial_attention import _why_not_triton
+    from vimpac.ops.axial_attention import AttentionCall, _why_not_triton
 
-    monkeypatch.setattr(backends, "_unfit_for_triton", lambda device: "")
-    monkeypatch.setattr(backends, "shared_memory", lambda device: has)
+    monkeypatch.setattr(dispatch, "_unfit_for_triton", lambda device: "")
+    monkeypatch.setattr(dispatch, "shared_memory", lambda device: has)
     qkv = SimpleNamespace(
         shape=(1, 2, length, 2, 3, 1, width), dtype=dtype, itemsize=dtype.itemsize, device=torch.device("cuda", 0)
     )
     pad = torch.zeros(()) if padded else None
     if padded and (dtype, length, width) == (torch.float32, 32, 128):
         needed = 147456
-    reasons = [text for text in _why_not_triton(qkv, None, ("H",), pad, 0.0, None, True) if "shared" in text]
+    call = AttentionCall(qkv, None, ("H",), pad, 0.0, None, True)
+    reasons = [text for text in _why_not_triton(call) if "shared" in text]
     assert [re.search(r"takes (\d+) bytes .* has (\d+)", text).groups() for text in reasons] == (
         [(str(needed), str(has))] if needed else []
     )

@@ -8,8 +8,7 @@ import torch
 from test_philox import philox_ints
 
 from extension import needs_compiler
-from vimpac.ops import BlockMask, block_mask, block_mask_reference
-from vimpac.ops import dispatch as backends
+from vimpac.ops import BlockMask, block_mask, block_mask_reference, dispatch
 from vimpac.ops.block_mask import SCHEMA, _blocks, _fake, expected_block_ratio
 from vimpac.ops.philox import seed_tensor, split_words
 
@@ -90,11 +89,11 @@ def slot():
     def implementation(*call):
         return tuple(x.clone(memory_format=torch.contiguous_format) for x in block_mask_reference(*call))
 
-    backends.define_overload("block_mask", "slot", SCHEMA, _fake)
-    backends.implement("block_mask", "slot", "CompositeExplicitAutograd", implementation)
-    backends.register("block_mask", "slot", backends.always)
+    dispatch.define_overload("block_mask", "slot", SCHEMA, _fake)
+    dispatch.implement("block_mask", "slot", "CompositeExplicitAutograd", implementation)
+    dispatch.register("block_mask", "slot", dispatch.always)
     yield
-    del backends._REGISTRY["block_mask"]["slot"]
+    del dispatch._REGISTRY["block_mask"]["slot"]
 
 
 def assert_same(actual, expected):
@@ -304,7 +303,7 @@ def test_opcheck(options, dtype, strided):
     tokens, ids = clips(4, (3, 5, 6), dtype=dtype), torch.arange(4)
     if strided:
         tokens, ids = tokens.transpose(1, 2), torch.arange(8)[::2]
-    torch.library.opcheck(backends.overload("block_mask", "slot"), (tokens, ids, torch.tensor(7), *options, 8192))
+    torch.library.opcheck(dispatch.overload("block_mask", "slot"), (tokens, ids, torch.tensor(7), *options, 8192))
 
 
 @pytest.mark.parametrize("backend", ["reference", "slot"])

@@ -6,8 +6,7 @@ from test_block_mask import DTYPES, SAMPLES, SEEDS, assert_same, clips
 
 from extension import needs_cpu
 from kernel_checks import poison_new_tensors
-from vimpac.ops import block_mask
-from vimpac.ops import dispatch as backends
+from vimpac.ops import block_mask, dispatch
 
 pytestmark = needs_cpu
 
@@ -94,7 +93,7 @@ def test_opcheck(options, strided):
     tokens, ids = clips(4, (3, 5, 6)), torch.arange(4)
     if strided:
         tokens, ids = tokens.transpose(1, 2), torch.arange(8)[::2]
-    torch.library.opcheck(backends.overload("block_mask", "cpu"), (tokens, ids, torch.tensor(7), *options, 8192))
+    torch.library.opcheck(dispatch.overload("block_mask", "cpu"), (tokens, ids, torch.tensor(7), *options, 8192))
 
 
 def test_traces_whole_with_any_batch():

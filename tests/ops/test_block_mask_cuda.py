@@ -13,8 +13,7 @@ from test_block_mask import DTYPES, GRIDS, OPTIONS, SAMPLES, SEEDS, assert_same,
 
 import nvcc
 from extension import needs_gpu
-from vimpac.ops import BlockMask, block_mask
-from vimpac.ops import dispatch as backends
+from vimpac.ops import BlockMask, block_mask, dispatch
 from vimpac.ops.block_mask import _word, longest_block
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -317,4 +316,4 @@ def test_reduce_overhead_and_its_pool():
 def test_opcheck_on_a_gpu(options):
     tokens, ids = clips(4, (3, 5, 6), "cuda"), torch.arange(4, device="cuda")
     call = tokens, ids, torch.tensor(7, device="cuda"), *options, 8192
-    torch.library.opcheck(backends.overload("block_mask", "cuda"), call)
+    torch.library.opcheck(dispatch.overload("block_mask", "cuda"), call)

@@ -15,8 +15,7 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from vimpac.ops import block_mask
-from vimpac.ops import dispatch as backends
+from vimpac.ops import block_mask, dispatch
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -103,7 +102,7 @@ def test_strides_do_not_matter(options, kernels):
 def test_opcheck(options):
     tokens, ids = clips(4, (3, 5, 6), DEVICE), torch.arange(4, device=DEVICE)
     seed = torch.tensor(7, device=DEVICE)
-    torch.library.opcheck(backends.overload("block_mask", "triton"), (tokens, ids, seed, *options, 8192))
+    torch.library.opcheck(dispatch.overload("block_mask", "triton"), (tokens, ids, seed, *options, 8192))
 
 
 @runs_kernels

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import vimpac.ops as ops
-from vimpac.ops import dispatch as backends
+from vimpac.ops import autograd, dispatch
 
 OPS = {
     "axial_attention": ["cpu", "cuda", "triton"],
@@ -28,17 +28,17 @@ def test_constants_are_marked_as_torch_marks_them():
         return 1
 
     theirs = torch.compiler.assume_constant_result(lambda: 1)
-    assert vars(backends.constant_when_compiled(asks)) == vars(theirs) and asks() == 1
+    assert vars(dispatch.constant_when_compiled(asks)) == vars(theirs) and asks() == 1
 
 
 @pytest.fixture
 def registry(monkeypatch):
     """An op "add" whose backends are "fast" (positive arguments only), "small" (arguments below 10) and "any"."""
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
-    monkeypatch.setitem(backends._REGISTRY, "add", {})
-    backends.register("add", "fast", lambda x: [f"{x} is not positive", "no luck"] if x <= 0 else [])
-    backends.register("add", "small", lambda x: [] if x < 10 else [f"{x} is 10 or more"])
-    backends.register("add", "any", backends.always)
+    monkeypatch.setitem(dispatch._REGISTRY, "add", {})
+    dispatch.register("add", "fast", lambda x: [f"{x} is not positive", "no luck"] if x <= 0 else [])
+    dispatch.register("add", "small", lambda x: [] if x < 10 else [f"{x} is 10 or more"])
+    dispatch.register("add", "any", dispatch.always)
 
 
 @pytest.mark.parametrize(
@@ -51,21 +51,21 @@ def registry(monkeypatch):
     ],
 )
 def test_first_that_can_run(registry, preference, x, chosen):
-    assert backends.choose("add", None, preference, x) == chosen
+    assert dispatch.choose("add", None, preference, x) == chosen
 
 
 def test_named_runs_or_raises(registry):
-    assert backends.choose("add", "small", ("any",), 1) == "small"
+    assert dispatch.choose("add", "small", ("any",), 1) == "small"
     with pytest.raises(ValueError, match="add: backend 'fast' cannot run this call: -3 is not positive; no luck"):
-        backends.choose("add", "fast", ("any",), -3)
+        dispatch.choose("add", "fast", ("any",), -3)
     with pytest.raises(ValueError, match="add: no backend 'turbo'; it has any, fast, small"):
-        backends.choose("add", "turbo", ("any",), 1)
+        dispatch.choose("add", "turbo", ("any",), 1)
 
 
 def test_nothing_can_run(registry):
-    backends.register("add", "odd", lambda x: [] if x % 2 else [f"{x} is even"])
+    dispatch.register("add", "odd", lambda x: [] if x % 2 else [f"{x} is even"])
     with pytest.raises(ValueError, match=r"add: no backend can run this call\. small: 10 is 10 or more\. odd: 10 is even"):
-        backends.choose("add", None, ("small", "missing", "odd"), 10)
+        dispatch.choose("add", None, ("small", "missing", "odd"), 10)
 
 
 @pytest.mark.parametrize(
@@ -82,8 +82,8 @@ def test_nothing_can_run(registry):
 )
 def test_environment_names_one(registry, monkeypatch, value, chosen):
     monkeypatch.setenv("VIMPAC_BACKEND", value)
-    assert backends.choose("add", None, ("any",), 1) == chosen
-    assert backends.choose("add", "fast", ("any",), 1) == "fast"  # the argument wins
+    assert dispatch.choose("add", None, ("any",), 1) == chosen
+    assert dispatch.choose("add", "fast", ("any",), 1) == "fast"  # the argument wins
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_environment_names_one(registry, monkeypatch, value, chosen):
 def test_environment_never_falls_back(registry, monkeypatch, value, shown):
     monkeypatch.setenv("VIMPAC_BACKEND", value)
     with pytest.raises(ValueError, match=shown):
-        backends.choose("add", None, ("any",), 10)
+        dispatch.choose("add", None, ("any",), 10)
 
 
 @pytest.mark.parametrize("value", ["turbo", "{op}=turbo"])
@@ -123,7 +123,7 @@ def test_environment_says_which_ops_have_a_backend(registry, monkeypatch):
     monkeypatch.setenv("VIMPAC_BACKEND", "cpu")
     named = "VIMPAC_BACKEND=axial_attention=cpu,block_mask=cpu,dropout_add=cpu,info_nce=cpu names it for the ops that have it"
     with pytest.raises(ValueError, match=f"^VIMPAC_BACKEND=cpu: add: no backend 'cpu'; it has any, fast, small .{named}"):
-        backends.choose("add", None, ("any",), 1)
+        dispatch.choose("add", None, ("any",), 1)
 
 
 @pytest.mark.parametrize("wrong", [None, [1.0], np.zeros(3)], ids=["None", "list", "numpy"])
@@ -157,7 +157,7 @@ def test_triton_without_what_it_compiles_with(monkeypatch, tmp_path, missing):
         monkeypatch.setenv("PATH", str(tmp_path))
     else:
         monkeypatch.setenv("CC", "false")  # a compiler that fails, as one does without Python.h
-    reason = backends.triton_error.__wrapped__()
+    reason = dispatch.triton_error.__wrapped__()
     assert re.fullmatch(r"triton cannot launch a kernel \(.*\): it takes a C compiler \(.*\) and Python's headers", reason)
     assert ("Failed to find C compiler" if missing == "compiler" else "non-zero exit status") in reason
 
@@ -167,15 +167,15 @@ def test_kernels_find_their_overloads(name):
     """Schema and fake of every compiled backend are there before any kernel is."""
     assert set(getattr(torch.ops.vimpac, name).overloads()) >= set(OPS[name])
     for overload in OPS[name]:
-        assert backends.overload(name, overload)._schema.overload_name == overload
-        assert torch.Tag.pt2_compliant_tag in backends.overload(name, overload).tags
+        assert dispatch.overload(name, overload)._schema.overload_name == overload
+        assert torch.Tag.pt2_compliant_tag in dispatch.overload(name, overload).tags
 
 
 def test_full_precision():
     x = torch.randn(4, 4)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.mm(x, x).dtype == torch.bfloat16
-        assert backends.full_precision(torch.mm)(x, mat2=x).dtype == torch.float32
+        assert autograd.full_precision(torch.mm)(x, mat2=x).dtype == torch.float32
         assert torch.mm(x, x).dtype == torch.bfloat16  # autocast is back
 
 

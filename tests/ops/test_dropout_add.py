@@ -12,9 +12,8 @@ from test_philox import philox_ints
 from torch.testing import assert_close
 
 from extension import needs_compiler, needs_cpu
-from vimpac.ops import dispatch as backends
-from vimpac.ops import dropout, dropout_add, dropout_add_reference
-from vimpac.ops.choice import order
+from vimpac.dropout_rate import dropout_scale, dropout_threshold
+from vimpac.ops import dispatch, dropout, dropout_add, dropout_add_reference, libraries
 from vimpac.ops.philox import seed_tensor
 
 MODULE = sys.modules["vimpac.ops.dropout_add"]  # the package exports the function under the module's name
@@ -113,7 +112,7 @@ def test_seeds_are_independent(backend):
 @pytest.mark.parametrize("p, threshold", [(1e-11, 0), (2**-32, 1), (0.1, 429496730), (0.5, 2**31), (1 - 1e-12, 2**32 - 1)])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_threshold(backend, p, threshold):
-    assert MODULE.dropout_threshold(p) == threshold and MODULE.dropout_scale(p) == 2**32 / (2**32 - threshold)
+    assert dropout_threshold(p, 32) == threshold and dropout_scale(p, 32) == 2**32 / (2**32 - threshold)
     x, y = inputs(1000)
     out = dropout_add(x, y, p, 1, backend)
     assert out.isfinite().all()
@@ -266,8 +265,8 @@ def test_autocast_rounds_nothing(backend):
 @pytest.mark.parametrize("shape", [(), (0, 3), (5, 13, 3)])
 def test_opcheck(shape, dtypes):
     x, y = (z.detach().to(dtype) for z, dtype in zip(inputs(*shape), dtypes, strict=True))
-    torch.library.opcheck(backends.overload("dropout_add", "cpu"), (x, y, 0.3, torch.tensor(7)))
-    torch.library.opcheck(backends.overload("dropout_add_backward", "cpu"), (x, 0.3, torch.tensor(7), y.dtype))
+    torch.library.opcheck(dispatch.overload("dropout_add", "cpu"), (x, y, 0.3, torch.tensor(7)))
+    torch.library.opcheck(dispatch.overload("dropout_add_backward", "cpu"), (x, 0.3, torch.tensor(7), y.dtype))
 
 
 @pytest.mark.parametrize(
@@ -315,12 +314,13 @@ def test_choice(monkeypatch):
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
 
     def chosen(x, y, device="cpu"):
-        return backends.choose("dropout_add", None, order("dropout_add", device), x, y, 0.1, seed_tensor(1, x.device))
+        order = dispatch.order(MODULE.BACKENDS, torch.device(device))
+        return dispatch.choose("dropout_add", None, order, x, y, 0.1, seed_tensor(1, x.device))
 
     x, y = inputs(4)
-    assert order("dropout_add", "cuda")[0] == "triton" and chosen(x, y, "cuda") == "torch"  # these lie on a CPU
+    assert MODULE.BACKENDS["cuda"][0] == "triton" and chosen(x, y, "cuda") == "torch"  # these lie on a CPU
     assert chosen(x.bfloat16(), y) == chosen(x.half(), y.half()) == "torch"
-    assert chosen(x, y) == chosen(x, y.bfloat16()) == ("torch" if backends.library_error("cpu") else "cpu")
+    assert chosen(x, y) == chosen(x, y.bfloat16()) == ("torch" if libraries.library_error("cpu") else "cpu")
 
 
 @needs_cpu

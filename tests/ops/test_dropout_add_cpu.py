@@ -7,8 +7,7 @@ import torch
 from test_dropout_add import inputs, value_and_gradients
 
 from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
-from vimpac.ops import dispatch as backends
-from vimpac.ops import dropout_add
+from vimpac.ops import dispatch, dropout_add
 from vimpac.ops.dropout_add import dropout_keep
 
 pytestmark = needs_cpu
@@ -146,7 +145,7 @@ assert torch.equal(out, torch.full((3,), 2.0))
 
 def test_wrong_types_reach_no_memory():
     """The ops called directly, past the checks of Python."""
-    forward, backward = (backends.overload(name, "cpu") for name in ("dropout_add", "dropout_add_backward"))
+    forward, backward = (dispatch.overload(name, "cpu") for name in ("dropout_add", "dropout_add_backward"))
     x, seed = torch.ones(4, 4), torch.tensor(1)
     with pytest.raises(RuntimeError, match="float32, float64 and bfloat16"):
         forward(x.half(), x.half(), 0.1, seed)

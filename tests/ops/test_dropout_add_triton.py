@@ -18,8 +18,7 @@ from kernel_checks import (
     runs_in_interpreter,
     runs_kernels,
 )
-from vimpac.ops import dispatch as backends
-from vimpac.ops import dropout_add, dropout_add_reference
+from vimpac.ops import dispatch, dropout_add, dropout_add_reference
 from vimpac.ops.philox import seed_tensor
 
 pytest.importorskip("triton", reason="triton is not installed")
@@ -111,8 +110,8 @@ def test_opcheck():
     for dtypes in MIXED:
         x, y = (z.detach().to(dtype) for z, dtype in zip(inputs(5, 13, device=DEVICE), dtypes, strict=True))
         seed = seed_tensor(7, x.device)
-        torch.library.opcheck(backends.overload("dropout_add", "triton"), (x, y, 0.3, seed))
-        torch.library.opcheck(backends.overload("dropout_add_backward", "triton"), (x, 0.3, seed, y.dtype))
+        torch.library.opcheck(dispatch.overload("dropout_add", "triton"), (x, y, 0.3, seed))
+        torch.library.opcheck(dispatch.overload("dropout_add_backward", "triton"), (x, 0.3, seed, y.dtype))
 
 
 @runs_kernels

@@ -16,8 +16,7 @@ import torch
 from extension import CPU_ERROR, needs_compiler, needs_cpu, python
 from vimpac.commands import doctor
 from vimpac.errors import InputError
-from vimpac.ops import block_mask, info_nce
-from vimpac.ops import dispatch as backends
+from vimpac.ops import block_mask, dispatch, info_nce, libraries
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vimpac"
@@ -62,10 +61,10 @@ def symbols(path, *flags):
 
 @needs_nm
 @needs_elf
-@pytest.mark.parametrize("file", backends.LIBRARIES.values())
+@pytest.mark.parametrize("file", libraries.LIBRARIES.values())
 def test_only_the_stable_abi_is_needed(file):
     """No C++ symbol of torch, c10 or at: one library serves every torch from 2.11 on."""
-    path = backends.library_path(next(name for name, of in backends.LIBRARIES.items() if of == file))
+    path = libraries.library_path(next(name for name, of in libraries.LIBRARIES.items() if of == file))
     if not path.exists():
         pytest.skip(f"{file} is not built")
     needed = symbols(path, "-D", "--undefined-only")
@@ -82,7 +81,7 @@ def test_only_the_stable_abi_is_needed(file):
 @needs_cpu
 def test_little_is_exported():
     """Nothing but the C functions that Python asks for, so that no other library's symbols are taken or replaced."""
-    exported = set(symbols(backends.library_path("cpu"), "-D", "--defined-only"))
+    exported = set(symbols(libraries.library_path("cpu"), "-D", "--defined-only"))
     ours = {
         name
         for name in exported
@@ -207,8 +206,8 @@ def test_architectures(setup, monkeypatch):
     ],
 )
 def test_which_gpu_runs_what(arch, runs, not_on):
-    assert all(backends.runs_on(arch, *capability) for capability in runs)
-    assert not any(backends.runs_on(arch, *capability) for capability in not_on)
+    assert all(libraries.runs_on(arch, *capability) for capability in runs)
+    assert not any(libraries.runs_on(arch, *capability) for capability in not_on)
 
 
 # --- a library that cannot be used ------------------------------------------------------------------------------------
@@ -216,8 +215,8 @@ def test_which_gpu_runs_what(arch, runs, not_on):
 USE = """
 import torch
 from vimpac.ops import axial_attention
-import vimpac.ops.dispatch as backends
-print(backends.library_error("cpu"))
+from vimpac.ops import libraries
+print(libraries.library_error("cpu"))
 qkv, cls = torch.zeros(1, 1, 1, 1, 3, 1, 1), torch.zeros(1, 3, 1, 1)
 axial_attention(qkv, cls, ("T",))
 try:
@@ -318,9 +317,9 @@ def test_instruction_sets_that_are_none(monkeypatch, junk, shown):
     monkeypatch.setenv("VIMPAC_CPU_ISA", junk)
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
     sentence = f"VIMPAC_CPU_ISA{shown} is not one of portable, avx2, avx512: name one of these, or unset it"
-    assert backends.cpu_isa_error() == sentence
+    assert libraries.cpu_isa_error() == sentence
     z = torch.ones(2, 2)
-    calls = [backends.check_environment, lambda: check_backends([])]
+    calls = [dispatch.check_environment, lambda: check_backends([])]
     if not CPU_ERROR:
         calls += [lambda: info_nce(z, z), lambda: info_nce(z, z, backend="cpu")]
     for call in calls:
@@ -333,12 +332,12 @@ def test_an_instruction_set_beyond_the_processor(monkeypatch):
     """The library's own sentence, without where in its source it stands."""
     said = "choose, /somewhere/isa.cpp:35, VIMPAC_CPU_ISA=avx512, but this processor has avx2 at most"
     monkeypatch.setenv("VIMPAC_CPU_ISA", "avx512")
-    monkeypatch.setattr(backends, "library", lambda backend: object())
-    monkeypatch.setattr(backends, "library_facts", lambda backend: said)
+    monkeypatch.setattr(libraries, "library", lambda backend: object())
+    monkeypatch.setattr(libraries, "library_facts", lambda backend: said)
     with pytest.raises(InputError, match=r"^VIMPAC_CPU_ISA=avx512, but this processor has avx2 at most: name that or less, or"):
-        backends.check_environment()
-    monkeypatch.setattr(backends, "library_facts", lambda backend: "avx512")
-    backends.check_environment()
+        dispatch.check_environment()
+    monkeypatch.setattr(libraries, "library_facts", lambda backend: "avx512")
+    dispatch.check_environment()
 
 
 # --- facts ------------------------------------------------------------------------------------------------------------
@@ -389,7 +388,7 @@ def test_doctor_names_every_backend(capsys):
 
     assert main(["doctor"]) == 0
     shown = capsys.readouterr().out
-    for op, implementations in backends._REGISTRY.items():
+    for op, implementations in dispatch._REGISTRY.items():
         blocks = re.findall(rf"^  {op} .*\n(?:    not .*\n?)*", shown, re.MULTILINE)
         assert blocks and all(re.search(rf"\b{name}\b", block) for name in implementations for block in blocks)
     for words in ("versions", f"torch         {torch.__version__}", "_ops_cpu.so", "_ops_cuda.so", "ops on cpu with bfloat16"):
@@ -399,7 +398,7 @@ def test_doctor_names_every_backend(capsys):
 
 
 def test_doctor_says_why_a_backend_is_passed_over(monkeypatch):
-    monkeypatch.setitem(backends._REGISTRY, "made up", dict.fromkeys(("first", "second", "unlisted"), backends.always))
+    monkeypatch.setitem(dispatch._REGISTRY, "made up", dict.fromkeys(("first", "second", "unlisted"), dispatch.always))
     monkeypatch.delenv("VIMPAC_BACKEND", raising=False)
     call = ("made up", ("first", "second"), ())
     _, second, unlisted = doctor.choice("made up", call)

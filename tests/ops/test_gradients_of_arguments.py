@@ -10,7 +10,7 @@ from torch.testing import assert_close
 
 import vimpac.ops as ops
 from kernel_checks import DEVICE, not_interpreted, run_in_interpreter, runs_kernels
-from vimpac.ops import dispatch as backends
+from vimpac.ops import dispatch
 
 GRID = (2, 3, 2)
 PAD = torch.zeros(2, *GRID, dtype=torch.bool)
@@ -91,7 +91,7 @@ def calls(backends_of):
 
 
 def implementations(op):
-    return backends.names(op.removesuffix("_packed") if op != "dropout" else "dropout_add")
+    return dispatch.names(op.removesuffix("_packed") if op != "dropout" else "dropout_add")
 
 
 def skip_what_cannot_run(op, arguments, options, backend):
@@ -158,7 +158,7 @@ def test_masks_take_numbers_too(name):
 
 
 @not_interpreted
-@pytest.mark.parametrize("backend", [None, *backends.names("masked_cross_entropy")])
+@pytest.mark.parametrize("backend", [None, *dispatch.names("masked_cross_entropy")])
 def test_accuracy_has_no_gradient_and_says_so(backend):
     op = "masked_cross_entropy"
     arguments = made(op, ["hidden", "weight", "bias"])

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from extension import needs_compiler
-from vimpac.ops import dispatch as backends
-from vimpac.ops import info_nce, info_nce_reference
+from vimpac.ops import dispatch, info_nce, info_nce_reference
 from vimpac.ops.info_nce import _AllGather, packed_dtype
 
 RANKS, ROWS, WIDTH = 4, 3, 5
@@ -104,16 +103,16 @@ def add_slot():
 
     functions = slot_pack, slot_forward, slot_backward, slot_learned, slot_learned_backward
     for name, function in zip(SCHEMAS, functions, strict=True):
-        backends.define_overload(name, "slot", *SCHEMAS[name])
-        backends.implement(name, "slot", "CompositeExplicitAutograd", function)
-    backends.register("info_nce", "slot", backends.always)
+        dispatch.define_overload(name, "slot", *SCHEMAS[name])
+        dispatch.implement(name, "slot", "CompositeExplicitAutograd", function)
+    dispatch.register("info_nce", "slot", dispatch.always)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def slot():
     add_slot()
     yield
-    del backends._REGISTRY["info_nce"]["slot"]
+    del dispatch._REGISTRY["info_nce"]["slot"]
 
 
 @pytest.fixture(params=["reference", "slot"])
@@ -360,15 +359,15 @@ def test_temperature_compiles_whole(backend):
 @pytest.mark.parametrize("rows, ranks, offset", [(12, 1, 0), (4, 3, 4), (2, 1, 0)])
 def test_opcheck(dtype, rows, ranks, offset):
     z1, z2 = (z.detach() for z in features(rows // 2 * ranks, 4, dtype=dtype))
-    torch.library.opcheck(backends.overload("info_nce_pack", "slot"), (z1, z2))
+    torch.library.opcheck(dispatch.overload("info_nce_pack", "slot"), (z1, z2))
     packed = slot_pack(z1, z2)
-    torch.library.opcheck(backends.overload("info_nce", "slot"), (*packed, offset, rows, 0.2))
+    torch.library.opcheck(dispatch.overload("info_nce", "slot"), (*packed, offset, rows, 0.2))
     lse = torch.cat([slot_forward(*packed, rank * rows, rows, 0.2)[1] for rank in range(ranks)])
     arguments = (torch.full_like(lse[:ranks], 1.5), *packed, lse)
-    torch.library.opcheck(backends.overload("info_nce_backward", "slot"), (*arguments, offset, rows, 0.2))
+    torch.library.opcheck(dispatch.overload("info_nce_backward", "slot"), (*arguments, offset, rows, 0.2))
     learned = torch.full_like(lse[0], 0.2)
-    torch.library.opcheck(backends.overload("info_nce_learned", "slot"), (*packed, learned, offset, rows))
-    torch.library.opcheck(backends.overload("info_nce_learned_backward", "slot"), (*arguments, learned, offset, rows))
+    torch.library.opcheck(dispatch.overload("info_nce_learned", "slot"), (*packed, learned, offset, rows))
+    torch.library.opcheck(dispatch.overload("info_nce_learned_backward", "slot"), (*arguments, learned, offset, rows))
 
 
 @needs_compiler

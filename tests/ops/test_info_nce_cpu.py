@@ -19,16 +19,15 @@ from torch.testing import assert_close
 
 from extension import narrower_isas, needs_cpu, on_any_processor, python, run_with
 from kernel_checks import poison_new_tensors
-from vimpac.ops import dispatch as backends
-from vimpac.ops import info_nce, info_nce_reference
+from vimpac.ops import dispatch, info_nce, info_nce_reference
 
 pytestmark = [needs_cpu, pytest.mark.usefixtures("one_thread")]  # or a busy machine's threads wait for each other
 
 # Rows are 2n: a tile takes 512 of them, and 1024 from 8192 on; a strip 32, a vector up to 16.
 SHAPES = [(1, 1), (1, 6), (2, 3), (5, 16), (65, 40), (129, 65), (256, 20), (257, 33), (520, 8)]
 TEMPERATURES = [0.01, 0.032, 0.2, 10]  # below 2 / 64 in float32, 2 / 600 in float64, another way of summing
-pack, forward, backward = (backends.overload(f"info_nce{x}", "cpu") for x in ("_pack", "", "_backward"))
-learned, learned_backward = (backends.overload(f"info_nce_learned{x}", "cpu") for x in ("", "_backward"))
+pack, forward, backward = (dispatch.overload(f"info_nce{x}", "cpu") for x in ("_pack", "", "_backward"))
+learned, learned_backward = (dispatch.overload(f"info_nce_learned{x}", "cpu") for x in ("", "_backward"))
 
 
 def doubles(*z):

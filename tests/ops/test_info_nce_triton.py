@@ -21,8 +21,7 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from vimpac.ops import dispatch as backends
-from vimpac.ops import info_nce, info_nce_reference
+from vimpac.ops import dispatch, info_nce, info_nce_reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -211,7 +210,7 @@ def test_rows_of_a_rank(m, d, monkeypatch):
     """Three ranks' rows against everyone's: mean of the losses and sum of the gradients by autograd through the reference."""
     poison_new_tensors(monkeypatch)
     z1, z2 = (z.detach().requires_grad_() for z in inputs(3 * m, d))
-    pack, forward, backward = (backends.overload(f"info_nce{x}", "triton") for x in ("_pack", "", "_backward"))
+    pack, forward, backward = (dispatch.overload(f"info_nce{x}", "triton") for x in ("_pack", "", "_backward"))
     upstream = torch.tensor([0.5, -1.0, 2.0], device=DEVICE)  # the ranks need not agree
     unit = [F.normalize(z, dim=1) for z in (z1, z2)]
     losses = [info_nce_reference(*(u[r * m : r * m + m] for u in unit), *unit, r * m, 0.1) for r in range(3)]
@@ -235,7 +234,7 @@ def test_rows_of_a_rank(m, d, monkeypatch):
 @pytest.mark.parametrize("rows, ranks, offset", [(12, 1, 0), (4, 3, 4)])
 def test_opcheck(rows, ranks, offset, dtype):
     z1, z2 = inputs(rows // 2 * ranks, 4, dtype)
-    pack, forward, backward = (backends.overload(f"info_nce{x}", "triton") for x in ("_pack", "", "_backward"))
+    pack, forward, backward = (dispatch.overload(f"info_nce{x}", "triton") for x in ("_pack", "", "_backward"))
     torch.library.opcheck(pack, (z1, z2))
     packed = pack(z1, z2)
     torch.library.opcheck(forward, (*packed, offset, rows, 0.2))
@@ -243,8 +242,8 @@ def test_opcheck(rows, ranks, offset, dtype):
     call = (torch.full_like(lse[:ranks], 1.5), *packed, lse)
     torch.library.opcheck(backward, (*call, offset, rows, 0.2))
     learned = torch.full_like(lse[0], 0.2)
-    torch.library.opcheck(backends.overload("info_nce_learned", "triton"), (*packed, learned, offset, rows))
-    torch.library.opcheck(backends.overload("info_nce_learned_backward", "triton"), (*call, learned, offset, rows))
+    torch.library.opcheck(dispatch.overload("info_nce_learned", "triton"), (*packed, learned, offset, rows))
+    torch.library.opcheck(dispatch.overload("info_nce_learned_backward", "triton"), (*call, learned, offset, rows))
 
 
 @runs_kernels

@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from extension import needs_compiler
-from vimpac.ops import dispatch as backends
-from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
+from vimpac.ops import dispatch, masked_cross_entropy, masked_cross_entropy_reference
 
 MODULE = sys.modules["vimpac.ops.masked_cross_entropy"]  # the package exports the function under the module's name
 EXACT = {"rtol": 1e-12, "atol": 1e-13}  # float64, sums of some hundred terms of order 1
@@ -64,11 +63,11 @@ def slot():
         grad = grad * (target >= 0)[:, None]
         return loss, hits, (grad @ w).to(hidden.dtype), grad.T @ h, grad.sum(0)
 
-    backends.define_overload("masked_cross_entropy", "slot", MODULE.SCHEMA, MODULE._zeros)
-    backends.implement("masked_cross_entropy", "slot", "CompositeExplicitAutograd", implementation)
-    backends.register("masked_cross_entropy", "slot", backends.always)
+    dispatch.define_overload("masked_cross_entropy", "slot", MODULE.SCHEMA, MODULE._zeros)
+    dispatch.implement("masked_cross_entropy", "slot", "CompositeExplicitAutograd", implementation)
+    dispatch.register("masked_cross_entropy", "slot", dispatch.always)
     yield
-    del backends._REGISTRY["masked_cross_entropy"]["slot"]
+    del dispatch._REGISTRY["masked_cross_entropy"]["slot"]
 
 
 @pytest.fixture(params=["chunked", "slot"])
@@ -300,7 +299,7 @@ def test_frozen_weight(backend, small_chunks):
 def test_opcheck(overload, dtype, M, gradients, small_chunks):
     call = inputs(M, 5, 11, dtype=dtype, ignored=0.3)
     arguments = (*(x.detach() for x in call), gradients)
-    torch.library.opcheck(backends.overload("masked_cross_entropy", overload), arguments)
+    torch.library.opcheck(dispatch.overload("masked_cross_entropy", overload), arguments)
 
 
 @needs_compiler

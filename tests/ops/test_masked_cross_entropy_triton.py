@@ -17,8 +17,7 @@ from kernel_checks import (
     run_in_interpreter,
     runs_kernels,
 )
-from vimpac.ops import dispatch as backends
-from vimpac.ops import masked_cross_entropy, masked_cross_entropy_reference
+from vimpac.ops import dispatch, masked_cross_entropy, masked_cross_entropy_reference
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -157,7 +156,7 @@ def test_logits_in_memory(monkeypatch):
 def test_opcheck(M, gradients, dtype):
     call = inputs(M, 5, 11, DEVICE, dtype, ignored=0.3)
     arguments = (*(x.detach() for x in call), gradients)
-    torch.library.opcheck(backends.overload("masked_cross_entropy", "triton"), arguments)
+    torch.library.opcheck(dispatch.overload("masked_cross_entropy", "triton"), arguments)
 
 
 @runs_kernels

@@ -1,4 +1,4 @@
-"""What this machine offers vimpac: versions, devices, and for each op the backend it takes here and why not another one."""
+"""`vimpac doctor`: versions, devices, and for each op the backend that runs on them and why not another one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import platform
 import torch
 
 from vimpac.config import ModelConfig
-from vimpac.model.calls import Call, op_calls
-from vimpac.ops import dispatch as backends
+from vimpac.ops import dispatch, libraries
+from vimpac.ops.samples import sample_calls
 
 PACKAGES = ("vimpac", "torch", "triton", "numpy", "av", "safetensors", "scikit-learn")
 
@@ -24,7 +24,7 @@ def report() -> str:
     for device in devices:
         for dtype in (torch.float32, torch.bfloat16):
             lines += ["", f"ops on {device} with {str(dtype).removeprefix('torch.')}"]
-            for label, call in op_calls(ModelConfig(), device, dtype).items():
+            for label, call in sample_calls(ModelConfig(), device, dtype).items():
                 lines += choice(label, call)
     return "\n".join(lines)
 
@@ -35,15 +35,15 @@ def versions() -> dict[str, str]:
         try:
             found[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
-            found[name] = "not installed"  # vimpac, too, can be used from a checkout alone
-    return found | {"torch": torch.__version__}  # with its CUDA, which the package's version leaves out
+            found[name] = "not installed"  # vimpac itself can be used from a checkout
+    return found | {"torch": torch.__version__}  # with its CUDA version, which the package's version leaves out
 
 
 def extension() -> dict[str, str]:
-    """Each library of csrc/: how it was built, or why it is not there."""
+    """Each library of csrc/: how it was built, or why it was not."""
     states = {}
-    for backend, file in backends.LIBRARIES.items():
-        states[file] = backends.library_error(backend) or f"{backends.library_path(backend)}, {held(backend)}"
+    for backend, file in libraries.LIBRARIES.items():
+        states[file] = libraries.library_error(backend) or f"{libraries.library_path(backend)}, {held(backend)}"
     states["_C"] = "vimpac was installed without it, which takes a C++ compiler, ninja and pybind11"
     if importlib.util.find_spec("vimpac._C"):
         try:
@@ -58,7 +58,7 @@ def extension() -> dict[str, str]:
 
 def held(backend: str) -> str:
     """What a library holds, or why what it holds cannot be used."""
-    return (backends.cpu_isa_error() if backend == "cpu" else "") or backends.library_facts(backend)
+    return (libraries.cpu_isa_error() if backend == "cpu" else "") or libraries.library_facts(backend)
 
 
 def describe(device: torch.device) -> str:
@@ -68,24 +68,24 @@ def describe(device: torch.device) -> str:
     return f"{properties.name}, compute capability {properties.major}.{properties.minor}, {properties.total_memory >> 30} GiB"
 
 
-def choice(label: str, call: Call) -> list[str]:
-    """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot, or is not chosen."""
+def choice(label: str, call: dispatch.Call) -> list[str]:
+    """The backend that runs, or the error of VIMPAC_BACKEND, and for each other one why it cannot run or is not chosen."""
     op, preference, arguments = call
     try:
-        chosen, _ = backends.pick(op, None, preference, *arguments)
-        named = backends.named_by_environment(op) == chosen
+        chosen, _ = dispatch.pick(op, None, preference, *arguments)
+        named = dispatch.named_by_environment(op) == chosen
     except ValueError as error:
         chosen, named = str(error), True
     lines = [f"  {label:<22}{chosen}"]
-    for name in backends.names(op):
+    for name in dispatch.names(op):
         if name != chosen:
-            reasons = backends.why_not(op, name, *arguments)
-            decides = "VIMPAC_CPU_ISA" if backends.cpu_isa_error() else "VIMPAC_BACKEND"
+            reasons = dispatch.why_not(op, name, *arguments)
+            decides = "VIMPAC_CPU_ISA" if libraries.cpu_isa_error() else "VIMPAC_BACKEND"
             passed_over = f"{decides} decides" if named else why_passed_over(name, chosen, preference)
             lines.append(f"    not {name:<16}{'; '.join(reasons) or f'can run here, but {passed_over}'}")
     return lines
 
 
 def why_passed_over(name: str, chosen: str, preference: tuple[str, ...]) -> str:
-    """Why a backend that could run is not the one that does, where nobody named one."""
+    """Why a backend that can run is not chosen, if none is named."""
     return f"comes after {chosen}" if name in preference else "is not in the order of backends for this call"

@@ -19,7 +19,8 @@ from vimpac.model.linear import Linear
 from vimpac.model.positions import Positions
 from vimpac.model.recompute import recomputing, remade
 from vimpac.ops import axial_attention_packed, dropout, dropout_add
-from vimpac.ops.axial_attention import draws_from_generator, unpack
+from vimpac.ops.axial_attention import draws_from_generator
+from vimpac.ops.lines import unpack
 
 SPECIAL_IDS = 5
 NORM_EPS = 1e-12  # BERT's

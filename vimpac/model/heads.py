@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vimpac.model.backbone import NORM_EPS, init_weights
-from vimpac.ops.dispatch import full_precision
+from vimpac.ops.autograd import full_precision
 
 
 class TokenHead(nn.Module):

@@ -22,12 +22,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimpac.ops import dispatch as backends
-from vimpac.ops.choice import order
+from vimpac.config import ModelConfig
+from vimpac.ops import dispatch
 from vimpac.ops.philox import below, philox, seed_tensor, split_words
+from vimpac.special_ids import MASK_OFFSET, PAD_OFFSET
 
+BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
-PAD_OFFSET, MASK_OFFSET = 1, 4  # special ids after the vocabulary, as the released weights number them
 KERNEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
 CUDA_WORDS = 2048  # of 32 blocks' places on T, H and W, in shared memory
 TRITON_WIDTH = 1024  # a row of tokens is held at once
@@ -52,23 +53,24 @@ def block_mask(
 ) -> BlockMask:
     """Draw one mask per clip and write it into the tokens (Eq. 2, Eq. 3, sections B.1 and G.3).
 
-    tokens [B, T, H, W] integer ids, PAD (vocab_size + 1) is never masked. sample_ids [B] int64: what a clip's mask
-    depends on, beside `seed` (an int or a 0-dimensional int64 tensor).
+    tokens [B, T, H, W] integer ids; PAD (vocab_size + 1) is never masked.
+    sample_ids [B] int64: a clip's mask depends on its id and on `seed` (an int or a 0-dimensional int64 tensor) alone.
     n_blocks: blocks a clip. ratio: instead of blocks, mask every token independently with this probability (Eq. 2).
     noisy: replace only 80 % of masked tokens by MASK (vocab_size + 4), 10 % by a random code, keep 10 % (section G.3).
-    backend: "reference", "triton", "cuda" (both CUDA), "cpu", None (chooses) or "any": as None, but not what VIMPAC_BACKEND
-    names, which may be for tensors on another device. All draw the same bits.
+    backend: "reference", "triton", "cuda" (both CUDA), "cpu" or None (chooses). "any" chooses as well, but does not read
+    VIMPAC_BACKEND, which may be meant for tensors on another device. All draw the same bits.
 
-    Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these, TypeError for what is not a tensor.
+    Returns a BlockMask. Raises ValueError for shapes, dtypes or numbers outside these, TypeError for what is not a tensor or
+    a number.
     """
     _check(tokens, sample_ids, n_blocks, ratio, vocab_size)
     seed = seed_tensor(seed, tokens.device)
     call = (tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size)
-    match backends.choose("block_mask", backend, order("block_mask", tokens.device.type), *call):
+    match dispatch.choose("block_mask", backend, dispatch.order(BACKENDS, tokens.device), *call):
         case "reference":
             return block_mask_reference(*call)
         case name:
-            return BlockMask(*backends.overload("block_mask", name)(*call))
+            return BlockMask(*dispatch.overload("block_mask", name)(*call))
 
 
 def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192) -> BlockMask:
@@ -79,7 +81,7 @@ def block_mask_reference(tokens, sample_ids, seed, n_blocks=5, ratio=None, noisy
     mask = mask & (tokens != vocab_size + PAD_OFFSET)
     new = torch.full_like(tokens, vocab_size + MASK_OFFSET)
     if noisy:
-        which, code, *_ = philox((*_per_clip(sample, 2), _range(math.prod(grid), tokens), NOISE), seed)
+        which, code, *_ = philox((*_per_clip(sample), _range(math.prod(grid), tokens), NOISE), seed)
         which, code = which.view_as(tokens), below(code, vocab_size).view_as(tokens).to(tokens.dtype)
         new = _where(which < _word(0.8), new, _where(which < _word(0.9), code, tokens))
     flat = mask.flatten()
@@ -98,23 +100,23 @@ def _where(mask, a: Tensor, b: Tensor) -> Tensor:
 def _blocks(sample, seed, grid, n_blocks) -> Tensor:
     """Random blocks, bool [B, blocks, T, H, W]; the mask is their union."""
     b = 2 * torch.arange(n_blocks, device=seed.device)
-    lengths = philox((*_per_clip(sample, 2), b, BLOCKS), seed)
-    starts = philox((*_per_clip(sample, 2), b + 1, BLOCKS), seed)
-    covered = None
+    lengths = philox((*_per_clip(sample), b, BLOCKS), seed)
+    starts = philox((*_per_clip(sample), b + 1, BLOCKS), seed)
+    covered = torch.ones((), dtype=torch.bool, device=seed.device)
     for axis, (size, longest) in enumerate(zip(grid, longest_block(grid), strict=True)):
         length = 1 + below(lengths[axis], longest)
         start = below(starts[axis], size - length + 1)
         i = torch.arange(size, device=seed.device)
         inside = (i >= start[..., None]) & (i < (start + length)[..., None])  # [B, blocks, size]
         inside = inside.unflatten(2, [size if a == axis else 1 for a in range(3)])
-        covered = inside if covered is None else covered & inside
+        covered = covered & inside
     return covered
 
 
 def _iid(sample, seed, grid, ratio) -> Tensor:
     """Every token on its own, bool [B, T, H, W]."""
     size = math.prod(grid)
-    words = philox((*_per_clip(sample, 2), torch.arange(math.ceil(size / 4), device=seed.device), IID), seed)
+    words = philox((*_per_clip(sample), torch.arange(math.ceil(size / 4), device=seed.device), IID), seed)
     return (torch.stack(words, -1).flatten(1)[:, :size] < _word(ratio)).unflatten(1, grid)
 
 
@@ -137,8 +139,10 @@ def expected_block_ratio(grid: tuple[int, int, int], n_blocks: int) -> float:
     return float((1 - (1 - inside) ** n_blocks).mean())
 
 
-def _per_clip(sample, ndim):
-    return tuple(word.view(-1, *[1] * (ndim - 1)) for word in sample)
+def _per_clip(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    """The two words of each clip's id, [B, 1]."""
+    low, high = sample
+    return low[:, None], high[:, None]
 
 
 def _range(n: int, like: Tensor) -> Tensor:
@@ -151,8 +155,8 @@ def _word(probability: float) -> int:
 
 
 def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
-    backends.check_tensors(tokens=tokens, sample_ids=sample_ids)
-    backends.check_numbers(n_blocks=n_blocks, ratio=ratio, vocab_size=vocab_size)
+    dispatch.check_tensors(tokens=tokens, sample_ids=sample_ids)
+    dispatch.check_numbers(n_blocks=n_blocks, vocab_size=vocab_size, **({} if ratio is None else {"ratio": ratio}))
     if tokens.ndim != 4 or tokens.is_floating_point() or tokens.is_complex() or tokens.dtype == torch.bool:
         raise ValueError(f"tokens must be integer [B, T, H, W], got {tokens.dtype} of shape {tuple(tokens.shape)}")
     if 0 in tokens.shape[1:]:
@@ -171,6 +175,14 @@ def _check(tokens, sample_ids, n_blocks, ratio, vocab_size) -> None:
         raise ValueError(f"ratio must be in [0, 1], got {ratio}")
 
 
+def sample_call(config: ModelConfig, device: torch.device) -> dispatch.Call:
+    """What training a model calls, for one clip: tokens that hold nothing."""
+    tokens = torch.empty(1, *config.grid, dtype=torch.int64, device=device)
+    ids = torch.zeros(1, dtype=torch.int64, device=device)
+    call = (tokens, ids, ids[0], 5, None, False, config.vocab_size)
+    return dispatch.Call("block_mask", dispatch.order(BACKENDS, device), call)
+
+
 def _fake(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size):
     mask = tokens.new_empty(tokens.shape, dtype=torch.bool)
     indices = tokens.new_empty(tokens.numel(), dtype=torch.int64)
@@ -181,12 +193,12 @@ SCHEMA = (
     "(Tensor tokens, Tensor sample_ids, Tensor seed, int n_blocks, float? ratio, bool noisy, int vocab_size)"
     " -> (Tensor tokens, Tensor mask, Tensor indices, Tensor counts)"
 )
-backends.define("block_mask", SCHEMA, _fake)
-backends.register("block_mask", "reference", backends.always)
+dispatch.define("block_mask", SCHEMA, _fake)
+dispatch.register("block_mask", "reference", dispatch.always)
 
 
 def _why_not_triton(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) -> list[str]:
-    reasons = backends.why_not_triton(tokens, KERNEL_DTYPES)
+    reasons = dispatch.why_not_triton(tokens, KERNEL_DTYPES)
     if tokens.shape[3] > TRITON_WIDTH:
         reasons.append(f"W of {tokens.shape[3]}, it takes up to {TRITON_WIDTH}")
     if vocab_size >= 2**31 - MASK_OFFSET:
@@ -194,12 +206,12 @@ def _why_not_triton(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size
     return reasons
 
 
-backends.implement_triton("block_mask", "block_mask.draw")
-backends.register("block_mask", "triton", _why_not_triton)
+dispatch.implement_triton("block_mask", "block_mask.draw")
+dispatch.register("block_mask", "triton", _why_not_triton)
 
 
 def _why_not_library(backend, tokens, vocab_size) -> list[str]:
-    reasons = backends.why_not_library(tokens, backend, KERNEL_DTYPES)
+    reasons = dispatch.why_not_library(tokens, backend, KERNEL_DTYPES)
     if math.prod(tokens.shape[1:]) > 2**30:
         reasons.append(f"a clip of {math.prod(tokens.shape[1:])} tokens, it takes up to 2^30")
     if vocab_size >= 2**31 - MASK_OFFSET:
@@ -221,7 +233,7 @@ def _why_not_cuda(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size) 
     return reasons
 
 
-backends.implement_library("block_mask", "cpu")
-backends.implement_library("block_mask", "cuda")
-backends.register("block_mask", "cpu", _why_not_cpu)
-backends.register("block_mask", "cuda", _why_not_cuda)
+dispatch.implement_library("block_mask", "cpu")
+dispatch.implement_library("block_mask", "cuda")
+dispatch.register("block_mask", "cpu", _why_not_cpu)
+dispatch.register("block_mask", "cuda", _why_not_cuda)

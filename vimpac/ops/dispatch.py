@@ -1,13 +1,13 @@
 """Which implementation of an op runs: the only dispatch in the project.
 
-An op module registers its implementations once, each with a function that says why it cannot run a given call, or None:
+An op module registers its implementations once, each with a function that lists the reasons why it cannot run a given call:
 
-    backend.register("info_nce", "triton", why_not=...)
+    dispatch.register("info_nce", "triton", why_not)
 
-`choose` then takes the first one that can run, in the order the op prefers, or the one that was asked for by name. A named
-backend runs or raises with every reason; it never falls back. `VIMPAC_BACKEND=reference` names one for every op,
-`VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op. Where nobody named one and the first to come would be in a
-library that is not there, `choose` warns, once.
+`choose` then takes the first one that can run, in the op's order of backends, or the one that is named. A named backend runs
+or raises with every reason; it never falls back. `VIMPAC_BACKEND=reference` names one for every op,
+`VIMPAC_BACKEND=axial_attention=reference,info_nce=triton` op by op. If no backend is named and a faster one is in a library
+that cannot be loaded, `choose` warns, once.
 
 Compiled implementations sit behind torch ops, one overload a backend: `vimpac::axial_attention.triton`. Schema and fake
 come from Python (`define`), so a backend only has to bring `implement` for that overload, or a C++ library
@@ -16,41 +16,59 @@ come from Python (`define`), so a backend only has to bring `implement` for that
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import importlib
 import importlib.util
+import numbers
 import os
 import shutil
 import subprocess
 import warnings
-from collections.abc import Callable, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 
 from vimpac.errors import InputError
+from vimpac.ops.libraries import LIBRARIES, REINSTALL, cpu_isa_error, device_error, library_error, library_path
 
 WhyNot = Callable[..., "list[str]"]
 
 COMPILED = ("cuda", "triton", "cpu")  # the overloads that every op defines
 ANY = "any"
 HALF_AND_SINGLE = (torch.float32, torch.float16, torch.bfloat16)
+NUMBERS = (int, float, numbers.Real, torch.SymInt, torch.SymFloat)  # Real: numpy's scalars as well
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-LIBRARIES = {"cpu": "_ops_cpu.so", "cuda": "_ops_cuda.so"}  # of csrc/, built by setup.py
-CPU_ISAS = ("portable", "avx2", "avx512")  # that VIMPAC_CPU_ISA may name
-MISSING: set[str] = set()  # libraries whose absence was said: once is enough
+MISSING: set[str] = set()  # libraries whose absence a warning has named: once is enough
 _LIBRARY = torch.library.Library("vimpac", "FRAGMENT")
 _REGISTRY: dict[str, dict[str, WhyNot]] = {}
 
 
 class MissingKernelsWarning(RuntimeWarning):
-    """An op runs on a slower backend, since the library that holds its kernels is not there."""
+    """An op runs on a slower backend, since the library that holds its kernels cannot be loaded."""
+
+
+class Call(NamedTuple):
+    """A call of an op, for checks and reports before anything runs."""
+
+    op: str
+    order: tuple[str, ...]  # backends to try, fastest first
+    arguments: tuple  # as `why_not` functions get them
+
+
+def order(row: Mapping[str, tuple[str, ...]], device: torch.device) -> tuple[str, ...]:
+    """The backends of a row for a device, fastest first; devices other than CUDA are as a CPU.
+
+    An op's row {"cuda": …, "cpu": …} is what benchmarks/ measured (docs/kernels.md has the numbers). No GPU has been measured
+    yet. There a CUDA kernel comes before Triton's, because of what attention's machine code promises (tools/predicted.py), and
+    because Triton's launches go through Python. On a CPU Triton runs in its interpreter, and only if TRITON_INTERPRET is set.
+    """
+    return row["cuda" if device.type == "cuda" else "cpu"]
 
 
 def constant_when_compiled(function: Callable) -> Callable:
-    """torch.compiler.assume_constant_result, without importing the compiler: that takes longer than torch itself does."""
-    function._dynamo_marked_constant = True
+    """torch.compiler.assume_constant_result, without importing the compiler, which takes longer than importing torch."""
+    vars(function)["_dynamo_marked_constant"] = True
     return function
 
 
@@ -71,13 +89,13 @@ def implement(name: str, overload: str, key: str, function: Callable) -> None:
 
 
 def implement_triton(name: str, function: str) -> None:
-    """Give `vimpac::NAME.triton` a function of kernels/, "module.function"; its module is imported at the first call."""
+    """Give `vimpac::NAME.triton` a function of kernels/, "module.function"; the module is imported at the first call."""
     module, function = function.split(".")
 
     def launch(*arguments):
         kernel = getattr(importlib.import_module(f"vimpac.kernels.{module}"), function)
         device = next(x.device for x in arguments if isinstance(x, torch.Tensor))
-        if device.type == "cuda" and device.index != torch.cuda.current_device():  # triton launches on the current one
+        if device.type == "cuda" and device.index != torch.cuda.current_device():  # Triton launches on the current device
             with torch.cuda.device(device):
                 return kernel(*arguments)
         return kernel(*arguments)
@@ -97,7 +115,7 @@ def why_not_triton(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
 
 
 def unfit_dtype(x: torch.Tensor, dtypes: Sequence[torch.dtype]) -> list[str]:
-    """The reason why a tensor is not of these dtypes, none if it is."""
+    """The reason why a tensor's dtype is none of these; empty if it is one of them."""
     names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     return [] if x.dtype in dtypes else [f"{x.dtype}, it takes {names}"]
 
@@ -118,10 +136,11 @@ def _unfit_for_triton(device: torch.device) -> str:
 def triton_error() -> str:
     """Why Triton cannot launch kernels on this machine's GPU, "" if it can.
 
-    It speaks to the driver through a module that it compiles at its first launch, with a C compiler and Python's headers, and
-    keeps in its cache. Before 3.8 every kernel has one of its own.
+    Triton calls the driver through a C module. It compiles the module at its first launch, which takes a C compiler and
+    Python's headers, and caches it. Before 3.8 every kernel has a module of its own.
     """
     import triton
+    from triton import knobs
     from triton.runtime import driver
 
     try:
@@ -131,7 +150,7 @@ def triton_error() -> str:
         return f"triton cannot launch a kernel ({reason}): it takes a C compiler (gcc, clang or $CC) and Python's headers"
     a_module_each = [int(number) for number in triton.__version__.split(".")[:2]] < [3, 8]
     compilers = [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang"]
-    if a_module_each and triton.knobs.build.impl is None and not any(map(shutil.which, compilers)):
+    if a_module_each and knobs.build.impl is None and not any(map(shutil.which, compilers)):
         return f"triton {triton.__version__} compiles a C module for every kernel and finds no {' or '.join(compilers)}"
     return ""
 
@@ -145,7 +164,7 @@ def shared_memory(device: torch.device) -> int:
 def implement_library(name: str, backend: str) -> None:
     """Leave `vimpac::NAME.BACKEND` to a library of csrc/, "cpu" or "cuda", which the first call loads.
 
-    That call lands on a kernel that every device has and the library's own takes precedence over.
+    That call reaches a fallback for every device. Once the library is loaded, its own kernel takes precedence.
     """
 
     def load_and_call(*arguments):
@@ -161,63 +180,6 @@ def implement_library(name: str, backend: str) -> None:
     implement(name, backend, "CompositeExplicitAutograd", load_and_call)
 
 
-REINSTALL = "reinstall vimpac beside this torch, with pip's --no-build-isolation, and restart Python"
-
-
-def library_path(backend: str) -> Path:
-    """Where a library of csrc/ is: in the package, or in the folder that VIMPAC_LIBRARIES names (a sanitized build)."""
-    return _library_path(os.environ.get("VIMPAC_LIBRARIES"), backend)
-
-
-@functools.cache  # asked for at every call of an op, and the file system takes 40 µs to answer
-def _library_path(folder: str | None, backend: str) -> Path:
-    return (Path(folder).resolve() if folder else Path(__file__).resolve().parents[1]) / LIBRARIES[backend]
-
-
-@functools.cache
-def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
-    """A library of torch ops, or why there is none."""
-    if not path.exists():
-        tools = "a C++ compiler, ninja" + (" and nvcc" if "cuda" in path.name else "")
-        return None, f"vimpac was installed without {path.name}, which takes {tools}: {REINSTALL}"
-    if "cuda" in path.name and torch.version.cuda is None:
-        return None, f"torch {torch.__version__} has no CUDA"
-    try:
-        torch.ops.load_library(path)
-        return ctypes.CDLL(str(path)), ""
-    except OSError as error:
-        built = "which was built for another machine or torch"
-        return None, f"torch {torch.__version__} cannot load {path}, {built} ({error}): {REINSTALL}"
-
-
-def library(backend: str) -> ctypes.CDLL | None:
-    """A library of csrc/ for its C functions, or None where it cannot be loaded."""
-    return _load(library_path(backend))[0]
-
-
-def library_error(backend: str) -> str:
-    """Load a library of csrc/; "" or the sentence that says why not."""
-    return _load(library_path(backend))[1]
-
-
-def cpu_isa_error() -> str:
-    """Why the kernels of the CPU library cannot run with the instruction set that VIMPAC_CPU_ISA names; "" if they can."""
-    named = os.environ.get("VIMPAC_CPU_ISA", "")
-    if named and named not in CPU_ISAS:
-        shown = named if named.isprintable() else repr(named)
-        return f"VIMPAC_CPU_ISA={shown} is not one of {', '.join(CPU_ISAS)}: name one of these, or unset it"
-    if not named or library("cpu") is None or (facts := library_facts("cpu")) in CPU_ISAS:
-        return ""
-    return f"{facts[facts.index('VIMPAC_CPU_ISA') :]}: name that or less, or unset it"  # the library's own sentence
-
-
-def library_facts(backend: str) -> str:
-    """What a loaded library holds: the instruction set in use, or the GPU architectures."""
-    function = getattr(library(backend), {"cpu": "vimpac_cpu_isa", "cuda": "vimpac_cuda_archs"}[backend])
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
 def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]) -> list[str]:
     """The reasons that all kernels of a library share for not running on a tensor."""
     reasons = []
@@ -229,32 +191,7 @@ def why_not_library(x: torch.Tensor, backend: str, dtypes: Sequence[torch.dtype]
 @constant_when_compiled
 def _unfit_for_library(device: torch.device, backend: str) -> str:
     """Why a library's kernels cannot run on a device, "" if they can."""
-    if device.type != backend:
-        return f"tensors are on {device}, it needs {'the CPU' if backend == 'cpu' else 'a CUDA device'}"
-    if error := library_error(backend) or (cpu_isa_error() if backend == "cpu" else ""):
-        return error
-    return _unfit_gpu(device) if backend == "cuda" else ""
-
-
-def _unfit_gpu(device: torch.device) -> str:
-    """Why the CUDA library has no code for a GPU: it holds some architectures' code and PTX for what is newer."""
-    archs = library_facts("cuda").split()
-    major, minor = torch.cuda.get_device_capability(device)
-    if any(runs_on(arch, major, minor) for arch in archs) or (major, minor) >= capability(archs[-1]):
-        return ""
-    return f"compute capability {major}.{minor}, _ops_cuda.so was built for {', '.join(archs)} (VIMPAC_CUDA_ARCHS): {REINSTALL}"
-
-
-def capability(arch: str) -> tuple[int, int]:
-    """Compute capability of an architecture's name: "90a" → (9, 0)."""
-    number = int(arch.rstrip("af"))
-    return number // 10, number % 10
-
-
-def runs_on(arch: str, major: int, minor: int) -> bool:
-    """Whether machine code for an architecture runs on a GPU: same major version, no newer minor; "a" on that one only."""
-    of = capability(arch)
-    return (major, minor) == of if arch.endswith("a") else major == of[0] and minor >= of[1]
+    return device_error(backend, device)
 
 
 def overload(name: str, backend: str) -> torch._ops.OpOverload:
@@ -268,7 +205,7 @@ def register(op: str, name: str, why_not: WhyNot) -> None:
 
 
 def names(op: str) -> list[str]:
-    """The implementations of an op, those that cannot run here too."""
+    """The implementations of an op, including those that cannot run here."""
     return list(_REGISTRY[op])
 
 
@@ -280,21 +217,21 @@ def why_not(op: str, name: str, *args) -> list[str]:
 def choose(op: str, requested: str | None, preference: Sequence[str], *args) -> str:
     """Name of the backend that runs `op(*args)`.
 
-    requested: None = what VIMPAC_BACKEND names, else the first of `preference` that can; ANY = that one whatever is named,
-    for tensors that a name was not meant for.
+    requested: None = the backend that VIMPAC_BACKEND names, else the first of `preference` that can run the call. ANY = the
+    first of `preference`, whatever VIMPAC_BACKEND names: for tensors on another device than the one it was set for.
 
-    Raises ValueError if `requested` (or VIMPAC_BACKEND) is unknown or cannot run this call, with every reason why; or if none
-    of `preference` can. Warns where a library is not there that holds a faster one.
+    Raises ValueError, with every reason, if `requested` or VIMPAC_BACKEND is unknown or cannot run this call, or if nothing in
+    `preference` can. Warns if a faster backend is in a library that cannot be loaded.
     """
     chosen, refused = pick(op, requested, preference, *args)
     absent = [name for name in refused if name in LIBRARIES]
-    if absent and not (requested == ANY and os.environ.get("VIMPAC_BACKEND")):  # somebody knows what the others run on
+    if absent and not (requested == ANY and os.environ.get("VIMPAC_BACKEND")):  # its user chose what the other ops run on
         _warn_of_absence(op, chosen, tuple([(name, *refused[name]) for name in absent]))
     return chosen
 
 
 def pick(op: str, requested: str | None, preference: Sequence[str], *args) -> tuple[str, dict[str, list[str]]]:
-    """What `choose` chooses, without its warning, and of those that come before it the reasons why they cannot run."""
+    """What `choose` chooses, without its warning, and the reasons why the backends before it cannot run."""
     registered = _REGISTRY[op]
     named = None if requested else named_by_environment(op)
     requested = requested or named or ANY
@@ -319,14 +256,14 @@ def pick(op: str, requested: str | None, preference: Sequence[str], *args) -> tu
 
 @constant_when_compiled
 def _check_isa(reasons: tuple[str, ...]) -> None:
-    """Raises InputError where VIMPAC_CPU_ISA is why the kernels do not run: who names one is not given something else."""
+    """Raises InputError if the kernels do not run because of VIMPAC_CPU_ISA: a named instruction set runs or raises."""
     if (error := cpu_isa_error()) and error in reasons:
         raise InputError(error)
 
 
 @constant_when_compiled
 def _warn_of_absence(op: str, chosen: str, refused: tuple[tuple[str, ...], ...]) -> None:
-    """Warns, once a library, where its absence is the one reason why its kernels do not run. refused: (backend, *reasons)."""
+    """Warns, once a library, if its kernels do not run only because it cannot be loaded. refused: (backend, *reasons)."""
     for name, *reasons in refused:
         error = library_error(name)
         if error and reasons == [error] and name not in MISSING:
@@ -336,86 +273,34 @@ def _warn_of_absence(op: str, chosen: str, refused: tuple[tuple[str, ...], ...])
 
 
 def check_tensors(**tensors) -> None:
-    """Raises TypeError for what is not a tensor, by its argument's name."""
+    """Raises TypeError, with the argument's name, for what is not a tensor."""
     for name, x in tensors.items():
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__module__}.{type(x).__qualname__}")
 
 
-def check_numbers(**numbers) -> None:
-    """Raises ValueError for tensors in place of numbers: they would get no gradient, and someone waits for their value."""
-    for name, x in numbers.items():
+def check_numbers(**values) -> None:
+    """Raises TypeError, with the argument's name, for what is not a number; ValueError for a tensor.
+
+    A tensor would get no gradient here, and reading its value waits for the device.
+    """
+    for name, x in values.items():
         if isinstance(x, torch.Tensor):
             raise ValueError(f"{name} must be a number, got a tensor, which has no gradient here: give {name}.item()")
-
-
-def full_precision(function: Callable) -> Callable:
-    """Run a function of tensors in their own precision, inside autocast too, which would round float32 products to half."""
-
-    @functools.wraps(function)
-    def run(*args, **kwargs):
-        device = next((x.device.type for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)), "meta")
-        if device == "meta" or not torch.is_autocast_enabled(device):  # meta has no autocast, and asking raises
-            return function(*args, **kwargs)
-        with torch.autocast(device, enabled=False):
-            return function(*args, **kwargs)
-
-    return run
-
-
-def once_differentiable(op: str) -> Callable:
-    """Decorates backward(ctx, saved tensors, *upstream gradients) of an op's kernels: a derivative of it raises RuntimeError.
-
-    The graph of a gradient is tied to the upstream gradients and to every tensor saved in ctx, so what such a gradient depends
-    on must be among these, or a part without elements (`anchors`). torch's decorator of that name ties it to the upstream
-    gradients alone: with a constant one, as a sum's, a second derivative would lack this op without a word.
-    """
-
-    def decorate(backward: Callable) -> Callable:
-        @functools.wraps(backward)
-        def run(ctx, *grads):
-            saved = ctx.saved_tensors
-            with torch.no_grad():
-                outputs = backward(ctx, saved, *grads)
-            if not torch.is_grad_enabled():  # nobody asked for a graph of the gradients
-                return outputs
-            needs = [x for x in (*grads, *saved) if x is not None and x.requires_grad]
-            found = [x for x in outputs if x is not None]
-            tied = iter(_NoDerivative.apply(op, len(found), *found, *needs))
-            return tuple(None if x is None else next(tied) for x in outputs)
-
-        return run
-
-    return decorate
-
-
-class _NoDerivative(torch.autograd.Function):
-    """The first `count` of some tensors; backward raises."""
-
-    @staticmethod
-    def forward(ctx, op, count, *tensors):
-        ctx.op = op
-        return tuple(x.detach() for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *_grads):
-        raise RuntimeError(f"{ctx.op}: its kernels have no second derivative, the definition has: use backend='reference'")
-
-
-def anchors(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Parts without elements, to save in ctx where the tensors themselves need not outlive the forward pass. None of a compiled
-    function's, whose backward torch refuses to differentiate anyway."""
-    return [] if torch.compiler.is_compiling() else [torch.slice_copy(x, 0, 0, 0) for x in tensors]
+        if not isinstance(x, NUMBERS):
+            raise TypeError(f"{name} must be a number, got {x!r}")
 
 
 def always(*_args) -> list[str]:
-    """A `why_not` for what runs everywhere."""
+    """A `why_not` for an implementation that runs everywhere."""
     return []
 
 
 def check_environment() -> None:
-    """Raises ValueError where VIMPAC_BACKEND names a backend that an op does not have, or VIMPAC_CPU_ISA an instruction set
-    that there is not, or not here."""
+    """Raises ValueError if VIMPAC_BACKEND names a backend that an op does not have.
+
+    Raises InputError if VIMPAC_CPU_ISA names an instruction set that is unknown, or that this processor does not have.
+    """
     if error := cpu_isa_error():
         raise InputError(error)
     for op, registered in _REGISTRY.items():

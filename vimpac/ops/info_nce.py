@@ -7,11 +7,11 @@ Written with local rows against all columns, so that the ranks of a process grou
 offset…offset + m of n. Each rank returns the mean over its own rows. The mean over ranks is Eq. 5, and the
 gradient that DistributedDataParallel averages is the gradient of Eq. 5 over the whole batch.
 
-A learned temperature's gradient takes no second look at the scores. Scaling all unit features by c is dividing γ by c², so
+A learned temperature's gradient does not need the scores again. Scaling all unit features by c equals dividing γ by c², so
 
     d loss / dγ = -1 / (2γ) Σ_i unit_i · (d loss / d unit_i)        over all 2n features
 
-and backward has these products at hand: the normalisation takes them out of the features' gradients.
+Backward computes these products anyway: the gradient of the normalisation contains them.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimpac.ops import dispatch as backends
-from vimpac.ops.choice import order
+from vimpac.config import ModelConfig
+from vimpac.ops import dispatch
+from vimpac.ops.autograd import full_precision, once_differentiable
+
+BACKENDS = {"cuda": ("triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 
 
-@backends.full_precision
+@full_precision
 def info_nce(
     z1: Tensor,
     z2: Tensor,
@@ -37,37 +40,38 @@ def info_nce(
 ) -> Tensor:
     """Contrastive loss of paired features (Eq. 5), a float32 scalar (float64 for float64 features).
 
-    z1, z2 [n, d] floating: features of the first and second clip of n videos. They are normalised here, from lengths of 1e-12
-    to 1e18 (float64: 1e150); a shorter one counts as 1e-12, and a longer one's square overflows in some of the backends.
+    z1, z2 [n, d] floating: features of the first and second clip of n videos. They are normalised here. Their lengths may be
+    1e-12 to 1e18 (float64: 1e150): a shorter one counts as 1e-12, and the square of a longer one overflows in some backends.
     temperature: γ > 0, a number or, to learn it, a 0-dimensional floating tensor on the features' device. A tensor's value is
-    not read here: where it is not positive the loss means nothing.
-    group: gather the features of its ranks, each with the same n and temperature, as further negatives; the result is then the
-    mean over this rank's rows, whose mean over ranks is Eq. 5. So is the mean of gradients that DistributedDataParallel takes,
-    the temperature's too. A rank's own share of that one is its rows' under "reference", its features' under the others.
+    not read here: if it is not positive, the loss is meaningless.
+    group: gather the features of its ranks, each with the same n and temperature, as further negatives. The result is then the
+    mean over this rank's rows, and the mean over ranks is Eq. 5. The same holds for the gradients that DistributedDataParallel
+    averages, including the temperature's. A rank's share of the temperature's gradient is that of its rows with "reference",
+    and that of its features with the other backends.
     backend: "reference", "triton" (CUDA), "cpu" or None (chooses).
 
-    Raises ValueError for other shapes, dtypes, devices or temperatures, TypeError for what is not a tensor.
+    Raises ValueError for other shapes, dtypes, devices or temperatures, TypeError for what is not a tensor or a number.
     """
     _check(z1, z2, temperature)
     if z1.shape[0] == 0:
         zero = z1.sum() + z2.sum() + (0 * temperature if isinstance(temperature, Tensor) else 0)  # no rows, but a gradient
         return zero.to(torch.promote_types(z1.dtype, torch.float32))
     group = None if group is None or group.size() == 1 else group
-    match backends.choose("info_nce", backend, order("info_nce", z1.device.type), z1, z2):
+    match dispatch.choose("info_nce", backend, dispatch.order(BACKENDS, z1.device), z1, z2):
         case "reference":
             dtype = torch.promote_types(z1.dtype, torch.float32)
-            rows = [F.normalize(z.to(dtype), dim=-1) for z in (z1, z2)]
+            rows1, rows2 = (F.normalize(z.to(dtype), dim=-1) for z in (z1, z2))
             if group is None:
-                return info_nce_reference(*rows, *rows, 0, temperature)
-            columns = [_AllGather.apply(z, group) for z in rows]
-            return info_nce_reference(*rows, *columns, group.rank() * z1.shape[0], temperature)
+                return info_nce_reference(rows1, rows2, rows1, rows2, 0, temperature)
+            columns1, columns2 = (_AllGather.apply(z, group) for z in (rows1, rows2))
+            return info_nce_reference(rows1, rows2, columns1, columns2, group.rank() * z1.shape[0], temperature)
         case name:
             z2 = z2.view_as(z2) if z2 is z1 else z2  # dynamo refuses a Function that gets one tensor twice
             return _InfoNCE.apply(z1, z2, temperature, group, name)
 
 
-@backends.full_precision
-def info_nce_reference(rows1, rows2, columns1, columns2, offset=0, temperature=0.2) -> Tensor:
+@full_precision
+def info_nce_reference(rows1, rows2, columns1, columns2, offset=0, temperature: float | Tensor = 0.2) -> Tensor:
     """The definition, on unit features: rows [m, d] are columns offset…offset + m of [n, d]."""
     m, n = rows1.shape[0], columns1.shape[0]
     me = torch.arange(offset, offset + m, device=rows1.device)
@@ -88,8 +92,8 @@ class _AllGather(torch.autograd.Function):
         return _all_gather(x, group)
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone(memory_format=torch.contiguous_format)  # summed in place below
+    def backward(ctx, *grad_outputs):
+        grad = grad_outputs[0].clone(memory_format=torch.contiguous_format)  # summed in place below
         dist.all_reduce(grad, group=ctx.group)  # gloo has no reduce-scatter
         start = ctx.group.rank() * ctx.rows
         return grad[start : start + ctx.rows], None
@@ -113,13 +117,13 @@ def _all_gather_rows(tensors, group):
 class _InfoNCE(torch.autograd.Function):
     """A backend's kernels, differentiable. Saves the features, one length and one logsumexp a row, never scores.
 
-    In a group the features are gathered, and in backward the logsumexps and the ranks' upstream gradients: scores are
-    symmetric, so a rank has all it needs for the whole gradient of its own features, and no gradient is sent around.
+    In a group forward gathers the features, and backward the logsumexps and the ranks' upstream gradients. Scores are
+    symmetric, so a rank can then compute the whole gradient of its own features, and no gradients are exchanged.
     """
 
     @staticmethod
     def forward(ctx, z1, z2, temperature, group, backend):
-        features, inverse = backends.overload("info_nce_pack", backend)(z1, z2)
+        features, inverse = dispatch.overload("info_nce_pack", backend)(z1, z2)
         rows, offset = features.shape[0], 0
         if group is not None:
             offset = group.rank() * rows
@@ -127,17 +131,17 @@ class _InfoNCE(torch.autograd.Function):
         if isinstance(temperature, Tensor):
             learned, temperature = temperature, None
             call = features, inverse, learned.detach().to(inverse.dtype), offset, rows
-            loss, lse = backends.overload("info_nce_learned", backend)(*call)
+            loss, lse = dispatch.overload("info_nce_learned", backend)(*call)
         else:
             learned = None
-            loss, lse = backends.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
+            loss, lse = dispatch.overload("info_nce", backend)(features, inverse, offset, rows, temperature)
         ctx.save_for_backward(features, inverse, lse, learned, z1, z2)
         ctx.options = offset, rows, temperature, group, backend
         ctx.dtype = z1.dtype
         return loss
 
     @staticmethod
-    @backends.once_differentiable("info_nce")
+    @once_differentiable("info_nce")
     def backward(ctx, saved, grad):
         features, inverse, lse, learned, *_z = saved
         offset, rows, temperature, group, backend = ctx.options
@@ -147,9 +151,9 @@ class _InfoNCE(torch.autograd.Function):
             lse, grad = lse.flatten(), grad.flatten()
         call, of_temperature = (grad, features, inverse, lse), None
         if learned is None:
-            dz = backends.overload("info_nce_backward", backend)(*call, offset, rows, temperature)
+            dz = dispatch.overload("info_nce_backward", backend)(*call, offset, rows, temperature)
         else:
-            op = backends.overload("info_nce_learned_backward", backend)
+            op = dispatch.overload("info_nce_learned_backward", backend)
             dz, along = op(*call, learned.detach().to(inverse.dtype), offset, rows)
             of_temperature = (along.sum() / (-2 * learned)).to(learned.dtype)
         dz = dz.to(ctx.dtype)
@@ -157,7 +161,7 @@ class _InfoNCE(torch.autograd.Function):
 
 
 def _check(z1, z2, temperature) -> None:
-    backends.check_tensors(z1=z1, z2=z2)
+    dispatch.check_tensors(z1=z1, z2=z2)
     if z1.ndim != 2 or z1.shape != z2.shape:
         raise ValueError(f"z1 and z2 must both be [n, d], got shapes {tuple(z1.shape)} and {tuple(z2.shape)}")
     if not z1.is_floating_point() or z1.dtype != z2.dtype:
@@ -170,16 +174,24 @@ def _check(z1, z2, temperature) -> None:
                 f"temperature must be a number or a 0-dimensional floating tensor on {z1.device}, "
                 f"got {temperature.dtype} of shape {tuple(temperature.shape)} on {temperature.device}"
             )
-    elif not 0.0 < temperature < math.inf:
+        return
+    dispatch.check_numbers(temperature=temperature)
+    if not 0.0 < temperature < math.inf:
         raise ValueError(f"temperature must be positive and finite, got {temperature}")
+
+
+def sample_call(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Call:
+    """What a model calls in training, for eight videos: features that hold nothing."""
+    z = torch.empty(8, config.head_out, dtype=dtype, device=device)
+    return dispatch.Call("info_nce", dispatch.order(BACKENDS, device), (z, z))
 
 
 # What a compiled backend brings. Packed: the first views, then the second views, of rank 0, of rank 1, …
 #   info_nce_pack      z1, z2 [m, d] → features [2m, d] (float16 widened to float32), inverse [2m] = 1 / max(length, 1e-12)
 #   info_nce           rows offset…offset + rows of features [N, d] against all of them → the mean over them, lse [rows]
 #   info_nce_backward  grad [N / rows], one a rank, lse [N] → the gradient of these rows' z1 and z2, [rows, d]
-# And the last two once more for a learned temperature, a tensor of the inverses' dtype, which no one waits for; backward also
-# returns each row's unit feature times the gradient of that, [rows].
+# The last two exist once more for a learned temperature, a tensor of the inverses' dtype, which is never read on the host. That
+# backward also returns, for each row, the product of its unit feature and the unit feature's gradient, [rows].
 PACKED = "Tensor features, Tensor inverse"
 ROWS = "SymInt offset, SymInt rows"  # symbolic: a changing batch compiles once
 
@@ -189,7 +201,7 @@ def _accumulator(dtype):
 
 
 def packed_dtype(dtype):
-    """Of the features in a kernel: bfloat16 has float32's range, float16 has not enough for the sums' weights."""
+    """Dtype of the features in a kernel. Unlike bfloat16's, float16's range is too small for the weights of the sums."""
     return dtype if dtype == torch.bfloat16 else _accumulator(dtype)
 
 
@@ -225,35 +237,35 @@ SCHEMAS = {
     ),
 }
 for _name, (_schema, _fake) in SCHEMAS.items():
-    backends.define(_name, _schema, _fake)
-backends.register("info_nce", "reference", backends.always)
+    dispatch.define(_name, _schema, _fake)
+dispatch.register("info_nce", "reference", dispatch.always)
 
 
 CPU_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 def _why_not_triton(z1, z2) -> list[str]:
-    reasons = backends.why_not_triton(z1, backends.HALF_AND_SINGLE)
+    reasons = dispatch.why_not_triton(z1, dispatch.HALF_AND_SINGLE)
     if z1.shape[1] == 0:
         reasons.append("features of width 0")
     return reasons
 
 
-backends.implement_triton("info_nce_pack", "info_nce.pack")
-backends.implement_triton("info_nce", "info_nce.forward")
-backends.implement_triton("info_nce_backward", "info_nce.backward")
-backends.implement_triton("info_nce_learned", "info_nce.forward_learned")
-backends.implement_triton("info_nce_learned_backward", "info_nce.backward_learned")
-backends.register("info_nce", "triton", _why_not_triton)
+dispatch.implement_triton("info_nce_pack", "info_nce.pack")
+dispatch.implement_triton("info_nce", "info_nce.forward")
+dispatch.implement_triton("info_nce_backward", "info_nce.backward")
+dispatch.implement_triton("info_nce_learned", "info_nce.forward_learned")
+dispatch.implement_triton("info_nce_learned_backward", "info_nce.backward_learned")
+dispatch.register("info_nce", "triton", _why_not_triton)
 
 
 def _why_not_cpu(z1, z2) -> list[str]:
-    reasons = backends.why_not_library(z1, "cpu", CPU_DTYPES)
+    reasons = dispatch.why_not_library(z1, "cpu", CPU_DTYPES)
     if z1.shape[1] == 0:
         reasons.append("features of width 0")
     return reasons
 
 
 for _name in SCHEMAS:
-    backends.implement_library(_name, "cpu")
-backends.register("info_nce", "cpu", _why_not_cpu)
+    dispatch.implement_library(_name, "cpu")
+dispatch.register("info_nce", "cpu", _why_not_cpu)

@@ -4,21 +4,26 @@
     logits = hidden weightᵀ + bias      loss = mean over rows of logsumexp(logits) - logits[target]
     accuracy = share of rows whose largest logit is the target's
 
-Rows with a negative target do not count, whatever they hold: they are zeros before any product, as 0 · NaN is NaN. The
-gradient of a block of logits is softmax - one_hot, known as soon as the block is: backends compute it in the forward pass,
-block by block, and backward scales it. A backend returns sums over rows; the division by their number waits for the loss's own
-gradient, since softmax / M alone underflows in float16.
+Rows with a negative target do not count, whatever they hold. They are set to zero before any product, as 0 · NaN is NaN.
+
+The gradient of a block of logits is softmax - one_hot, which is known as soon as the block is. So backends compute it in the
+forward pass, block by block, and backward scales it. A backend returns sums over rows. Backward divides them by the number of
+rows together with the upstream gradient, since softmax / M alone underflows in float16.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vimpac.ops import dispatch as backends
-from vimpac.ops.choice import order
+from vimpac.config import ModelConfig
+from vimpac.ops import dispatch
+from vimpac.ops.autograd import anchors, once_differentiable
 
+BACKENDS = {"cuda": ("triton", "chunked"), "cpu": ("triton", "chunked")}
 CHUNK_LOGITS = 1 << 24  # logits in memory at once: 64 MiB of float32
 CHUNK_ROWS = 4096  # more could overflow float16 in a block's gradient to weight, a sum over its rows
 
@@ -30,15 +35,15 @@ def masked_cross_entropy(
 
     hidden [M, C], weight [V, C], bias [V]: floating, one device; hidden and weight share a dtype, or are in autocast,
     whose dtype the product then runs in.
-    target [M] int64: class of each row, negative = the row does not count. No counting row gives loss and accuracy 0. A class
-    of V or more is an error that the device reports, or a loss of NaN: targets are not read here.
+    target [M] int64: class of each row, negative = the row does not count. Without any counting row loss and accuracy are 0.
+    Targets are not read here: a class of V or more is an error that the device reports, or a loss of NaN.
     backend: "chunked", "triton" (CUDA), "reference" or None (chooses).
 
     Raises ValueError for other shapes, dtypes or devices, TypeError for what is not a tensor.
     """
     _check(hidden, weight, bias, target)
     call = (hidden, weight, bias, target)
-    match backends.choose("masked_cross_entropy", backend, order("masked_cross_entropy", hidden.device.type), *call):
+    match dispatch.choose("masked_cross_entropy", backend, dispatch.order(BACKENDS, hidden.device), *call):
         case "reference":
             return masked_cross_entropy_reference(*call)
         case name:
@@ -47,8 +52,8 @@ def masked_cross_entropy(
                 hidden, weight = hidden.to(dtype), weight.to(dtype)
             gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (hidden, weight, bias))
             with torch.autocast(hidden.device.type, enabled=False):
-                anchors = backends.anchors(hidden, weight, bias) if gradients else []
-                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, gradients, name, *anchors)
+                parts = anchors(hidden, weight, bias) if gradients else []
+                return _MaskedCrossEntropy.apply(hidden, weight, bias, target, gradients, name, *parts)
 
 
 def masked_cross_entropy_reference(hidden, weight, bias, target) -> tuple[Tensor, Tensor]:
@@ -67,11 +72,11 @@ def counted_rows(hidden: Tensor, target: Tensor) -> Tensor:
 
 
 class _MaskedCrossEntropy(torch.autograd.Function):
-    """A backend's op, differentiable: it returns the gradients with the loss, and backward scales them."""
+    """A backend's op, differentiable: the op returns the gradients with the loss, and backward scales them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, bias, target, gradients, backend, *anchors):
-        op = backends.overload("masked_cross_entropy", backend)
+        op = dispatch.overload("masked_cross_entropy", backend)
         loss, hits, *grads = op(hidden, weight, bias, target, gradients)
         counts = (target >= 0).sum().clamp(min=1)
         ctx.save_for_backward(counts, *grads, *anchors)
@@ -81,7 +86,7 @@ class _MaskedCrossEntropy(torch.autograd.Function):
         return loss, accuracy
 
     @staticmethod
-    @backends.once_differentiable("masked_cross_entropy")
+    @once_differentiable("masked_cross_entropy")
     def backward(ctx, saved, grad, _):
         counts, grads = saved[0], saved[1:4]
         scale = grad / counts
@@ -119,7 +124,7 @@ def _zeros(hidden, weight, bias, target, gradients):
 
 
 def _check(hidden, weight, bias, target) -> None:
-    backends.check_tensors(hidden=hidden, weight=weight, bias=bias, target=target)
+    dispatch.check_tensors(hidden=hidden, weight=weight, bias=bias, target=target)
     if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [M, C] and weight [V, C], got shapes {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if weight.shape[0] == 0:
@@ -137,22 +142,33 @@ def _check(hidden, weight, bias, target) -> None:
         raise ValueError(f"hidden, weight, bias and target must be on one device, got {devices}")
 
 
-# Sums over counted rows: loss, hits (rows whose largest logit is the target's) and the loss's gradients; grad_hidden in
-# hidden's dtype, the rest in at least float32, and with no rows at all if gradients is False.
+def sample_call(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Call:
+    """What a model calls in training, if all of a clip's tokens were masked: tensors that hold nothing."""
+    rows = math.prod(config.grid) + 1
+    hidden = torch.empty(rows, config.width, dtype=dtype, device=device)
+    weight = torch.empty(config.vocab_size, config.width, dtype=dtype, device=device)
+    bias = torch.empty(config.vocab_size, device=device)
+    target = torch.empty(1, dtype=torch.int64, device=device).expand(rows)
+    order = dispatch.order(BACKENDS, device)
+    return dispatch.Call("masked_cross_entropy", order, (hidden, weight, bias, target))
+
+
+# Sums over counted rows: loss, hits (rows whose largest logit is the target's) and the loss's gradients. grad_hidden has
+# hidden's dtype, the others at least float32. If gradients is False they have no rows.
 SCHEMA = (
     "(Tensor hidden, Tensor weight, Tensor bias, Tensor target, bool gradients)"
     " -> (Tensor loss, Tensor hits, Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)"
 )
-backends.define("masked_cross_entropy", SCHEMA, _zeros)
-backends.define_overload("masked_cross_entropy", "chunked", SCHEMA, _zeros)
-backends.implement("masked_cross_entropy", "chunked", "CompositeExplicitAutograd", _chunked)
-backends.register("masked_cross_entropy", "reference", backends.always)
-backends.register("masked_cross_entropy", "chunked", backends.always)
+dispatch.define("masked_cross_entropy", SCHEMA, _zeros)
+dispatch.define_overload("masked_cross_entropy", "chunked", SCHEMA, _zeros)
+dispatch.implement("masked_cross_entropy", "chunked", "CompositeExplicitAutograd", _chunked)
+dispatch.register("masked_cross_entropy", "reference", dispatch.always)
+dispatch.register("masked_cross_entropy", "chunked", dispatch.always)
 
 
 def _why_not_triton(hidden, weight, bias, target) -> list[str]:
-    return backends.why_not_triton(hidden, backends.HALF_AND_SINGLE)
+    return dispatch.why_not_triton(hidden, dispatch.HALF_AND_SINGLE)
 
 
-backends.implement_triton("masked_cross_entropy", "masked_cross_entropy.sums")
-backends.register("masked_cross_entropy", "triton", _why_not_triton)
+dispatch.implement_triton("masked_cross_entropy", "masked_cross_entropy.sums")
+dispatch.register("masked_cross_entropy", "triton", _why_not_triton)

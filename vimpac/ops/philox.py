@@ -1,14 +1,16 @@
 """Philox4x32, the counter-based random numbers behind every mask (Salmon et al., SC 2011, figure 2 and table 2).
 
-Four 32-bit words come out of a 128-bit counter and a 64-bit key, and nothing else: the same (seed, element) gives the same
-number on every backend and device and for every split of a batch.
+Four 32-bit words depend on a 128-bit counter and a 64-bit key alone: the same (seed, element) gives the same number on every
+backend and device, and however a batch is split.
 
-Words are kept in int64 tensors. A word's product with a multiplier M can pass 2^63, and a compiler need not wrap there
-(torch.compile's C++ does not), so q = word · (M - 2^32), which fits, is taken instead: the product is q + word · 2^32, its high
-half (q >> 32) + word and its low half that of q.
+Words are kept in int64 tensors. The product of a word and a multiplier M can exceed 2^63, and a compiler need not wrap there
+(torch.compile's C++ does not). So the code computes q = word · (M - 2^32), which fits. The product is q + word · 2^32: its high
+half is (q >> 32) + word, its low half that of q.
 """
 
 from __future__ import annotations
+
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -18,8 +20,10 @@ KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 WORD = 0xFFFFFFFF
 
 
-def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: Tensor, rounds: int = 10):
-    """Four int64 tensors of uniform 32-bit words, in the shape the counters broadcast to.
+def philox(
+    counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int], seed: Tensor, rounds: int = 10
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four int64 tensors of uniform 32-bit words, in the shape that the counters broadcast to.
 
     counter: four words, each in [0, 2^32), tensors (int64) or ints, at least one of them a tensor.
     seed: int64 tensor, its 64 bits are the key.
@@ -31,7 +35,7 @@ def philox(counter: tuple[Tensor | int, Tensor | int, Tensor | int, Tensor | int
         q0, q1 = (MULTIPLIERS[0] - 2**32) * c0, (MULTIPLIERS[1] - 2**32) * c2
         c0, c1, c2, c3 = ((q1 >> 32) + c2) ^ c1 ^ k0, q1 & WORD, ((q0 >> 32) + c0) ^ c3 ^ k1, q0 & WORD
         k0, k1 = (k0 + KEY_STEPS[0]) & WORD, (k1 + KEY_STEPS[1]) & WORD
-    return c0, c1, c2, c3
+    return cast("tuple[Tensor, Tensor, Tensor, Tensor]", (c0, c1, c2, c3))  # rounds mix the key, a tensor, into every word
 
 
 def split_words(x: Tensor) -> tuple[Tensor, Tensor]:

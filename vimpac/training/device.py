@@ -9,8 +9,9 @@ import torch
 
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.errors import InputError
-from vimpac.model.calls import Call, op_calls
-from vimpac.ops.dispatch import LIBRARIES, MISSING, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.ops.dispatch import MISSING, Call, check_environment, choose, named_by_environment, pick, why_not
+from vimpac.ops.libraries import LIBRARIES
+from vimpac.ops.samples import sample_calls
 from vimpac.training.distributed import World
 from vimpac.training.plan import BatchPlan
 
@@ -31,7 +32,7 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 def op_calls_of(model: ModelConfig, precision: str, device: torch.device) -> list[Call]:
     """What training asks of the ops on this device. Its masks are drawn on the host, whatever backend is named."""
     dtype = autocast_dtype(precision, device) or torch.float32
-    return [call for call in op_calls(model, device, dtype).values() if call[0] != "block_mask"]
+    return [call for call in sample_calls(model, device, dtype).values() if call[0] != "block_mask"]
 
 
 def check_backends(calls: list[Call]) -> None:
