@@ -6,14 +6,23 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from runs import arguments, run, write_store
+from runs import arguments, run, train_main, write_store
 
 
 def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
 
 
-SLOW = ("_triton", "_cuda", "test_long_runs", "test_train_cli", "test_benchmarks", "test_predicted")
+SLOW = (
+    "_triton",
+    "_cuda",
+    "test_long_runs",
+    "test_train_options",
+    "test_run_folders",
+    "test_train_command",
+    "test_benchmarks",
+    "test_predicted",
+)
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k
@@ -90,3 +99,21 @@ def first_of():
 
     yield lambda size: dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=size)
     dist.destroy_process_group()
+
+
+@pytest.fixture
+def main(capsys):
+    """main(words) → (exit status, standard error); nothing goes to standard output."""
+
+    def call(words):
+        status = train_main()(words)
+        captured = capsys.readouterr()
+        assert captured.out == ""
+        return status, captured.err
+
+    return call
+
+
+@pytest.fixture
+def output(tmp_path):
+    return tmp_path / "run"

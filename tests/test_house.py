@@ -4,29 +4,32 @@ import ast
 import os
 import subprocess
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A part may import itself, the leaves, and what stands beside it here. Everything flows one way.
-LEAVES = {
-    *("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.config", "vimpac.console", "vimpac.meta"),
-    *("vimpac.files", "vimpac.files.atomic", "vimpac.files.checked", "vimpac.files.tensorfile"),
-    *("vimpac.processes", "vimpac.processes.limits", "vimpac.processes.meeting", "vimpac.processes.ranks"),
-}
-MAY_IMPORT = {
-    "vimpac.data": set(),
-    "vimpac.kernels": {"vimpac.ops"},
-    "vimpac.ops": {"vimpac.kernels"},
-    "vimpac.model": {"vimpac.ops"},
-    "vimpac.checkpoint": {"vimpac.model", "vimpac.data"},
-    "vimpac.weights": {"vimpac.model", "vimpac.checkpoint", "vimpac.data.format"},
-    "vimpac.released": {"vimpac.model"},
-    "vimpac.figures": set(),
-    "vimpac.evaluation": {"vimpac.data", "vimpac.model", "vimpac.ops", "vimpac.training.step"},
-}  # training and the commands may import all
+# From the ground up. A file may import its own floor and those below it, and no two files import each other.
+FLOORS = (
+    ("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.special_ids", "vimpac.dropout_rate", "vimpac.meta"),
+    ("vimpac.config",),
+    ("vimpac.files", "vimpac.processes", "vimpac.console"),
+    ("vimpac.data", "vimpac.figures"),
+    ("vimpac.kernels",),
+    ("vimpac.ops",),
+    ("vimpac.model",),
+    ("vimpac.checkpoint", "vimpac.weights", "vimpac.released", "vimpac.convert"),
+    ("vimpac.evaluation",),
+    ("vimpac.training",),
+    ("vimpac.commands", "vimpac.__main__"),
+)
+PLAIN_FLOORS = 3  # that import neither torch nor numpy
+APART = ("vimpac.data", "vimpac.figures")  # know nothing of each other, although they share a floor
+MOST_LINES = {"": 400, "kernels": 800}  # of a file
+MOST_LINES_A_FUNCTION = 60
+MOST_PARAMETERS = 16  # of a kernel
 
 
 def modules():
@@ -45,24 +48,73 @@ def imports(path):
 
 
 def part_of(module):
-    return next((part for part in MAY_IMPORT if f"{module}.".startswith(f"{part}.")), None)
+    """The part of a floor that a module belongs to, such as vimpac.data; "vimpac" is the package's own file."""
+    return ".".join(module.split(".")[:2])
+
+
+FLOOR = {part: i for i, floor in enumerate(FLOORS) for part in floor}
+NAMES = {module for _, module in modules()}
+
+
+def imported_modules(path):
+    """Our modules that a file imports, inside functions as well: `from a.b import c` is a.b.c where that is a module."""
+    for name in imports(path):
+        if name.split(".")[0] == "vimpac":
+            found = next(x for x in (name, name.rpartition(".")[0]) if x in NAMES)
+            if found != "vimpac.kernels":  # the folder, not a file
+                yield found
 
 
 @pytest.mark.parametrize("path, module", list(modules()), ids=lambda x: x if isinstance(x, str) else "")
-def test_imports_flow_one_way(path, module):
-    part = part_of(module)
-    for name in imports(path):
-        if not name.startswith("vimpac") or part is None:
-            continue
-        leaf = any(name == leaf or name.rpartition(".")[0] == leaf for leaf in LEAVES) and part_of(name) is None
-        inside = {part, *MAY_IMPORT[part]}
-        assert leaf or any(f"{name}.".startswith(f"{allowed}.") for allowed in inside), f"{module} imports {name}"
+def test_no_import_goes_up(path, module):
+    for name in imported_modules(path):
+        part, own = part_of(name), part_of(module)
+        assert FLOOR[part] <= FLOOR[own], f"{module} imports {name}, which is above it"
+        assert part == own or part not in APART or own not in APART, f"{module} imports {name}"
 
 
-def test_leaves_import_no_torch():
-    for leaf in LEAVES:
-        code = f"import sys, {leaf}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
-        assert subprocess.run([sys.executable, "-c", code]).returncode == 0, f"{leaf} imports torch or numpy"
+def test_no_two_files_import_each_other():
+    graph = {module: set(imported_modules(path)) - {module} for path, module in modules()}
+    circle = TopologicalSorter(graph)
+    try:
+        circle.prepare()
+    except CycleError as error:
+        pytest.fail(" → ".join(error.args[1]))
+
+
+def test_the_ground_floors_import_no_torch():
+    for module in sorted(name for name in NAMES if FLOOR[part_of(name)] < PLAIN_FLOORS):
+        code = f"import sys, {module}; sys.exit('torch' in sys.modules or 'numpy' in sys.modules)"
+        assert subprocess.run([sys.executable, "-c", code]).returncode == 0, f"{module} imports torch or numpy"
+
+
+def python_files():
+    folders = ("vimpac", "kernels", "benchmarks", "tools", "tests")
+    return [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))] + [
+        ROOT / "train.py",
+        ROOT / "setup.py",
+    ]
+
+
+def test_files_are_short():
+    for path in python_files():
+        most = MOST_LINES.get(path.relative_to(ROOT).parts[0], MOST_LINES[""])
+        lines = len(path.read_text().splitlines())
+        assert lines <= most, f"{path.relative_to(ROOT)} has {lines} lines, at most {most}: split it by what it does"
+
+
+def test_functions_are_short():
+    for path in python_files():
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.FunctionDef):
+                continue
+            where = f"{path.relative_to(ROOT)}: {node.name}"
+            if "kernels" in path.parts and any("jit" in ast.unparse(x) for x in node.decorator_list):
+                count = len(node.args.args)
+                assert count <= MOST_PARAMETERS, f"{where} has {count} parameters, at most {MOST_PARAMETERS}"
+            else:
+                lines = node.end_lineno - node.lineno + 1
+                assert lines <= MOST_LINES_A_FUNCTION, f"{where} has {lines} lines, at most {MOST_LINES_A_FUNCTION}"
 
 
 def test_kernels_is_imported_as_vimpac_kernels():

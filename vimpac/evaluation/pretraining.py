@@ -57,9 +57,8 @@ def evaluate(
     for i in range(batches):
         batch = pairs.batch(i * videos, videos)
         states, counts = [], []
-        for tokens, ids in zip(
-            *(torch.from_numpy(x).split(2 * micro_batch) for x in (batch.tokens, batch.sample_ids)), strict=True
-        ):
+        parts = (torch.from_numpy(x).split(2 * micro_batch) for x in (batch.tokens, batch.sample_ids))
+        for tokens, ids in zip(*parts, strict=True):
             clips, ids = tokens.to(device), (ids + HELD_OUT_IDS).to(device)
             with torch.autocast(device.type, autocast, enabled=autocast is not None):
                 seen = _look(model, objective, masking.draw(clips, ids), clips, padded, most_frequent)
