@@ -77,6 +77,7 @@ def test_bad_model(options, message):
         ({"seed": 2**63 - 1}, "seed must be"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"held_out": 0.0}, "held_out must be above 0"),
+        ({"held_out": 2.5}, "held_out must be a share below 1, or a number of videos, got 2.5"),
         ({"mask": "iid", "mask_ratio": 0.0}, "mask_ratio must be above 0"),
         ({"betas": (0.9, 1.0)}, "betas"),
         ({"d_max": -1.0}, "d_max must be 0 or more seconds"),
@@ -134,8 +135,8 @@ MOST = {
     | dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 2**31 - 1)
     | dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e30)
     | dict.fromkeys(("epochs", "schedule_epochs", "temperature", "alpha", "weight_decay"), 1e6)
-    | dict.fromkeys(("warmup", "mask_ratio", "held_out", "betas"), 1)
-    | {"seed": 2**63 - 2, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
+    | dict.fromkeys(("warmup", "mask_ratio", "betas"), 1)
+    | {"seed": 2**63 - 2, "held_out": 2**31, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
 }
 LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6}
 LEAST_OF = {TokenizeConfig: {"fps": 0.001, "video_timeout": 1}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import errno
+import warnings
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from vimpac.checkpoint import list_checkpoints
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
-from vimpac.released import from_authors, released_names, released_statistics
+from vimpac.released import ResampledPositionsWarning, from_authors, released_names, released_statistics
 
 CONFIG = ModelConfig(layers=1, width=16, heads=2, grid=(2, 4, 4), head_layers=3, head_width=8, head_out=4, vocab_size=20)
 TOKENIZER = {"name": "patch-vq", "vocab_size": 20, "stride": 8, "digest": "a" * 64}
@@ -77,7 +78,13 @@ def test_statistics_of_batch_norm_are_taken_where_they_are(lacks):
 
 def test_released_positions_of_another_grid_are_interpolated():
     model = PretrainModel(CONFIG)
-    larger = from_authors(released(model), dataclasses.replace(CONFIG, grid=(2, 8, 4)))
+    with pytest.warns(
+        ResampledPositionsWarning, match=r"for a grid of 2×4×4, they were interpolated to 2×8×4; give .*\(2, 4, 4\)"
+    ):
+        larger = from_authors(released(model), dataclasses.replace(CONFIG, grid=(2, 8, 4)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        from_authors(released(model), CONFIG)
     assert larger.backbone.positions.height.shape == (8, 16)
     assert_close(larger.backbone.positions.width, model.backbone.positions.width)
 

@@ -113,7 +113,7 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout of embeddings, attention probabilities and block outputs."""
     cls_in_context: bool = True
-    """True: [CLS] is a key of every line and a query beside its tokens. False: Eq. 12-15 read literally."""
+    """True: on each line [CLS] is a key and a query beside the tokens. False: tokens attend to tokens only, as does [CLS]."""
     head_layers: int = 3
     """Linear layers of the contrastive head."""
     head_width: int = 4096
@@ -215,7 +215,7 @@ class TrainConfig:
     contrastive_videos: int = 128
     """n of Eq. 5: videos contrasted with each other, 2 or more; n - 1 of them are negatives (Table 11)."""
     micro_batch: int | None = None
-    """Videos a forward pass in each process; None = contrastive_videos / processes. Fewer: contrast in two passes."""
+    """Videos a forward pass in each process; None = contrastive_videos / processes. Fewer takes gradient caching."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -231,7 +231,7 @@ class TrainConfig:
     """Largest gradient norm."""
 
     mask_task: bool = True
-    """Whether to predict masked tokens; --no-mask-task leaves contrastive learning only (Tables 7, 12, 16)."""
+    """Whether to predict masked tokens. Tables 7 and 16, contrastive only: --no-mask-task --no-contrastive-masked."""
     alpha: float = 1.0
     """α of Eq. 6 (Table 16): the loss is mask + alpha · temperature · contrastive; 0 = mask-then-predict only."""
     temperature: float = 0.2
@@ -256,12 +256,12 @@ class TrainConfig:
     graphs: bool = False
     """Replay the micro-step as a CUDA graph: for steps so short that launching kernels is what takes their time."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What backward computes again: nothing; what is cheap beside the matrix products; every layer (a third slower)."""
+    """What backward recomputes: nothing; what is cheap beside the matrix products; every layer (a third slower)."""
     shard_optimizer: bool = False
     """ZeRO-1: each process keeps and updates its part of AdamW's state, instead of all of it."""
 
     held_out: float = 0.0625
-    """Share of the videos kept for the evaluation at the end, at least one."""
+    """Videos kept for the evaluation at the end: a share of them (below 1; at most 2048 videos), or their number (1 or more)."""
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
     log_every: int = 10
@@ -288,10 +288,12 @@ class TrainConfig:
             _positive(name, getattr(self, name), 1e-6, 1e6)
         for name in ("alpha", "weight_decay"):
             _not_negative(name, getattr(self, name), "0 or a positive number", 1e6)
-        for name in ("warmup", "mask_ratio", "held_out"):
+        for name in ("warmup", "mask_ratio"):
             _require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         _require(0 <= self.seed < 2**63 - 1, "seed", self.seed, "0 to 2⁶³ - 2")
         _require(self.held_out > 0, "held_out", self.held_out, "above 0, since the run ends with an evaluation")
+        whole = self.held_out < 1 or (self.held_out < 2**31 and float(self.held_out).is_integer())
+        _require(whole, "held_out", self.held_out, "a share below 1, or a number of videos")
         _require(self.mask != "iid" or self.mask_ratio > 0, "mask_ratio", self.mask_ratio, "above 0 for an iid mask")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two numbers in [0, 1)")
         if self.d_max is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from functools import partial
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
-from vimpac.model.positions import IN_BACKBONE, interpolate_state
+from vimpac.model.positions import AXES, IN_BACKBONE, interpolate_state
 from vimpac.model.state import empty_model, misfit
 
 
@@ -20,7 +21,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
 
     state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
-    Positions of another grid are interpolated to config.grid. Batch-norm statistics that it lacks keep their start values: then
+    Positions of another grid are interpolated to config.grid, with a ResampledPositionsWarning. Batch-norm statistics that it lacks keep their start values: then
     cls_head's features are meaningful in training mode only.
     Raises InputError, and nothing else, for a mapping that does not fit the config: other names, shapes or types, values that
     are not finite. Nothing is allocated before that is checked.
@@ -44,10 +45,25 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
         tensors = [released[name] for name in parts]
         state[ours] = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # a number of batches has no dimension
     state[IN_BACKBONE + "cls"] = state[IN_BACKBONE + "cls"].reshape(-1)
+    _warn_of_resampling(state, config.grid)
     state = interpolate_state(state, config.grid, IN_BACKBONE)
     model = make(config)
     model.load_state_dict({**model.state_dict(), **state})
     return model.eval()
+
+
+class ResampledPositionsWarning(UserWarning):
+    """The position tables of a released checkpoint belong to another grid than the model's."""
+
+
+def _warn_of_resampling(state: Mapping[str, Tensor], grid: tuple[int, int, int]) -> None:
+    found = tuple(len(state[f"{IN_BACKBONE}{axis}"]) for axis in AXES)
+    if found != grid:
+        shown, wanted = ("×".join(map(str, x)) for x in (found, grid))
+        text = f"the checkpoint's positions are for a grid of {shown}, they were interpolated to {wanted}"
+        warnings.warn(
+            f"{text}; give ModelConfig(grid={found}) to load them as they are", ResampledPositionsWarning, stacklevel=3
+        )
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -150,6 +150,32 @@ def test_split(store, share, count):
     assert np.array_equal(trained_on, np.sort(trained_on)) and np.array_equal(held_out, np.sort(held_out))
 
 
+class Named:
+    """What split_videos asks of a store."""
+
+    folder = "store"
+
+    def __init__(self, videos):
+        self.names = [f"{i}.mp4" for i in range(videos)]
+
+    def __len__(self):
+        return len(self.names)
+
+
+@pytest.mark.parametrize(
+    "videos, held_out, count", [(40_000, 0.0625, 2048), (30_000, 0.0625, 1875), (5000, 3000, 3000), (9, 1, 1)]
+)
+def test_a_share_is_capped_and_a_number_is_taken(videos, held_out, count):
+    """HowTo100M's 1.2 million videos would lose 77,000 to a share of 1/16, of which the evaluation looks at 2,048."""
+    trained_on, held = split_videos(Named(videos), held_out)
+    assert (len(held), len(trained_on)) == (count, videos - count)
+
+
+def test_all_videos_held_out():
+    with pytest.raises(InputError, match="held_out=25 videos leave nothing to train on: store holds 25"):
+        split_videos(Named(25), 25)
+
+
 def test_split_follows_names(store, tmp_path):
     def held_names(store):
         return {store.names[i] for i in split_videos(store, 0.25)[1]}

@@ -15,6 +15,9 @@ import numpy as np
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 
+MOST_HELD_OUT = 2048
+"""Videos that a share holds out at most: as many as 16 batches of the evaluation's 128 look at."""
+
 
 @dataclass(frozen=True)
 class ClipBatch:
@@ -92,8 +95,9 @@ class ClipPairs:
 def split_videos(store: TokenStore, held_out: float) -> tuple[np.ndarray, np.ndarray]:
     """Indices of the training and of the held-out videos, int [n] each, a function of the videos' names alone.
 
-    held_out: share of the videos to hold out, at least two (of two or three videos one), so that a clip's partner can be told
-    from another video's clips. Raises InputError for a store of fewer than two videos.
+    held_out: share of the videos to hold out (below 1; at most MOST_HELD_OUT videos), or their number (1 or more). A share
+    holds out at least two videos (one of two or three), so that a clip's partner has a competitor.
+    Raises InputError for a store of fewer than two videos, or where nothing would be left to train on.
     """
     if len(store) < 2:
         raise InputError(
@@ -102,7 +106,16 @@ def split_videos(store: TokenStore, held_out: float) -> tuple[np.ndarray, np.nda
     order = sorted(
         range(len(store)), key=lambda i: (zlib.crc32(store.names[i].encode("utf-8", "surrogateescape")), store.names[i])
     )
-    count = min(max(min(2, len(store) // 2), round(held_out * len(store))), len(store) - 1)
+    if held_out >= 1:
+        count = round(held_out)
+        if count >= len(store):
+            raise InputError(
+                f"held_out={count} videos leave nothing to train on: {store.folder} holds {len(store)}; hold out fewer, or a "
+                "share such as 0.0625"
+            )
+    else:
+        few = min(2, len(store) // 2)
+        count = min(max(few, min(round(held_out * len(store)), MOST_HELD_OUT)), len(store) - 1)
     return np.sort(order[count:]), np.sort(order[:count])
 
 
