@@ -79,7 +79,8 @@ def test_statistics_of_batch_norm_are_taken_where_they_are(lacks):
 def test_released_positions_of_another_grid_are_interpolated():
     model = PretrainModel(CONFIG)
     with pytest.warns(
-        ResampledPositionsWarning, match=r"for a grid of 2×4×4, they were interpolated to 2×8×4; give .*\(2, 4, 4\)"
+        ResampledPositionsWarning,
+        match=r"for a grid of 2×4×4, they were interpolated to 2×8×4; ModelConfig\(grid=\(2, 4, 4\)\) loads",
     ):
         larger = from_authors(released(model), dataclasses.replace(CONFIG, grid=(2, 8, 4)))
     with warnings.catch_warnings():

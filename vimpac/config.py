@@ -261,7 +261,7 @@ class TrainConfig:
     """ZeRO-1: each process keeps and updates its part of AdamW's state, instead of all of it."""
 
     held_out: float = 0.0625
-    """Videos kept for the evaluation at the end: a share of them (below 1; at most 2048 videos), or their number (1 or more)."""
+    """Videos kept for the evaluation at the end: a share of them (below 1; at most 2048 videos) or their number (1 or more)."""
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
     log_every: int = 10

@@ -21,7 +21,8 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
 
     state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
-    Positions of another grid are interpolated to config.grid, with a ResampledPositionsWarning. Batch-norm statistics that it lacks keep their start values: then
+    Positions of another grid are interpolated to config.grid, with a ResampledPositionsWarning. Batch-norm statistics that it
+    lacks keep their start values: then
     cls_head's features are meaningful in training mode only.
     Raises InputError, and nothing else, for a mapping that does not fit the config: other names, shapes or types, values that
     are not finite. Nothing is allocated before that is checked.
@@ -61,9 +62,7 @@ def _warn_of_resampling(state: Mapping[str, Tensor], grid: tuple[int, int, int])
     if found != grid:
         shown, wanted = ("×".join(map(str, x)) for x in (found, grid))
         text = f"the checkpoint's positions are for a grid of {shown}, they were interpolated to {wanted}"
-        warnings.warn(
-            f"{text}; give ModelConfig(grid={found}) to load them as they are", ResampledPositionsWarning, stacklevel=3
-        )
+        warnings.warn(f"{text}; ModelConfig(grid={found}) loads them as they are", ResampledPositionsWarning, stacklevel=3)
 
 
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
