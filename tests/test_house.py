@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A part may import itself, the leaves, and what stands beside it here. Everything flows one way.
 LEAVES = {
     *("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.config", "vimpac.console", "vimpac.meta"),
+    *("vimpac.dropout_rate", "vimpac.special_ids"),
     *("vimpac.files", "vimpac.files.atomic", "vimpac.files.checked", "vimpac.files.tensorfile"),
     *("vimpac.processes", "vimpac.processes.limits", "vimpac.processes.meeting", "vimpac.processes.ranks"),
 }
