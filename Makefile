@@ -58,4 +58,4 @@ $(BIN)/python:
 	$(BIN)/pip install --quiet --upgrade pip
 
 clean:
-	rm -rf $(VENV) build vimpac/*.so
+	rm -rf $(VENV) build vimpac/*.so vimpac/_ops_*.txt

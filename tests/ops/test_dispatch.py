@@ -140,6 +140,36 @@ def test_arguments_that_are_no_tensors(op, wrong):
         getattr(ops, op)(*tensors, *rest.get(op, ()))
 
 
+X, IDS = torch.zeros(1, 1), torch.zeros(1, dtype=torch.int64)
+QKV, CLS, ROWS = torch.zeros(1, 1, 1, 1, 3, 1, 1), torch.zeros(1, 3, 1, 1), torch.zeros(2, 3, 1, 1)
+NUMBERS = {  # op, argument → a call with this number
+    ("axial_attention", "dropout_p"): lambda p: ops.axial_attention(QKV, CLS, ("T",), None, p, 0),
+    ("axial_attention_packed", "dropout_p"): lambda p: ops.axial_attention_packed(ROWS, (1, 1, 1), ("T",), None, p, 0),
+    ("axial_attention_packed", "T"): lambda T: ops.axial_attention_packed(ROWS, (T, 1, 1), ("T",)),
+    ("block_mask", "n_blocks"): lambda n: ops.block_mask(IDS.view(1, 1, 1, 1), IDS, 0, n_blocks=n),
+    ("block_mask", "ratio"): lambda ratio: ops.block_mask(IDS.view(1, 1, 1, 1), IDS, 0, ratio=ratio),
+    ("block_mask", "vocab_size"): lambda V: ops.block_mask(IDS.view(1, 1, 1, 1), IDS, 0, vocab_size=V),
+    ("dropout", "p"): lambda p: ops.dropout(X, p, 0),
+    ("dropout_add", "p"): lambda p: ops.dropout_add(X, X, p, 0),
+    ("info_nce", "temperature"): lambda temperature: ops.info_nce(X, X, temperature),
+}
+
+
+@pytest.mark.parametrize("wrong", ["0.2", [0.2], 0.2j, None], ids=repr)
+@pytest.mark.parametrize("op, name", NUMBERS)
+def test_numbers_that_are_none(op, name, wrong):
+    if (name, wrong) == ("ratio", None):
+        pytest.skip("None is its default")
+    with pytest.raises(TypeError, match=rf"^{name} must be a number, got {re.escape(repr(wrong))}$"):
+        NUMBERS[op, name](wrong)
+
+
+@pytest.mark.parametrize("number", [np.float32(0.5), np.float64(0.5), 0.5], ids=lambda x: type(x).__name__)
+def test_numpys_numbers_are_numbers(number):
+    assert torch.equal(ops.dropout_add(X, X, number, 0, "reference"), X)
+    assert ops.info_nce(X, X, number).isfinite()
+
+
 @pytest.mark.parametrize("missing", ["compiler", "headers"])
 def test_triton_without_what_it_compiles_with(monkeypatch, tmp_path, missing):
     """A reason of the backend's, so that another one runs: not an error of the first launch."""

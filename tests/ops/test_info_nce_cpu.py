@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from test_info_nce import (
+from info_nce_calls import (
     EXACT,
     LENGTHS,
     features,

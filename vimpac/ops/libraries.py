@@ -42,7 +42,7 @@ def _load(path: Path) -> tuple[ctypes.CDLL | None, str]:
 def _why_not_built(path: Path) -> str:
     """What setup.py wrote beside a library that did not compile, else what building it takes."""
     try:
-        return path.with_suffix(".txt").read_text().strip()
+        return f"which did not compile ({path.with_suffix('.txt').read_text().strip()})"
     except FileNotFoundError:
         return "which takes a C++ compiler, ninja" + (" and nvcc" if "cuda" in path.name else "")
 
