@@ -150,12 +150,12 @@ def _outer_inner_along(AXIS: tl.constexpr, t, h, w):
 
 
 @triton.jit
-def _steps(group, G: tl.constexpr, GROUPS: tl.constexpr, t, h, w):
+def _steps(group, G: tl.constexpr, CONST: tl.constexpr, t, h, w):
     """`_outer_inner_along` for the axis of a group of heads, known at run time only among those that share G's code."""
-    outer, inner, along = _outer_inner_along(GROUPS[G].AXIS, t, h, w)
-    for other in tl.static_range(G + 1, len(GROUPS)):
-        if GROUPS[other].FIRST == G:
-            steps = _outer_inner_along(GROUPS[other].AXIS, t, h, w)
+    outer, inner, along = _outer_inner_along(CONST.GROUPS[G].AXIS, t, h, w)
+    for other in tl.static_range(G + 1, len(CONST.GROUPS)):
+        if CONST.GROUPS[other].FIRST == G:
+            steps = _outer_inner_along(CONST.GROUPS[other].AXIS, t, h, w)
             outer = tl.where(group == other, steps[0], outer)
             inner = tl.where(group == other, steps[1], inner)
             along = tl.where(group == other, steps[2], along)
@@ -163,11 +163,11 @@ def _steps(group, G: tl.constexpr, GROUPS: tl.constexpr, t, h, w):
 
 
 @triton.jit
-def _shares_code(group, G: tl.constexpr, GROUPS: tl.constexpr):
+def _shares_code(group, G: tl.constexpr, CONST: tl.constexpr):
     """Whether a group of heads is G, or has lines like G's."""
     found = group == G
-    for other in tl.static_range(G + 1, len(GROUPS)):
-        if GROUPS[other].FIRST == G:
+    for other in tl.static_range(G + 1, len(CONST.GROUPS)):
+        if CONST.GROUPS[other].FIRST == G:
             found = found | (group == other)
     return found
 
@@ -220,7 +220,8 @@ def _keep(block, line, token, name, seed, steps, LINES: tl.constexpr, CONST: tl.
     if LINES.L + CONST.CONTEXT <= 8:
         return _keep_short(block, name, seed, steps, LINES, CONST.N, CONST.THRESHOLD)
     else:
-        first = _distance(line, tl.zeros((LINES.Q,), tl.int32), steps, LINES.INNER, tl.int32)
+        Q: tl.constexpr = LINES.Q
+        first = _distance(line, tl.zeros((Q,), tl.int32), steps, LINES.INNER, tl.int32)
         of_token = _keep_long(name + token * CONST.N, 0, seed, LINES.L, LINES.LP, CONST.THRESHOLD)
         of_cls = _keep_long(name + first * CONST.N, 1, seed, LINES.L, LINES.LP, CONST.THRESHOLD)
         return of_token[0], of_token[1], of_cls[0], of_cls[1]
@@ -312,8 +313,10 @@ def _forward_axis(
     LINES: tl.constexpr = CONST.GROUPS[G]
     L: tl.constexpr = LINES.L
     S: tl.constexpr = LINES.S
+    Q: tl.constexpr = LINES.Q
     N: tl.constexpr = CONST.N
     D: tl.constexpr = CONST.D
+    BD: tl.constexpr = CONST.BD
     TOKENS: tl.constexpr = CONST.TOKENS
     THRESHOLD: tl.constexpr = CONST.THRESHOLD
     LOG2: tl.constexpr = CONST.LOG2
@@ -322,9 +325,9 @@ def _forward_axis(
     b, head, split, group = program
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
-    strides_of_line = _steps(group, G, CONST.GROUPS, s_t, s_h, s_w)
-    steps = _steps(group, G, CONST.GROUPS, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
-    o_d = tl.arange(0, CONST.BD)
+    strides_of_line = _steps(group, G, CONST, s_t, s_h, s_w)
+    steps = _steps(group, G, CONST, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
+    o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head.to(tl.int64) * s_n
@@ -338,13 +341,13 @@ def _forward_axis(
     c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)  # q, k, v
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
     k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
-    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((LINES.Q,), tl.float32)
+    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
 
     i = tl.arange(0, LINES.LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
-    on_line = (tl.arange(0, LINES.Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
-    collected = tl.zeros((16, CONST.BD), tl.float32)  # row 0: [CLS]'s output from the lines' values
-    from_itself = tl.zeros((LINES.Q,), tl.float32)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
+    collected = tl.zeros((16, BD), tl.float32)  # row 0: [CLS]'s output from the lines' values
+    from_itself = tl.zeros((Q,), tl.float32)
     for block in range(split, tl.cdiv(S, LINES.PACK), CONST.SPLITS):
         # load
         line, place, m_row = _rows(block, LINES)
@@ -413,7 +416,7 @@ def _forward(
     group = head // (N // len(CONST.GROUPS))
     program = (b, head, split, group)
     for g in tl.static_range(len(CONST.GROUPS)):
-        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST.GROUPS):
+        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST):
             for hides in tl.static_range(CONST.PAD + 1):
                 if not CONST.PAD or tl.load(padded + b) == hides:
                     _forward_axis(qkv, cls_qkv, pad, seed, out, part, program, strides, cls_strides, g, hides, CONST)
@@ -439,8 +442,10 @@ def _backward_axis(
     LINES: tl.constexpr = CONST.GROUPS[G]
     L: tl.constexpr = LINES.L
     S: tl.constexpr = LINES.S
+    Q: tl.constexpr = LINES.Q
     N: tl.constexpr = CONST.N
     D: tl.constexpr = CONST.D
+    BD: tl.constexpr = CONST.BD
     TOKENS: tl.constexpr = CONST.TOKENS
     THRESHOLD: tl.constexpr = CONST.THRESHOLD
     LOG2: tl.constexpr = CONST.LOG2
@@ -449,9 +454,9 @@ def _backward_axis(
     b, head, split, group = program
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
-    strides_of_line = _steps(group, G, CONST.GROUPS, s_t, s_h, s_w)
-    steps = _steps(group, G, CONST.GROUPS, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
-    o_d = tl.arange(0, CONST.BD)
+    strides_of_line = _steps(group, G, CONST, s_t, s_h, s_w)
+    steps = _steps(group, G, CONST, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
+    o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head.to(tl.int64) * s_n
@@ -469,15 +474,15 @@ def _backward_axis(
     k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
     v_cls = tl.load(p_cls + c_3 + c_3, mask=m_kv, other=0.0).to(tl.float32)
     g_cls = tl.load(p_grad, mask=m_d, other=0.0).to(tl.float32)
-    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((LINES.Q,), tl.float32)
-    dp_itself = tl.sum(_product(g_cls, v_cls), 0) + tl.zeros((LINES.Q,), tl.float32)
+    itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
+    dp_itself = tl.sum(_product(g_cls, v_cls), 0) + tl.zeros((Q,), tl.float32)
 
     i = tl.arange(0, LINES.LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
-    on_line = (tl.arange(0, LINES.Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
-    collected = tl.zeros((16, CONST.BD), tl.float32)  # rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines
-    ds_itself = tl.zeros((LINES.Q,), tl.float32)
-    from_itself = tl.zeros((LINES.Q,), tl.float32)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
+    collected = tl.zeros((16, BD), tl.float32)  # rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines
+    ds_itself = tl.zeros((Q,), tl.float32)
+    from_itself = tl.zeros((Q,), tl.float32)
     for block in range(split, tl.cdiv(S, LINES.PACK), CONST.SPLITS):
         # load
         line, place, m_row = _rows(block, LINES)
@@ -582,7 +587,7 @@ def _backward(
     group = head // (N // len(CONST.GROUPS))
     program = (b, head, split, group)
     for g in tl.static_range(len(CONST.GROUPS)):
-        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST.GROUPS):
+        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST):
             for hides in tl.static_range(CONST.PAD + 1):
                 if not CONST.PAD or tl.load(padded + b) == hides:
                     _backward_axis(grad, qkv, cls_qkv, pad, seed, dqkv, part, program, B, strides, cls_strides, g, hides, CONST)

@@ -56,8 +56,11 @@ def _inside(place, length_word, start_word, SIZE: tl.constexpr, LONGEST: tl.cons
 
 
 @triton.jit
-def _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID: tl.constexpr, LONGEST: tl.constexpr, NB: tl.constexpr):
+def _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST: tl.constexpr):
     """Whether a block covers the token, [rows, places on W]: blocks are bits of a row's and of a column's word."""
+    GRID: tl.constexpr = CONST.GRID
+    LONGEST: tl.constexpr = CONST.LONGEST
+    NB: tl.constexpr = CONST.NB
     covered = tl.zeros((o_r.shape[0], o_w.shape[0]), tl.uint32)
     for first in range(0, n_blocks, NB):
         b = first + tl.arange(0, NB)
@@ -123,7 +126,7 @@ def _mask_clip(
         if CONST.INDEPENDENT:
             masked = _independent(i, sample, seed, threshold)
         else:
-            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST.GRID, CONST.LONGEST, CONST.NB)
+            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST)
         masked &= m & (ids != VOCAB + 1)  # PAD
         ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + 4, VOCAB, CONST.NOISY), ids)
         tl.store(new + i, ids, mask=m)
