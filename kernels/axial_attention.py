@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -31,6 +32,38 @@ from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
 BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes
+
+
+class Lines(NamedTuple):
+    """The lines of a group of heads, a constant of the kernel."""
+
+    AXIS: int  # 0, 1, 2: T, H, W
+    FIRST: int  # the first group of heads with lines like these, as long and numbered alike: they share its code
+    L: int  # tokens of a line
+    LP: int  # rows of a block: L, or those of several lines, padded to a power of two
+    S: int  # lines of a clip
+    INNER: int  # a line's number is outer · INNER + inner
+    PACK: int  # lines of a block
+    Q: int  # rows of [CLS] for a block: a power of two of at least PACK
+
+
+class Constants(NamedTuple):
+    """What a kernel is compiled for."""
+
+    GROUPS: tuple[Lines, ...]  # of heads, one for each axis
+    GRID: tuple[int, int, int]
+    TOKENS: int  # of a clip
+    N: int
+    D: int
+    BD: int  # D padded to a power of two
+    SPLITS: int  # programs of a head of a clip
+    SCALE: float  # of scores
+    LOG2: float  # of scores in units of exp2
+    THRESHOLD: int  # a probability whose 16 bits are below is dropped; 0: no dropout
+    KEPT: float  # factor of a probability that dropout keeps
+    CONTEXT: bool  # whether [CLS] is a key of every line, and of itself
+    PAD: bool  # whether `pad` is given
+    WIDE: bool  # whether offsets within a clip need 64 bits; a clip's own offset always has them
 
 
 @triton.jit
@@ -117,12 +150,12 @@ def _outer_inner_along(AXIS: tl.constexpr, t, h, w):
 
 
 @triton.jit
-def _steps(group, G: tl.constexpr, AXES: tl.constexpr, FIRST: tl.constexpr, t, h, w):
+def _steps(group, G: tl.constexpr, CONST: tl.constexpr, t, h, w):
     """`_outer_inner_along` for the axis of a group of heads, known at run time only among those that share G's code."""
-    outer, inner, along = _outer_inner_along(AXES[G], t, h, w)
-    for other in tl.static_range(G + 1, len(AXES)):
-        if FIRST[other] == G:
-            steps = _outer_inner_along(AXES[other], t, h, w)
+    outer, inner, along = _outer_inner_along(CONST.GROUPS[G].AXIS, t, h, w)
+    for other in tl.static_range(G + 1, len(CONST.GROUPS)):
+        if CONST.GROUPS[other].FIRST == G:
+            steps = _outer_inner_along(CONST.GROUPS[other].AXIS, t, h, w)
             outer = tl.where(group == other, steps[0], outer)
             inner = tl.where(group == other, steps[1], inner)
             along = tl.where(group == other, steps[2], along)
@@ -130,11 +163,11 @@ def _steps(group, G: tl.constexpr, AXES: tl.constexpr, FIRST: tl.constexpr, t, h
 
 
 @triton.jit
-def _shares_code(group, G: tl.constexpr, FIRST: tl.constexpr):
-    """Whether a group of heads is G, or has lines like G's: as long, and numbered alike."""
+def _shares_code(group, G: tl.constexpr, CONST: tl.constexpr):
+    """Whether a group of heads is G, or has lines like G's."""
     found = group == G
-    for other in tl.static_range(G + 1, len(FIRST)):
-        if FIRST[other] == G:
+    for other in tl.static_range(G + 1, len(CONST.GROUPS)):
+        if CONST.GROUPS[other].FIRST == G:
             found = found | (group == other)
     return found
 
@@ -146,27 +179,18 @@ def _distance(line, place, steps, INNER: tl.constexpr, index: tl.constexpr):
 
 
 @triton.jit
-def _keep_short(
-    block,
-    name,
-    seed,
-    steps,
-    L: tl.constexpr,
-    INNER: tl.constexpr,
-    N: tl.constexpr,
-    Q: tl.constexpr,
-    PACK: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-):
+def _keep_short(block, name, seed, steps, LINES: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr):
     """`_keep_long` for rows of at most 8 keys: the block's 16 rows of tokens and Q of [CLS] in one draw.
 
     A row is a call of Philox. In the layouts of probabilities a lane would draw three of them, each four times over; here it
     draws one, and what changes hands is a word of bits: its keys' at the columns of its line, [CLS]'s at 16.
     """
+    L: tl.constexpr = LINES.L
+    Q: tl.constexpr = LINES.Q
     i = tl.arange(0, 32)
     of_cls = i >= 16
     line = tl.where(of_cls, i % Q, i // L)
-    token = _distance(block * PACK + line, tl.where(of_cls, 0, i % L), steps, INNER, tl.int32)
+    token = _distance(block * LINES.PACK + line, tl.where(of_cls, 0, i % L), steps, LINES.INNER, tl.int32)
     w0, w1, w2, w3 = philox(name + token * N, 0, of_cls.to(tl.uint32), seed, 7)
     keys = _kept(w0, 0, THRESHOLD) | _kept(w1, 2, THRESHOLD) | _kept(w2, 4, THRESHOLD) | _kept(w3, 6, THRESHOLD)
     bits = ((keys << (line * L)) & 0xFFFF) | ((keys >> L & 1) << 16)
@@ -190,20 +214,45 @@ def _kept(word, key: tl.constexpr, THRESHOLD: tl.constexpr):
 
 
 @triton.jit
-def _rows(block, L: tl.constexpr, S: tl.constexpr, LP: tl.constexpr, PACK: tl.constexpr):
-    """The rows of a block: line, place on it, whether there is such a token (line 0 where not)."""
-    i = tl.arange(0, LP)
-    line = block * PACK + i // L
-    m_row = (i < PACK * L) & (line < S)
-    return tl.where(m_row, line, 0), i % L, m_row
+def _keep(block, line, token, name, seed, steps, LINES: tl.constexpr, CONST: tl.constexpr):
+    """Which probabilities of a block dropout keeps: of its tokens on the line's keys [LP, LP] and on [CLS] [LP], of its lines'
+    [CLS] on the line's keys [Q, LP] and on itself [Q]. `name`: the clip's first row."""
+    if LINES.L + CONST.CONTEXT <= 8:
+        return _keep_short(block, name, seed, steps, LINES, CONST.N, CONST.THRESHOLD)
+    else:
+        Q: tl.constexpr = LINES.Q
+        first = _distance(line, tl.zeros((Q,), tl.int32), steps, LINES.INNER, tl.int32)
+        of_token = _keep_long(name + token * CONST.N, 0, seed, LINES.L, LINES.LP, CONST.THRESHOLD)
+        of_cls = _keep_long(name + first * CONST.N, 1, seed, LINES.L, LINES.LP, CONST.THRESHOLD)
+        return of_token[0], of_token[1], of_cls[0], of_cls[1]
 
 
 @triton.jit
-def _lines(block, S: tl.constexpr, Q: tl.constexpr, PACK: tl.constexpr):
+def _drop(keep, x, KEPT: tl.constexpr):
+    """Each of the four that `_keep` names: 0 or KEPT times itself."""
+    return (
+        tl.where(keep[0], x[0] * KEPT, 0.0),
+        tl.where(keep[1], x[1] * KEPT, 0.0),
+        tl.where(keep[2], x[2] * KEPT, 0.0),
+        tl.where(keep[3], x[3] * KEPT, 0.0),
+    )
+
+
+@triton.jit
+def _rows(block, LINES: tl.constexpr):
+    """The rows of a block: line, place on it, whether there is such a token (line 0 where not)."""
+    i = tl.arange(0, LINES.LP)
+    line = block * LINES.PACK + i // LINES.L
+    m_row = (i < LINES.PACK * LINES.L) & (line < LINES.S)
+    return tl.where(m_row, line, 0), i % LINES.L, m_row
+
+
+@triton.jit
+def _lines(block, LINES: tl.constexpr):
     """The lines of a block: number, whether there is such a line (0 where not)."""
-    i = tl.arange(0, Q)
-    line = block * PACK + i
-    m_line = (i < PACK) & (line < S)
+    i = tl.arange(0, LINES.Q)
+    line = block * LINES.PACK + i
+    m_line = (i < LINES.PACK) & (line < LINES.S)
     return tl.where(m_line, line, 0), m_line
 
 
@@ -254,103 +303,96 @@ def _forward_axis(
     seed,
     out,
     part,
-    b,
-    head,
-    split,
+    program,
     strides,
     cls_strides,
-    group,
     G: tl.constexpr,
-    AXES: tl.constexpr,
-    FIRST: tl.constexpr,
-    GRID: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    LP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    L: tl.constexpr = GRID[AXES[G]]
-    INNER: tl.constexpr = GRID[1] if AXES[G] == 2 else GRID[2]
-    TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
-    S: tl.constexpr = TOKENS // L
-    PACK: tl.constexpr = 16 // L if L <= 7 else 1
-    Q: tl.constexpr = (1, 16, 8, 8, 4, 4, 2, 2)[L] if L <= 7 else 1
-    LOG2: tl.constexpr = SCALE * 1.4426950408889634  # scores in units of exp2
-    KEPT: tl.constexpr = 65536 / (65536 - THRESHOLD)
+    LINES: tl.constexpr = CONST.GROUPS[G]
+    L: tl.constexpr = LINES.L
+    S: tl.constexpr = LINES.S
+    Q: tl.constexpr = LINES.Q
+    N: tl.constexpr = CONST.N
+    D: tl.constexpr = CONST.D
+    BD: tl.constexpr = CONST.BD
+    TOKENS: tl.constexpr = CONST.TOKENS
+    THRESHOLD: tl.constexpr = CONST.THRESHOLD
+    LOG2: tl.constexpr = CONST.LOG2
     kind: tl.constexpr = qkv.dtype.element_ty
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
+    index: tl.constexpr = tl.int64 if CONST.WIDE else tl.int32
+    b, head, split, group = program
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
-    strides_of_line = _steps(group, G, AXES, FIRST, s_t, s_h, s_w)
-    steps = _steps(group, G, AXES, FIRST, GRID[1] * GRID[2], GRID[2], 1)  # in the clip's tokens
+    strides_of_line = _steps(group, G, CONST, s_t, s_h, s_w)
+    steps = _steps(group, G, CONST, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head.to(tl.int64) * s_n
     name = b * TOKENS * N + head  # of the clip's first row, for dropout
     value = tl.load(seed) if THRESHOLD > 0 else 0
+
+    # [CLS]'s rows, and its score on itself
     p_cls = cls_qkv + b * c_b + head.to(tl.int64) * c_n + o_d
-    m_kv = m_d if CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
+    m_kv = m_d if CONST.CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
     m_c = tl.where(o_c[:, None] == 0, m_d[None, :], (o_c < 3)[:, None] & m_kv[None, :])
     c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)  # q, k, v
     q_cls = tl.load(p_cls, mask=m_d, other=0.0).to(tl.float32)
     k_cls = tl.load(p_cls + c_3, mask=m_kv, other=0.0).to(tl.float32)
     itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
-    i = tl.arange(0, LP)
-    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
-    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
+
+    i = tl.arange(0, LINES.LP)
+    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
     collected = tl.zeros((16, BD), tl.float32)  # row 0: [CLS]'s output from the lines' values
     from_itself = tl.zeros((Q,), tl.float32)
-    for block in range(split, tl.cdiv(S, PACK), SPLITS):
-        line, place, m_row = _rows(block, L, S, LP, PACK)
-        token = _distance(line, place, steps, INNER, tl.int32)
-        offset = _distance(line, place, strides_of_line, INNER, index)
+    for block in range(split, tl.cdiv(S, LINES.PACK), CONST.SPLITS):
+        # load
+        line, place, m_row = _rows(block, LINES)
+        token = _distance(line, place, steps, LINES.INNER, tl.int32)
+        offset = _distance(line, place, strides_of_line, LINES.INNER, index)
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
         v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
-        its_line, m_line = _lines(block, S, Q, PACK)
+        its_line, m_line = _lines(block, LINES)
         m_key = m_row
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
-        if THRESHOLD > 0:  # while the loads are under way
-            if L + CONTEXT <= 8:
-                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(
-                    block, name, value, steps, L, INNER, N, Q, PACK, THRESHOLD
-                )
-            else:
-                first = _distance(its_line, tl.zeros((Q,), tl.int32), steps, INNER, tl.int32)
-                keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
-                cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
+
+        # dropout, while the loads are under way
+        if THRESHOLD > 0:
+            keep = _keep(block, its_line, token, name, value, steps, LINES, CONST)
+
+        # scores and probabilities of tokens, then of [CLS]
         scores = _dot(q, tl.trans(k)) * LOG2
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
         if PAD:
             whole = _whole(score_cls, m_key)
             scores, score_cls, v = _zeros_unless(whole, scores), tl.where(whole, score_cls, 0.0), _zeros_unless(m_key, v)
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
-        probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
+        probs, prob_cls = _softmax(scores, score_cls, m_row, CONST.CONTEXT)
         cls_scores = _column(_dot(k, tl.trans(c)), 0) * LOG2
         cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
-        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
+        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONST.CONTEXT)
         if THRESHOLD > 0:
-            probs, prob_cls = tl.where(keep, probs * KEPT, 0.0), tl.where(keep_cls, prob_cls * KEPT, 0.0)
-            cls_probs, cls_prob = tl.where(cls_keep, cls_probs * KEPT, 0.0), tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
+            probs, prob_cls, cls_probs, cls_prob = _drop(keep, (probs, prob_cls, cls_probs, cls_prob), CONST.KEPT)
+
+        # outputs of tokens, and the lines' part of [CLS]'s
         y = _dot(probs.to(kind), v)
-        if CONTEXT:
+        if CONST.CONTEXT:
             y = _dot(_place(prob_cls, 2, kind), c, y)
             from_itself += cls_prob
         collected = _dot(_place_row(tl.sum(cls_probs, 0), 0, kind), v, collected)
         tl.store(out + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], y.to(kind), mask=mask)
+
+    # [CLS]
     y_cls = tl.sum(tl.where(o_c[:, None] == 0, collected, 0.0), 0)
     y_cls += tl.sum(from_itself, 0) * tl.load(p_cls + c_3 + c_3, mask=m_kv, other=0.0).to(tl.float32)
-    tl.store(part + ((b * N + head) * SPLITS + split) * D + o_d, y_cls / S, mask=m_d)
+    tl.store(part + ((b * N + head) * CONST.SPLITS + split) * D + o_d, y_cls / S, mask=m_d)
 
 
 @triton.jit(do_not_specialize_on_alignment=["seed"])  # a table's seeds are aligned to 16 bytes every second time
@@ -364,57 +406,20 @@ def _forward(
     part,
     strides,
     cls_strides,
-    AXES: tl.constexpr,
-    FIRST: tl.constexpr,
-    LPS: tl.constexpr,
-    GRID: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CONTEXT: tl.constexpr,
-    PAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    head = program % N  # neighbouring programs take neighbouring heads: their rows share memory pages
-    split = program // N % SPLITS
-    b = (program // (N * SPLITS)).to(tl.int64)
-    group = head // (N // len(AXES))
-    for g in tl.static_range(len(AXES)):
-        if FIRST[g] == g and _shares_code(group, g, FIRST):
-            for hides in tl.static_range(PAD + 1):
-                if not PAD or tl.load(padded + b) == hides:
-                    _forward_axis(
-                        qkv,
-                        cls_qkv,
-                        pad,
-                        seed,
-                        out,
-                        part,
-                        b,
-                        head,
-                        split,
-                        strides,
-                        cls_strides,
-                        group,
-                        g,
-                        AXES,
-                        FIRST,
-                        GRID,
-                        N,
-                        D,
-                        BD,
-                        LPS[g],
-                        SPLITS,
-                        SCALE,
-                        THRESHOLD,
-                        CONTEXT,
-                        hides,
-                        WIDE,
-                    )
+    N: tl.constexpr = CONST.N
+    i = tl.program_id(0)
+    head = i % N  # neighbouring programs take neighbouring heads: their rows share memory pages
+    split = i // N % CONST.SPLITS
+    b = (i // (N * CONST.SPLITS)).to(tl.int64)
+    group = head // (N // len(CONST.GROUPS))
+    program = (b, head, split, group)
+    for g in tl.static_range(len(CONST.GROUPS)):
+        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST):
+            for hides in tl.static_range(CONST.PAD + 1):
+                if not CONST.PAD or tl.load(padded + b) == hides:
+                    _forward_axis(qkv, cls_qkv, pad, seed, out, part, program, strides, cls_strides, g, hides, CONST)
 
 
 @triton.jit
@@ -426,51 +431,42 @@ def _backward_axis(
     seed,
     dqkv,
     part,
-    b,
-    head,
-    split,
+    program,
     B,
     strides,
     cls_strides,
-    group,
     G: tl.constexpr,
-    AXES: tl.constexpr,
-    FIRST: tl.constexpr,
-    GRID: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    LP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CONTEXT: tl.constexpr,
     PAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    L: tl.constexpr = GRID[AXES[G]]
-    INNER: tl.constexpr = GRID[1] if AXES[G] == 2 else GRID[2]
-    TOKENS: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
-    S: tl.constexpr = TOKENS // L
-    PACK: tl.constexpr = 16 // L if L <= 7 else 1
-    Q: tl.constexpr = (1, 16, 8, 8, 4, 4, 2, 2)[L] if L <= 7 else 1
-    LOG2: tl.constexpr = SCALE * 1.4426950408889634
-    KEPT: tl.constexpr = 65536 / (65536 - THRESHOLD)
+    LINES: tl.constexpr = CONST.GROUPS[G]
+    L: tl.constexpr = LINES.L
+    S: tl.constexpr = LINES.S
+    Q: tl.constexpr = LINES.Q
+    N: tl.constexpr = CONST.N
+    D: tl.constexpr = CONST.D
+    BD: tl.constexpr = CONST.BD
+    TOKENS: tl.constexpr = CONST.TOKENS
+    THRESHOLD: tl.constexpr = CONST.THRESHOLD
+    LOG2: tl.constexpr = CONST.LOG2
     kind: tl.constexpr = qkv.dtype.element_ty
-    index: tl.constexpr = tl.int64 if WIDE else tl.int32  # within a clip; a clip's own offset is always int64
+    index: tl.constexpr = tl.int64 if CONST.WIDE else tl.int32
+    b, head, split, group = program
     s_b, s_t, s_h, s_w, s_3, s_n = strides
     c_b, c_3, c_n = cls_strides
-    strides_of_line = _steps(group, G, AXES, FIRST, s_t, s_h, s_w)
-    steps = _steps(group, G, AXES, FIRST, GRID[1] * GRID[2], GRID[2], 1)  # in the clip's tokens
+    strides_of_line = _steps(group, G, CONST, s_t, s_h, s_w)
+    steps = _steps(group, G, CONST, CONST.GRID[1] * CONST.GRID[2], CONST.GRID[2], 1)  # in the clip's tokens
     o_d = tl.arange(0, BD)
     o_c = tl.arange(0, 16)
     m_d = o_d < D
     base = qkv + b * s_b + head.to(tl.int64) * s_n
     name = b * TOKENS * N + head  # of the clip's first row, for dropout
     value = tl.load(seed) if THRESHOLD > 0 else 0
+
+    # [CLS]'s rows, its score on itself and that probability's gradient
     p_cls = cls_qkv + b * c_b + head.to(tl.int64) * c_n + o_d
     p_grad = grad + ((B.to(tl.int64) * TOKENS + b) * N + head) * D + o_d
-    m_kv = m_d if CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
+    m_kv = m_d if CONST.CONTEXT else o_d < 0  # [CLS] is no key: its key and value are not read
     m_c = tl.where(o_c[:, None] == 0, m_d[None, :], (o_c < 3)[:, None] & m_kv[None, :])
     c = tl.load(p_cls[None, :] + o_c[:, None].to(tl.int64) * c_3, mask=m_c, other=0.0)
     c = tl.where(o_c[:, None] == 3, tl.load(p_grad, mask=m_d, other=0.0)[None, :], c)  # q, k, v, gradient of S · output
@@ -480,86 +476,91 @@ def _backward_axis(
     g_cls = tl.load(p_grad, mask=m_d, other=0.0).to(tl.float32)
     itself = tl.sum(_product(q_cls, k_cls), 0) * LOG2 + tl.zeros((Q,), tl.float32)
     dp_itself = tl.sum(_product(g_cls, v_cls), 0) + tl.zeros((Q,), tl.float32)
-    i = tl.arange(0, LP)
-    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < PACK * L)
-    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < PACK * L)
+
+    i = tl.arange(0, LINES.LP)
+    same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
+    on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
     collected = tl.zeros((16, BD), tl.float32)  # rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines
     ds_itself = tl.zeros((Q,), tl.float32)
     from_itself = tl.zeros((Q,), tl.float32)
-    for block in range(split, tl.cdiv(S, PACK), SPLITS):
-        line, place, m_row = _rows(block, L, S, LP, PACK)
-        token = _distance(line, place, steps, INNER, tl.int32)
-        offset = _distance(line, place, strides_of_line, INNER, index)
+    for block in range(split, tl.cdiv(S, LINES.PACK), CONST.SPLITS):
+        # load
+        line, place, m_row = _rows(block, LINES)
+        token = _distance(line, place, steps, LINES.INNER, tl.int32)
+        offset = _distance(line, place, strides_of_line, LINES.INNER, index)
         pointer = base + offset[:, None] + o_d[None, :]
         mask = m_row[:, None] & m_d[None, :]
         q = tl.load(pointer, mask=mask, other=0.0)
         k = tl.load(pointer + s_3, mask=mask, other=0.0)
         v = tl.load(pointer + s_3 + s_3, mask=mask, other=0.0)  # 2 * s_3 may not fit 32 bits
         g = tl.load(grad + name * D + (token.to(index) * (N * D))[:, None] + o_d[None, :], mask=mask, other=0.0)
-        its_line, m_line = _lines(block, S, Q, PACK)
+        its_line, m_line = _lines(block, LINES)
         m_key = m_row
         if PAD:
             m_key = m_row & (tl.load(pad + b * TOKENS + token, mask=m_row, other=1) == 0)
-        if THRESHOLD > 0:  # while the loads are under way
-            if L + CONTEXT <= 8:
-                keep, keep_cls, cls_keep, cls_keep_itself = _keep_short(
-                    block, name, value, steps, L, INNER, N, Q, PACK, THRESHOLD
-                )
-            else:
-                first = _distance(its_line, tl.zeros((Q,), tl.int32), steps, INNER, tl.int32)
-                keep, keep_cls = _keep_long(name + token * N, 0, value, L, LP, THRESHOLD)
-                cls_keep, cls_keep_itself = _keep_long(name + first * N, 1, value, L, LP, THRESHOLD)
+
+        # dropout, while the loads are under way
+        if THRESHOLD > 0:
+            keep = _keep(block, its_line, token, name, value, steps, LINES, CONST)
+
+        # scores and probabilities of tokens, then of [CLS]
         if PAD:
             whole = _whole(_column(_dot(q, tl.trans(c)), 1), m_key)
             q, k, v = _zeros_unless(whole, q), _zeros_unless(m_key, k), _zeros_unless(m_key, v)
         scores = _dot(q, tl.trans(k)) * LOG2
         scores = tl.where(same_line & m_key[None, :], scores, float("-inf"))
         score_cls = _column(_dot(q, tl.trans(c)), 1) * LOG2
-        probs, prob_cls = _softmax(scores, score_cls, m_row, CONTEXT)
+        probs, prob_cls = _softmax(scores, score_cls, m_row, CONST.CONTEXT)
         cls_scores = _column(_dot(k, tl.trans(c)), 0) * LOG2
         cls_scores = tl.where(on_line & m_key[None, :], cls_scores[None, :], float("-inf"))  # [Q, LP]
-        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONTEXT)
+        cls_probs, cls_prob = _softmax(cls_scores, itself, m_line, CONST.CONTEXT)
         dropped, dropped_cls, cls_dropped, cls_dropped_itself = probs, prob_cls, cls_probs, cls_prob
         if THRESHOLD > 0:
-            dropped, dropped_cls = tl.where(keep, probs * KEPT, 0.0), tl.where(keep_cls, prob_cls * KEPT, 0.0)
-            cls_dropped = tl.where(cls_keep, cls_probs * KEPT, 0.0)
-            cls_dropped_itself = tl.where(cls_keep_itself, cls_prob * KEPT, 0.0)
+            all_probs = (probs, prob_cls, cls_probs, cls_prob)
+            dropped, dropped_cls, cls_dropped, cls_dropped_itself = _drop(keep, all_probs, CONST.KEPT)
+
+        # dV
         p_out = dqkv + (b * TOKENS * 3 * N + head) * D + (token.to(index) * (3 * N * D))[:, None] + o_d[None, :]
         dv = _dot(tl.trans(dropped.to(kind)), g)
         dv = _dot(_place(tl.sum(cls_dropped, 0) / S, 3, kind), c, dv)
         tl.store(p_out + 2 * N * D, dv.to(kind), mask=mask)
-        if CONTEXT:
+        if CONST.CONTEXT:
             collected = _dot(_place_row(dropped_cls, 2, kind), g, collected)
             from_itself += cls_dropped_itself
+
+        # dP and dS; dropout is a factor on both sides: of the probabilities and of their gradients
         dp = _dot(g, tl.trans(v))
         dp_cls = _column(_dot(g, tl.trans(c)), 2)
         cls_dp = _column(_dot(v, tl.trans(c)), 3)[None, :]
         cls_dp_itself = dp_itself
-        if THRESHOLD > 0:  # dropout is a factor on both sides: of the probabilities and of their gradients
-            dp, dp_cls = tl.where(keep, dp * KEPT, 0.0), tl.where(keep_cls, dp_cls * KEPT, 0.0)
-            cls_dp, cls_dp_itself = tl.where(cls_keep, cls_dp * KEPT, 0.0), tl.where(cls_keep_itself, dp_itself * KEPT, 0.0)
+        if THRESHOLD > 0:
+            dp, dp_cls, cls_dp, cls_dp_itself = _drop(keep, (dp, dp_cls, cls_dp, dp_itself), CONST.KEPT)
         delta = tl.sum(probs * dp, 1) + prob_cls * dp_cls
-        ds = (probs * (dp - delta[:, None]) * SCALE).to(kind)
+        ds = (probs * (dp - delta[:, None]) * CONST.SCALE).to(kind)
         cls_delta = tl.sum(_product(cls_probs, cls_dp), 1) + cls_prob * cls_dp_itself
-        cls_ds = tl.sum(_product(cls_probs, cls_dp - cls_delta[:, None]), 0) * SCALE  # [LP]: a key is on one line
+        cls_ds = tl.sum(_product(cls_probs, cls_dp - cls_delta[:, None]), 0) * CONST.SCALE  # [LP]: a key is on one line
+
+        # dQ and dK
         dq = _dot(ds, k)
         dk = _dot(tl.trans(ds), q)
         dk = _dot(_place(cls_ds / S, 0, kind), c, dk)
         tl.store(p_out + N * D, dk.to(kind), mask=mask)
         collected = _dot(_place_row(cls_ds, 0, kind), k, collected)
-        if CONTEXT:
-            ds_cls = prob_cls * (dp_cls - delta) * SCALE
+        if CONST.CONTEXT:
+            ds_cls = prob_cls * (dp_cls - delta) * CONST.SCALE
             dq = _dot(_place(ds_cls, 1, kind), c, dq)
             collected = _dot(_place_row(ds_cls, 1, kind), q, collected)
             ds_itself += cls_prob * (cls_dp_itself - cls_delta)
         if PAD:
             dq = _zeros_unless(whole, dq)
         tl.store(p_out, dq.to(kind), mask=mask)
-    ds = tl.sum(ds_itself, 0) * (SCALE / S)
+
+    # [CLS]
+    ds = tl.sum(ds_itself, 0) * (CONST.SCALE / S)
     row = o_c[:, None]
     parts = tl.where(row == 0, collected / S + ds * k_cls[None, :], collected + ds * q_cls[None, :])
     parts = tl.where(row == 2, collected + (tl.sum(from_itself, 0) / S) * g_cls[None, :], parts)
-    p_part = part + (((b * N + head) * SPLITS + split) * 3 + row) * D + o_d[None, :]
+    p_part = part + (((b * N + head) * CONST.SPLITS + split) * 3 + row) * D + o_d[None, :]
     tl.store(p_part, parts, mask=(row < 3) & m_d[None, :])
 
 
@@ -576,59 +577,20 @@ def _backward(
     B,
     strides,
     cls_strides,
-    AXES: tl.constexpr,
-    FIRST: tl.constexpr,
-    LPS: tl.constexpr,
-    GRID: tl.constexpr,
-    N: tl.constexpr,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SCALE: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    CONTEXT: tl.constexpr,
-    PAD: tl.constexpr,
-    WIDE: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    program = tl.program_id(0)
-    head = program % N
-    split = program // N % SPLITS
-    b = (program // (N * SPLITS)).to(tl.int64)
-    group = head // (N // len(AXES))
-    for g in tl.static_range(len(AXES)):
-        if FIRST[g] == g and _shares_code(group, g, FIRST):
-            for hides in tl.static_range(PAD + 1):
-                if not PAD or tl.load(padded + b) == hides:
-                    _backward_axis(
-                        grad,
-                        qkv,
-                        cls_qkv,
-                        pad,
-                        seed,
-                        dqkv,
-                        part,
-                        b,
-                        head,
-                        split,
-                        B,
-                        strides,
-                        cls_strides,
-                        group,
-                        g,
-                        AXES,
-                        FIRST,
-                        GRID,
-                        N,
-                        D,
-                        BD,
-                        LPS[g],
-                        SPLITS,
-                        SCALE,
-                        THRESHOLD,
-                        CONTEXT,
-                        hides,
-                        WIDE,
-                    )
+    N: tl.constexpr = CONST.N
+    i = tl.program_id(0)
+    head = i % N
+    split = i // N % CONST.SPLITS
+    b = (i // (N * CONST.SPLITS)).to(tl.int64)
+    group = head // (N // len(CONST.GROUPS))
+    program = (b, head, split, group)
+    for g in tl.static_range(len(CONST.GROUPS)):
+        if g == CONST.GROUPS[g].FIRST and _shares_code(group, g, CONST):
+            for hides in tl.static_range(CONST.PAD + 1):
+                if not CONST.PAD or tl.load(padded + b) == hides:
+                    _backward_axis(grad, qkv, cls_qkv, pad, seed, dqkv, part, program, B, strides, cls_strides, g, hides, CONST)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -664,17 +626,15 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
     B, N, D = qkv.shape[0], *qkv.shape[5:]
     if B == 0:
         return
-    options = constants(qkv.shape[1:], qkv.stride()[1:4], tuple(axes), pad is not None, dropout_p, cls_in_context)
-    block = options["AXES"], options["GRID"], options["BD"], qkv.element_size()
-    shape = launch_shape(kernel is _forward, *block)
-    splits = options["SPLITS"]
-    part = torch.empty(B, N, splits, kinds, D, dtype=torch.float32, device=qkv.device)
+    const = constants(qkv.shape[1:], qkv.stride()[1:4], tuple(axes), pad is not None, dropout_p, cls_in_context)
+    shape = launch_shape(kernel is _forward, const, qkv.element_size())
+    part = torch.empty(B, N, const.SPLITS, kinds, D, dtype=torch.float32, device=qkv.device)
     padding = (out, out) if pad is None else (pad.contiguous(), pad.flatten(1).any(1))  # the first two: never read
     optional = (*padding, out if seed is None else seed)
     strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
-    grid = (B * splits * N,)
-    kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, **options, **shape, **FUSED)
-    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, options["BD"], splits, num_warps=1, **FUSED)
+    grid = (B * const.SPLITS * N,)
+    kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, const, **shape, **FUSED)
+    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, const.BD, const.SPLITS, num_warps=1, **FUSED)
 
 
 def _rows_of(qkv):
@@ -683,28 +643,50 @@ def _rows_of(qkv):
 
 @functools.lru_cache(256)
 def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
-    """What a kernel is compiled for. shape [T, H, W, 3, N, D], strides of T, H, W."""
-    T, H, W, _, N, D = shape
-    codes = tuple("THW".index(axis) for axis in axes)
-    lengths = [(T, H, W)[code] for code in codes]
-    lines = [(length, (W, W, H)[code]) for length, code in zip(lengths, codes, strict=True)]  # and how they are numbered
-    blocks = max(triton.cdiv(T * H * W // length, lines_of_block(length)) for length in lengths)
-    extent = sum((size - 1) * stride for size, stride in zip((T, H, W), strides, strict=True))
-    return {
-        "AXES": codes,
-        "FIRST": tuple(lines.index(line) for line in lines),  # of each group of heads: the first that runs the same code
-        "LPS": tuple(max(16, triton.next_power_of_2(length)) for length in lengths),
-        "GRID": (T, H, W),
-        "N": N,
-        "D": D,
-        "BD": max(16, triton.next_power_of_2(D)),
-        "SPLITS": triton.cdiv(blocks, BLOCKS),
-        "SCALE": D**-0.5,
-        "THRESHOLD": min(round(dropout_p * 65536), 65535),
-        "CONTEXT": int(cls_in_context),
-        "PAD": int(padded),
-        "WIDE": max(3 * T * H * W * N * D, extent) >= 2**31,
-    }
+    """shape [T, H, W, 3, N, D], strides of T, H, W."""
+    grid, (N, D) = tuple(shape[:3]), shape[4:]
+    groups = groups_of(grid, axes)
+    threshold = min(round(dropout_p * 65536), 65535)
+    extent = sum((size - 1) * stride for size, stride in zip(grid, strides, strict=True))
+    return Constants(
+        GROUPS=groups,
+        GRID=grid,
+        TOKENS=math.prod(grid),
+        N=N,
+        D=D,
+        BD=max(16, triton.next_power_of_2(D)),
+        SPLITS=triton.cdiv(max(triton.cdiv(lines.S, lines.PACK) for lines in groups), BLOCKS),
+        SCALE=D**-0.5,
+        LOG2=D**-0.5 * 1.4426950408889634,
+        THRESHOLD=threshold,
+        KEPT=65536 / (65536 - threshold),
+        CONTEXT=cls_in_context,
+        PAD=padded,
+        WIDE=max(3 * math.prod(grid) * N * D, extent) >= 2**31,
+    )
+
+
+def groups_of(grid, axes):
+    """The lines of each group of heads."""
+    T, H, W = grid
+    groups, alike = [], []
+    for axis in axes:
+        code = "THW".index(axis)
+        length, inner, pack = grid[code], (W, W, H)[code], lines_of_block(grid[code])
+        alike.append((length, inner))
+        groups.append(
+            Lines(
+                AXIS=code,
+                FIRST=alike.index(alike[-1]),
+                L=length,
+                LP=max(16, triton.next_power_of_2(length)),
+                S=T * H * W // length,
+                INNER=inner,
+                PACK=pack,
+                Q=triton.next_power_of_2(pack),
+            )
+        )
+    return tuple(groups)
 
 
 def lines_of_block(length):
@@ -712,7 +694,7 @@ def lines_of_block(length):
 
 
 @functools.lru_cache(256)
-def launch_shape(forward, axes, grid, width, itemsize):
+def launch_shape(forward, const, itemsize):
     """num_warps and num_stages.
 
     Chosen by what the compiled code promises (tools/predicted.py); not measured on a GPU yet. With so many registers a
@@ -721,8 +703,8 @@ def launch_shape(forward, axes, grid, width, itemsize):
     some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it
     where that was seen. float32 takes four times the registers: even with more warps backward spills 96 to 264 bytes.
     """
-    rows = max(16, triton.next_power_of_2(max(grid[axis] for axis in axes)))
-    elements = rows * width
+    rows = max(lines.LP for lines in const.GROUPS)
+    elements = rows * const.BD
     if itemsize == 4:
         return {"num_warps": max(1, min(8, elements // 256)) if forward or elements <= 512 else 8, "num_stages": 1}
     if forward:

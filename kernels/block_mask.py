@@ -14,6 +14,7 @@ Bytes moved: tokens in and out, 1 for the mask written and read, 8 an index.
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import torch
 import triton
@@ -30,6 +31,21 @@ OPTIONS = {"num_warps": 4, "maxnreg": 128, **FUSED}
 STATES: dict[tuple[torch.device, int], torch.Tensor] = {}  # a device's stream → the programs' numbers and two counters
 
 
+class Constants(NamedTuple):
+    """What the kernel is compiled for."""
+
+    GRID: tuple[int, int, int]
+    LONGEST: tuple[int, int, int]  # sides of a block
+    ROWS: int  # of a tile
+    WP: int  # W padded to a power of two
+    NB: int  # blocks at once: bits of a word
+    INDEPENDENT: bool  # whether tokens are masked one by one (Eq. 2)
+    VOCAB: int
+    NOISY: bool  # BERT's noise: some masked tokens are kept, or become a random code
+    PROGRAMS: int  # at most
+    BLOCK: int  # positions at once when indices are packed
+
+
 @triton.jit
 def _inside(place, length_word, start_word, SIZE: tl.constexpr, LONGEST: tl.constexpr):
     """Which places of an axis each block covers, [places, blocks]."""
@@ -40,8 +56,11 @@ def _inside(place, length_word, start_word, SIZE: tl.constexpr, LONGEST: tl.cons
 
 
 @triton.jit
-def _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID: tl.constexpr, LONGEST: tl.constexpr, NB: tl.constexpr):
+def _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST: tl.constexpr):
     """Whether a block covers the token, [rows, places on W]: blocks are bits of a row's and of a column's word."""
+    GRID: tl.constexpr = CONST.GRID
+    LONGEST: tl.constexpr = CONST.LONGEST
+    NB: tl.constexpr = CONST.NB
     covered = tl.zeros((o_r.shape[0], o_w.shape[0]), tl.uint32)
     for first in range(0, n_blocks, NB):
         b = first + tl.arange(0, NB)
@@ -88,34 +107,28 @@ def _mask_clip(
     threshold,
     strides,
     s_w,
-    GRID: tl.constexpr,
-    LONGEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    WP: tl.constexpr,
-    NB: tl.constexpr,
-    INDEPENDENT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    NOISY: tl.constexpr,
+    CONST: tl.constexpr,
 ):
     """Write one clip's tokens and mask; pointers are the clip's own. Returns how many positions are masked."""
-    T: tl.constexpr = GRID[0]
-    H: tl.constexpr = GRID[1]
-    W: tl.constexpr = GRID[2]
+    T: tl.constexpr = CONST.GRID[0]
+    H: tl.constexpr = CONST.GRID[1]
+    W: tl.constexpr = CONST.GRID[2]
+    VOCAB: tl.constexpr = CONST.VOCAB
     _s_b, s_t, s_h = strides
-    o_w = tl.arange(0, WP)
+    o_w = tl.arange(0, CONST.WP)
     count = tl.zeros((), tl.int32)
-    for start in range(0, T * H, ROWS):
-        o_r = start + tl.arange(0, ROWS)
+    for start in range(0, T * H, CONST.ROWS):
+        o_r = start + tl.arange(0, CONST.ROWS)
         i = o_r[:, None] * W + o_w[None, :]
         m = (o_r < T * H)[:, None] & (o_w < W)[None, :]
         row = (o_r // H).to(tl.int64) * s_t + (o_r % H).to(tl.int64) * s_h
         ids = tl.load(tokens + row[:, None] + o_w.to(tl.int64)[None, :] * s_w, mask=m, other=0)
-        if INDEPENDENT:
+        if CONST.INDEPENDENT:
             masked = _independent(i, sample, seed, threshold)
         else:
-            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, GRID, LONGEST, NB)
+            masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST)
         masked &= m & (ids != VOCAB + 1)  # PAD
-        ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + 4, VOCAB, NOISY), ids)
+        ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + 4, VOCAB, CONST.NOISY), ids)
         tl.store(new + i, ids, mask=m)
         tl.store(mask + i, masked, mask=m)
         count += tl.sum(tl.sum(masked.to(tl.int32), 1), 0)
@@ -154,19 +167,11 @@ def _draw(
     strides,
     s_w,
     s_sample,
-    GRID: tl.constexpr,
-    LONGEST: tl.constexpr,
-    ROWS: tl.constexpr,
-    WP: tl.constexpr,
-    NB: tl.constexpr,
-    INDEPENDENT: tl.constexpr,
-    VOCAB: tl.constexpr,
-    NOISY: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    CONST: tl.constexpr,
 ):
-    SIZE: tl.constexpr = GRID[0] * GRID[1] * GRID[2]
-    ticket = tl.atomic_add(state + PROGRAMS, 1, sem="relaxed")  # int64
+    SIZE: tl.constexpr = CONST.GRID[0] * CONST.GRID[1] * CONST.GRID[2]
+    BLOCK: tl.constexpr = CONST.BLOCK
+    ticket = tl.atomic_add(state + CONST.PROGRAMS, 1, sem="relaxed")  # int64
     first = B * ticket // tl.num_programs(0)
     last = B * (ticket + 1) // tl.num_programs(0)
     key = tl.load(seed)
@@ -182,18 +187,11 @@ def _draw(
             threshold,
             strides,
             s_w,
-            GRID,
-            LONGEST,
-            ROWS,
-            WP,
-            NB,
-            INDEPENDENT,
-            VOCAB,
-            NOISY,
+            CONST,
         )
         tl.store(counts + clip, count.to(tl.int64))
         total += count
-    before = _masked_before(state, ticket, total, PROGRAMS)
+    before = _masked_before(state, ticket, total, CONST.PROGRAMS)
     tl.debug_barrier()  # the mask is read by other threads than those that wrote it
     for start in range(first * SIZE, last * SIZE, BLOCK):
         i = start + tl.arange(0, BLOCK)
@@ -213,27 +211,26 @@ def draw(tokens, sample_ids, seed, n_blocks, ratio, noisy, vocab_size):
         *strides, s_w = tokens.stride()
         arguments = (tokens, sample_ids, seed, new, mask, indices, counts, _state(tokens.device), B, n_blocks)
         threshold = 0 if ratio is None else round(ratio * 2**32)
-        options = _options(tokens.shape[1:], n_blocks, ratio, noisy, vocab_size)
-        _draw[(min(B, PROGRAMS),)](*arguments, threshold, tuple(strides), s_w, sample_ids.stride(0), **options, **OPTIONS)
+        const = constants(tokens.shape[1:], n_blocks, ratio is not None, noisy, vocab_size)
+        _draw[(min(B, PROGRAMS),)](*arguments, threshold, tuple(strides), s_w, sample_ids.stride(0), const, **OPTIONS)
     return new, mask, indices, counts
 
 
-def _options(grid, n_blocks, ratio, noisy, vocab_size):
-    """What the kernel is compiled for."""
+def constants(grid, n_blocks, independent, noisy, vocab_size):
     T, H, W = grid
     WP = triton.next_power_of_2(W)
-    return {
-        "GRID": (T, H, W),
-        "LONGEST": (max(1, 2 * T // 3), max(1, H // 2), max(1, W // 2)),
-        "ROWS": min(triton.next_power_of_2(T * H), TILE // WP),
-        "WP": WP,
-        "NB": min(32, triton.next_power_of_2(n_blocks)),  # a bit each
-        "INDEPENDENT": ratio is not None,
-        "VOCAB": vocab_size,
-        "NOISY": noisy,
-        "PROGRAMS": PROGRAMS,
-        "BLOCK": min(triton.next_power_of_2(T * H * W), TILE),
-    }
+    return Constants(
+        GRID=(T, H, W),
+        LONGEST=(max(1, 2 * T // 3), max(1, H // 2), max(1, W // 2)),
+        ROWS=min(triton.next_power_of_2(T * H), TILE // WP),
+        WP=WP,
+        NB=min(32, triton.next_power_of_2(n_blocks)),
+        INDEPENDENT=independent,
+        VOCAB=vocab_size,
+        NOISY=noisy,
+        PROGRAMS=PROGRAMS,
+        BLOCK=min(triton.next_power_of_2(T * H * W), TILE),
+    )
 
 
 def _state(device):

@@ -42,6 +42,17 @@ class Launch(NamedTuple):
     width: int = 256  # more of d is shared by several programs, which all compute the scores
 
 
+class Tile(NamedTuple):
+    """The constants of a launch: rows × columns of scores, d and its steps, columns of the gradient."""
+
+    D: int
+    BM: int
+    BN: int
+    BK: int
+    BD: int
+    TF32: bool  # whether float32 products may be single tf32 ones
+
+
 # By compute capability and bytes a feature. Chosen so that nothing spills at d = 256; not measured on a GPU yet.
 # Float32 in backward: 64×64 tiles spill on sm_90 (432 bytes a thread); on sm_100 Triton 3.6 runs out of tensor memory with
 # gradients wider than 128.
@@ -119,18 +130,12 @@ def _dot(a, b, total, TF32: tl.constexpr):
 
 
 @triton.jit
-def _products(
-    p_i,
-    p_j,
-    m_i,
-    m_j,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TF32: tl.constexpr,
-):
+def _products(p_i, p_j, m_i, m_j, TILE: tl.constexpr):
     """x_i · x_j of a tile, [BM, BN] float32. p_i, p_j: its first row and column; offsets inside a tile fit int32."""
+    D: tl.constexpr = TILE.D
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    BK: tl.constexpr = TILE.BK
     o_k = tl.arange(0, BK)
     o_i = tl.arange(0, BM) * D
     o_j = tl.arange(0, BN) * D
@@ -140,9 +145,9 @@ def _products(
         b_i = tl.load(p_i + o_i[:, None] + (k + o_k)[None, :], mask=m_i[:, None] & m_k[None, :], other=0.0)
         b_j = tl.load(p_j + o_j[None, :] + (k + o_k)[:, None], mask=m_j[None, :] & m_k[:, None], other=0.0)
         if b_i.dtype == tl.float32:  # tensor cores cut sums off, always towards zero: none runs on for long
-            products += _dot(b_i, b_j, tl.zeros((BM, BN), tl.float32), TF32)
+            products += _dot(b_i, b_j, tl.zeros((BM, BN), tl.float32), TILE.TF32)
         else:
-            products = _dot(b_i, b_j, products, TF32)
+            products = _dot(b_i, b_j, products, TILE.TF32)
     return products
 
 
@@ -157,13 +162,11 @@ def _forward(
     offset,
     splits,
     scale,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TF32: tl.constexpr,
+    TILE: tl.constexpr,
 ):
     """part [3, splits, rows]: maximum, sum of 2^(score - maximum), partner's score; scores times log2(e). count: zero."""
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
     tl.store(count, 0, mask=tl.program_id(0) == 0)
     tiles = tl.cdiv(rows, BM)
     split = tl.program_id(0) // tiles
@@ -172,7 +175,7 @@ def _forward(
     m_i = r < rows
     i = offset + r
     partner = tl.where(r < rows // 2, i + rows // 2, i - rows // 2)
-    p_i = features + (offset + first).to(tl.int64) * D
+    p_i = features + (offset + first).to(tl.int64) * TILE.D
     scale_i = tl.load(inverse + i, mask=m_i, other=0.0) * scale
     top = tl.full((BM,), float("-inf"), tl.float32)
     total = tl.zeros((BM,), tl.float32)
@@ -181,7 +184,7 @@ def _forward(
     for tile in range(split * columns // splits, (split + 1) * columns // splits):
         j = tile * BN + tl.arange(0, BN)
         m_j = j < N
-        scores = _products(p_i, features + tl.cast(tile * BN, tl.int64) * D, m_i, m_j, D, BM, BN, BK, TF32)
+        scores = _products(p_i, features + tl.cast(tile * BN, tl.int64) * TILE.D, m_i, m_j, TILE)
         scores = scores * scale_i[:, None] * tl.load(inverse + j, mask=m_j, other=0.0)[None, :]
         hit += tl.sum(tl.where(j[None, :] == partner[:, None], scores, 0.0), 1)
         scores = tl.where(m_j[None, :] & (j[None, :] != i[:, None]), scores, float("-inf"))
@@ -245,15 +248,15 @@ def _backward(
     begin,
     end,
     scale,
-    D: tl.constexpr,
-    BD: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BK: tl.constexpr,
-    TF32: tl.constexpr,
     GROUP: tl.constexpr,
+    TILE: tl.constexpr,
 ):
-    """part [splits, rows, D]: sums of the header's formula without 1 / (m γ), over column tiles begin…end."""
+    """part [splits, rows, D]: sums of the header's formula without 1 / (m γ), over column tiles begin…end.
+    GROUP: whether there are several ranks."""
+    D: tl.constexpr = TILE.D
+    BM: tl.constexpr = TILE.BM
+    BN: tl.constexpr = TILE.BN
+    BD: tl.constexpr = TILE.BD
     tiles = tl.cdiv(rows, BM)
     program = tl.program_id(0)  # neighbours read the same columns
     first = program % tiles * BM
@@ -275,7 +278,7 @@ def _backward(
         j = tile * BN + tl.arange(0, BN)
         m_j = j < N
         p_j = features + tl.cast(tile * BN, tl.int64) * D
-        scores = _products(p_i, p_j, m_i, m_j, D, BM, BN, BK, TF32)
+        scores = _products(p_i, p_j, m_i, m_j, TILE)
         inverse_j = tl.load(inverse + j, mask=m_j, other=0.0)
         lse_j = tl.load(lse + j, mask=m_j, other=0.0) * LOG2_E
         scores = scores * scale_i[:, None] * inverse_j[None, :]
@@ -287,7 +290,7 @@ def _backward(
         weights = tl.where(j[None, :] == partner[:, None], weights - 2 * grad_i, weights)
         weights = tl.where(m_j[None, :] & (j[None, :] != i[:, None]), weights, 0.0) * inverse_j[None, :]
         x = tl.load(p_j + o_x[:, None] + o_d[None, :], mask=m_j[:, None] & m_d[None, :], other=0.0)
-        total = _weighted(weights, x, total, TF32)
+        total = _weighted(weights, x, total, TILE.TF32)
     p_part = part + (split.to(tl.int64) * rows + r)[:, None] * D + o_d[None, :]
     tl.store(p_part, total, mask=m_i[:, None] & m_d[None, :])
 
@@ -371,7 +374,7 @@ def forward(features, inverse, offset, rows, temperature):
     sums = torch.empty(programs, dtype=torch.float32, device=features.device)
     count = torch.empty((), dtype=torch.int32, device=features.device)
     arguments = (features, inverse, part, count, N, rows, offset, splits, LOG2_E.value / temperature)
-    _forward[(tiles * splits,)](*arguments, **options(launch, D))
+    _forward[(tiles * splits,)](*arguments, TILE=tile(launch, D), **options(launch))
     arguments = (part, sums, count, lse, loss, rows, splits)
     _combine[(programs,)](*arguments, R=ROWS_COMBINED, SPLITS=MAX_SPLITS, BS=256, num_warps=4, **FUSED)
     return loss, lse
@@ -398,23 +401,23 @@ def _backward_of(grad, features, scaled, inverse, lse, offset, rows, temperature
     """Scores and sums take features times `scaled`; the normalisation that the gradient goes back through took `inverse`."""
     N, D = features.shape
     launch = choose(BACKWARD, features)
-    BD = block(D, launch.width)
-    tiles = triton.cdiv(rows, launch.BM) * triton.cdiv(D, BD)
+    shape = tile(launch, D)
+    tiles = triton.cdiv(rows, launch.BM) * triton.cdiv(D, shape.BD)
     columns = triton.cdiv(N, launch.BN)
     splits = count_splits(tiles, columns, launch.resident * multiprocessors(features))
     part = torch.empty(splits, rows, D, dtype=torch.float32, device=features.device)
     for begin, end in ranges(columns, splits * COLUMNS // launch.BN if features.dtype == torch.float32 else columns):
         target = part if begin == 0 else torch.empty_like(part)
         arguments = (grad, features, scaled, lse, target, N, rows, offset, splits, begin, end, LOG2_E.value / temperature)
-        _backward[(tiles * splits,)](*arguments, BD=BD, GROUP=rows < N, **options(launch, D))
+        _backward[(tiles * splits,)](*arguments, GROUP=rows < N, TILE=shape, **options(launch))
         if begin:
             part += target
     in_place = splits == 1 and features.dtype == torch.float32
     out = part.view(rows, D) if in_place else features.new_empty(rows, D)
     arguments = (part, features, inverse, out, out if along is None else along)  # a pointer never written to
     grid = (triton.cdiv(rows, ROWS_PER_PROGRAM),)
-    shape = {"D": D, "BD": block(D, 256), "R": ROWS_PER_PROGRAM, "ALONG": along is not None}
-    _finish[grid](*arguments, rows, offset, splits, 2 / (rows * temperature), **shape, num_warps=4, **FUSED)
+    constants = {"D": D, "BD": block(D, 256), "R": ROWS_PER_PROGRAM, "ALONG": along is not None}
+    _finish[grid](*arguments, rows, offset, splits, 2 / (rows * temperature), **constants, num_warps=4, **FUSED)
     return out
 
 
@@ -436,18 +439,13 @@ def choose(table, features):
     return table.get((major, size), table[8, size])
 
 
-def options(launch, D):
-    return {
-        "D": D,
-        "BM": launch.BM,
-        "BN": launch.BN,
-        "BK": block(D, launch.BK),
-        "TF32": allows_tf32(),
-        "num_warps": launch.num_warps,
-        "num_stages": launch.num_stages,
-        **registers(launch),
-        **FUSED,
-    }
+def tile(launch, D):
+    return Tile(D, launch.BM, launch.BN, BK=block(D, launch.BK), BD=block(D, launch.width), TF32=allows_tf32())
+
+
+def options(launch):
+    """Of the compiler."""
+    return {"num_warps": launch.num_warps, "num_stages": launch.num_stages, **registers(launch), **FUSED}
 
 
 def registers(launch):

@@ -222,11 +222,11 @@ def compile_attention(
     from vimpac.kernels import axial_attention as kernels
 
     strides = torch.empty(*grid, 3, heads, width, device="meta").stride()[:3]
-    options = kernels.constants((*grid, 3, heads, width), strides, axes, padded, dropout_p, True)
+    const = kernels.constants((*grid, 3, heads, width), strides, axes, padded, dropout_p, True)
     function = getattr(kernels, kernel)
     types = {name: "*bf16" if dtype == torch.bfloat16 else "*fp32" for name in function.arg_names} | ATTENTION_TYPES
-    launch = kernels.launch_shape(kernel == "_forward", options["AXES"], grid, options["BD"], dtype.itemsize)
-    return compile_kernel(function, architecture, types, options, launch), launch
+    launch = kernels.launch_shape(kernel == "_forward", const, dtype.itemsize)
+    return compile_kernel(function, architecture, types, {"CONST": const}, launch), launch
 
 
 ATTENTION_TYPES = {

@@ -223,9 +223,9 @@ TYPES = {
 def test_compiles_without_spills(architecture, grid, dtype, ratio, noisy):
     from vimpac.kernels import block_mask as kernels
 
-    options = kernels._options(grid, 5, ratio, noisy, 8192) | {"s_w": 1}
+    constants = {"CONST": kernels.constants(grid, 5, ratio is not None, noisy, 8192), "s_w": 1}
     types = {"tokens": dtype, "new": dtype} | TYPES
-    binary = compile_kernel(kernels._draw, architecture, types, options, kernels.OPTIONS)
+    binary = compile_kernel(kernels._draw, architecture, types, constants, kernels.OPTIONS)
     check_binary(binary, architecture, matrix=False)
     registers = int(binary.usage.split("REG:")[1].split()[0])
     assert registers <= 128  # 4 programs of 128 threads on a multiprocessor

@@ -451,15 +451,13 @@ def compiled(kernel, architecture, dtype, d, allow_tf32=False, group=False):
 
     function = getattr(kernels, kernel)
     launch = (kernels.FORWARD if kernel == "_forward" else kernels.BACKWARD)[architecture // 10, dtype.itemsize]
-    options = kernels.options(launch, d) | {"TF32": allow_tf32}
+    constants = {"TILE": kernels.tile(launch, d)._replace(TF32=allow_tf32)}
     if kernel == "_backward":
-        options |= {"BD": kernels.block(d, launch.width), "GROUP": group}
-    tunable = {"num_warps", "num_stages", "maxnreg", "enable_fp_fusion"}
-    tune = {name: options.pop(name) for name in tunable & options.keys()}
+        constants["GROUP"] = group
     integers = ("N", "rows", "offset", "splits", "begin", "end")
     types = {name: "*fp32" for name in function.arg_names} | dict.fromkeys(integers, "i32")
     types |= {"features": "*bf16" if dtype == torch.bfloat16 else "*fp32", "scale": "fp32"}
-    return compile_kernel(function, architecture, types, options, tune)
+    return compile_kernel(function, architecture, types, constants, kernels.options(launch))
 
 
 def products(binary):
