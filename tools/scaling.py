@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import re
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
@@ -27,14 +26,14 @@ from typing import Any
 import torch
 
 from checkout import ROOT
-from render import H100, Results, fill, number, table
+from documents import fill, number, table
+from render import H100, Results
 from vimpac.config import PRESETS, ModelConfig, TrainConfig
 from vimpac.errors import InputError
 from vimpac.model import PretrainModel
 from vimpac.training.distributed import BatchPlan, plan_batches
 
 DOCUMENT = ROOT / "docs" / "scaling.md"
-START = re.compile(r"<!-- scaling: (\S+) -->")
 GPUS, BATCH = tuple(2**k for k in range(11)), 1024  # videos an update
 BUCKETS = (1 << 20, 25 << 20)  # DistributedDataParallel's sizes: the first bucket, all others
 OPTIMIZER_BYTES = 12 + 28 + 6  # a parameter: clipping (two reads, one write), AdamW, a bfloat16 copy
@@ -240,7 +239,7 @@ def main(argv: Sequence[str] | None = None, document: Path = DOCUMENT, results: 
     found = jobs(Results(results), options.gpu, options.small, options.large_half)
     tables = {name: partial(make, found, hardware) for name, make in TABLES.items()}
     if options.write:
-        document.write_text(fill(document.read_text(), START, tables, document.name)[0])
+        document.write_text(fill(document.read_text(), "scaling", tables, document.name)[0])
     else:
         print("\n\n".join("\n".join(make()) for make in tables.values()))
     return 0
