@@ -1,14 +1,11 @@
 """tools/predicted.py: the model by loops whose time is known, and what it says of the kernels that exist."""
 
-import json
-import re
-
 import pytest
 
 import nvcc
-import predicted
 from kernel_checks import not_interpreted
-from predicted import COPY_BYTES, Instruction, cycles, instructions, longest_loop
+from machine_code import LATENCIES, Instruction, instructions, longest_loop
+from predicted import CASES, COPY_BYTES, KERNELS, Compiled, cycles, resident_warps
 
 pytestmark = not_interpreted
 UNEVEN = 0.02  # a round's share that warps' different starts may cost
@@ -67,7 +64,7 @@ def test_waits_for_loads(warps):
 
     use = [instruction("FFMA R0, R1, R2, R3", waits=[0])] + [instruction("FFMA R0, R1, R2, R3")] * 98
     load = instruction("LDG.E.128 R4, [R2.64]", raises=0)
-    memory, cache = predicted.LATENCIES["memory"], predicted.LATENCIES["L1"]
+    memory, cache = LATENCIES["memory"], LATENCIES["L1"]
     assert between([load, *use], memory) and between([load, *use], cache, cached=frozenset([0]))
     copy, group = instruction("LDGSTS.E.128 [R4], [R2.64]"), instruction("LDGDEPBAR")
     for ahead in (0, 1, 2):
@@ -76,9 +73,9 @@ def test_waits_for_loads(warps):
 
 def test_room_for_warps():
     """65,536 registers in four quarters, in units of 8 a lane; 228 KB of shared memory, of which each block takes 1 KB more."""
-    assert [predicted.resident_warps(n, 0, 1) for n in (32, 96, 97, 128, 129, 168, 169, 255)] == [8, 5, 4, 4, 3, 3, 2, 2]
-    assert predicted.resident_warps(32, 0, 4) == 16  # few registers: 64 warps a multiprocessor
-    assert predicted.resident_warps(128, 28 << 10, 1) == 1 and predicted.resident_warps(128, 28 << 10, 2) == 3
+    assert [resident_warps(n, 0, 1) for n in (32, 96, 97, 128, 129, 168, 169, 255)] == [8, 5, 4, 4, 3, 3, 2, 2]
+    assert resident_warps(32, 0, 4) == 16  # few registers: 64 warps a multiprocessor
+    assert resident_warps(128, 28 << 10, 1) == 1 and resident_warps(128, 28 << 10, 2) == 3
 
 
 # Of a copy's bandwidth: the goals.
@@ -95,41 +92,15 @@ def test_kernels_keep_up_with_memory(kernels):
             pytest.skip("Triton before 3.9 needs more registers and exchanges: lines of 32 tokens are slower backward")
     elif not nvcc.tool("nvcc"):
         pytest.skip("no nvcc on PATH or in $CUDA_HOME/bin")
-    rows = [kernel.row() for kernel in predicted.KERNELS[kernels]()]
-    assert len(rows) == 2 * len(predicted.CASES)
-    slow = [row for row in rows if row["bytes_a_clock"] < LEAST[kernels][row["which"]] * COPY_BYTES]
-    assert not slow, slow
+    compiled = list(KERNELS[kernels]())
+    assert len(compiled) == len({(kernel.title, kernel.which) for kernel in compiled}) == 2 * len(CASES)
+    slow = [str(kernel) for kernel in compiled if kernel.bytes_a_clock < LEAST[kernels][kernel.which] * COPY_BYTES]
+    assert not slow
 
 
-def test_writes_the_document(tmp_path, monkeypatch, capsys):
-    def made(kernels):
-        for case in predicted.CASES:
-            for which in predicted.TENSORS:
-                loop = "\n".join(
-                    f"/*{16 * i:04x}*/ {text} ; /* 0x{0:016x} */ /* 0x000fe20000000000 */"
-                    for i, text in enumerate(["FFMA R0, R1, R2, R3"] * 99 + ["BRA 0x0"])
-                )
-                yield predicted.Compiled(kernels, which, *case, loop, 128, 0, 1, 16)
-
-    monkeypatch.setattr(predicted, "KERNELS", {name: lambda name=name: made(name) for name in ("triton", "cuda")})
-    document = tmp_path / "kernels.md"
-    document.write_text("a\n<!-- predicted: triton -->\nold\n<!-- end -->\nb\n<!-- predicted: cuda -->\n<!-- end -->\n")
-    assert predicted.main(["--write"], document) == 0
-    text = document.read_text()
-    assert "old" not in text and text.startswith("a\n") and text.count("5×16×16, 8×64") == 4
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["benchmark"] == "predicted" and len(result["rows"]) == 24
-    row = next(row for row in result["rows"] if row["width"] == 64 and row["which"] == "forward")
-    # 16 rows of 64 two-byte numbers in 4 tensors, 100 cycles, four quarters
-    assert row["bytes_a_clock"] == pytest.approx(4 * 16 * 64 * 2 * 4 / 100, rel=UNEVEN) and row["warps_of_multiprocessor"] == 16
-    monkeypatch.setattr(predicted, "KERNELS", {"triton": lambda: made("triton"), "cuda": lambda: iter(())})
-    with pytest.raises(SystemExit):
-        predicted.main(["--write"], document)
-    assert document.read_text() == text
-
-
-def test_the_document_is_of_these_shapes():
-    text = predicted.DOCUMENT.read_text()
-    for name in predicted.KERNELS:
-        block = re.search(rf"<!-- predicted: {name} -->\n(.*?)<!-- end -->", text, re.DOTALL)[1]
-        assert block.count("\n") == 2 + len(predicted.CASES)
+def test_bytes_a_clock():
+    """16 rows of 64 two-byte numbers in 4 tensors, a loop of 100 cycles, four quarters."""
+    lines = ["FFMA R0, R1, R2, R3"] * 99 + ["BRA 0x0"]
+    listing = "\n".join(f"/*{16 * i:04x}*/ {x} ; /* 0x{0:016x} */ /* 0x000fe20000000000 */" for i, x in enumerate(lines))
+    kernel = Compiled("a kernel", "forward", 64, listing, registers=128, shared=0, warps=1, tokens=16)
+    assert kernel.bytes_a_clock == pytest.approx(4 * 16 * 64 * 2 * 4 / 100, rel=UNEVEN)

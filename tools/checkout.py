@@ -1,0 +1,7 @@
+"""The checkout that the scripts here belong to: importing this lets a script, too, import vimpac, benchmarks/ and tests/."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[1:1] = [str(ROOT / folder) for folder in ("", "benchmarks", "tests")]
