@@ -8,13 +8,14 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from vimpac.data.clock import LONGEST_STEP, Clock, TimedFrame
 from vimpac.errors import CorruptVideo
 
 if TYPE_CHECKING:
     import av
+    from av.container import InputContainer
 
 CORRUPT_SHARE = 0.1
 """A video is rejected if a larger share of its frames is damaged or cannot be decoded."""
@@ -36,18 +37,19 @@ SHORTEST_STEP = Fraction(1, 1000)
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
-def open_video(path: str | Path) -> av.container.InputContainer:
+def open_video(path: str | Path) -> InputContainer:
     """Opens a regular file as a video. Raises CorruptVideo if it is something else."""
     import av
+    from av.error import FFmpegError
 
     size = _regular_size(path)
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
     # Tags need not be UTF-8. PyAV accepts any bytes from version 19 on, earlier versions only with this option.
-    tags = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    tags: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
         # With file:, a colon in the name is not taken for a protocol.
         return av.open(f"file:{os.path.abspath(path)}", options=options, **tags)
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         if not size:
             raise CorruptVideo("is an empty file") from error
         raise CorruptVideo(f"is not a video, or cut short: {error.strerror or error}") from error
@@ -62,7 +64,7 @@ def _regular_size(path: str | Path) -> int:
     return status.st_size
 
 
-def timed_frames(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[TimedFrame]:
+def timed_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[TimedFrame]:
     """All frames of the stream in display order. Raises CorruptVideo, possibly only at the end.
 
     Damage is handled alike in all containers: frames that cannot be decoded are left out, and the frame before them stays on
@@ -86,7 +88,7 @@ def timed_frames(container: av.container.InputContainer, stream: av.VideoStream)
     damage.check()
 
 
-def best_stream(container: av.container.InputContainer) -> av.VideoStream:
+def best_stream(container: InputContainer) -> av.VideoStream:
     """The video stream that FFmpeg would choose, but never a song's cover or a film's thumbnails."""
     from av.stream import Disposition
 
@@ -94,7 +96,7 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     best = container.streams.best("video")
     if not moving:
         raise CorruptVideo("has no video stream" + ", only a cover picture" * (best is not None))
-    stream = best if best in moving else moving[0]
+    stream = next((stream for stream in moving if stream == best), moving[0])
     if stream.codec_context is None:
         raise CorruptVideo("has a video stream in a codec that this FFmpeg cannot decode")
     if not stream.time_base:
@@ -108,7 +110,7 @@ def time_base_of(stream: av.VideoStream) -> Fraction:
     return stream.time_base
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
+def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
     """The stream's packets, then None, with which the decoder returns the frames that it still holds.
 
     PyAV ends with an empty packet for each stream. This stops at that of this stream: PyAV raises IndexError after it if
@@ -131,7 +133,7 @@ class _Damage:
 
     def decoded(self, context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
         """The frames that the packet completes. packet None: those that the decoder still holds."""
-        import av
+        from av.error import FFmpegError
 
         if packet is not None:
             self._end.append(packet.is_corrupt)
@@ -139,7 +141,7 @@ class _Damage:
             frames = context.decode(packet)
         except MemoryError:  # FFmpeg's is an FFmpegError as well, but says nothing about the video
             raise
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             self._reason = self._reason or f": {error.strerror or error}"
             self._count(True)
             return []
@@ -161,16 +163,16 @@ class _Damage:
             raise CorruptVideo(f"{self._corrupt} of its {self._frames} frames are corrupt")
 
 
-def _check_rate(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+def _check_rate(container: InputContainer, stream: av.VideoStream) -> None:
     """An AVI file counts frames, and only its header says how long each lasts."""
-    if container.format.name == "avi" and not SHORTEST_STEP <= stream.time_base <= LONGEST_STEP:
-        step = float(stream.time_base)
+    step = time_base_of(stream)
+    if container.format.name == "avi" and not SHORTEST_STEP <= step <= LONGEST_STEP:
         raise CorruptVideo(
-            f"has a damaged frame rate: {step:.3g} seconds a frame, expected {float(SHORTEST_STEP)} to {LONGEST_STEP}"
+            f"has a damaged frame rate: {float(step):.3g} seconds a frame, expected {float(SHORTEST_STEP)} to {LONGEST_STEP}"
         )
 
 
-def _check_whole(container: av.container.InputContainer, stream: av.VideoStream) -> None:
+def _check_whole(container: InputContainer, stream: av.VideoStream) -> None:
     """A file cut between two packets decodes without an error, so this compares the sizes that the container states."""
     name, path = container.format.name, container.name.removeprefix("file:")
     if "mp4" in name:

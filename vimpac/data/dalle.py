@@ -208,8 +208,7 @@ def openai_module(part: str) -> types.ModuleType:
         raise InputError("the dalle tokenizer needs OpenAI's modules; run `pip install --no-deps dall-e attrs`")
     stand_in = "dall_e" not in sys.modules
     if stand_in:
-        package = sys.modules["dall_e"] = types.ModuleType("dall_e")
-        package.__path__ = spec.submodule_search_locations
+        sys.modules["dall_e"] = importlib.util.module_from_spec(spec)
     try:
         return importlib.import_module(qualified)
     finally:

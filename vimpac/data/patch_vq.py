@@ -62,7 +62,12 @@ class PatchVQ:
         with threadpool_limits(1):
             centres, _ = kmeans_plusplus(start, min(codes, len(start)), random_state=random, n_local_trials=1)
             means = MiniBatchKMeans(
-                len(centres), init=centres, n_init=1, batch_size=2048, max_iter=epochs, random_state=random
+                len(centres),
+                init=centres,  # pyright: ignore[reportArgumentType]  scikit-learn has no annotations, and the default is a str
+                n_init=1,  # pyright: ignore[reportArgumentType]  likewise
+                batch_size=2048,
+                max_iter=epochs,
+                random_state=random,
             ).fit(patches.astype(np.float32))
         codebook = np.clip(np.rint(means.cluster_centers_), 0, 255).astype(np.uint8)
         return cls(np.unique(codebook, axis=0), codes, seed)

@@ -68,7 +68,8 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
     """
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    # PyAV's stub knows only names as keys.
+    data = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue, reportArgumentType]
     if data is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).tolist()
@@ -103,14 +104,14 @@ _HLG_PEAK, _HLG_GAMMA = 1000.0, 1.2
 
 def _to_srgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, height: int) -> np.ndarray:
     """uint8 [height, width, 3]. swscale handles the frame's matrix and range, but not its transfer characteristics."""
-    import av
+    from av.error import FFmpegError
 
     if frame.color_trc in _NOT_SHOWN:
         raise CorruptVideo(f"has colours in {_NOT_SHOWN[frame.color_trc]} light, expected SDR, PQ or HLG")
     hdr = frame.color_trc in (_PQ, _HLG)
     try:
         shown = reformatter.reformat(frame, width, height, "rgb48le" if hdr else "rgb24", interpolation=_SCALING)
-    except av.FFmpegError as error:  # such as YCgCo's or ICtCp's matrix
+    except FFmpegError as error:  # such as YCgCo's or ICtCp's matrix
         codes = f"pixel format {frame.format.name}, matrix {frame.colorspace} of ITU-T H.273"
         raise CorruptVideo(f"has colours that cannot be converted to RGB ({codes}): {error.strerror}") from error
     pixels = shown.to_ndarray()

@@ -59,7 +59,7 @@ def digest_of(name: str, tensors: Tensors) -> str:
     sha = hashlib.sha256(name.encode())
     for key, value in sorted(tensors.items()):
         sha.update(f"{key} {value.dtype} {value.shape}".encode())
-        sha.update(np.ascontiguousarray(value))
+        sha.update(np.ascontiguousarray(value).reshape(-1).view(np.uint8).data)
     return sha.hexdigest()
 
 
@@ -84,7 +84,7 @@ def read_tokenizer(path: Path, checks: Mapping[str, Check]) -> tuple[str, Tensor
     except InputError as error:
         raise InputError(f"{path} is not a tokenizer: {error}; expected a .safetensors file or a token store") from None
     name = metadata.get("name")
-    if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name not in checks:
+    if metadata.get("format") != _FORMAT or metadata.get("version") != "1" or name is None or name not in checks:
         raise InputError(
             f"{path} is a safetensors file but not a tokenizer of this program (format {metadata.get('format')!r}, "
             f"version {metadata.get('version')!r}, name {name!r}); fit one with `vimpac tokenize`"

@@ -121,16 +121,16 @@ def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (Vie
 
 
 def _chunks(frames: Iterator[av.VideoFrame], viewer: Viewer, chunk: int) -> Iterator[np.ndarray]:
-    out, filled, previous = None, 0, None
+    out, filled, views, rendered = None, 0, None, None
     for frame in frames:
-        if frame is not previous:
-            seen, previous = viewer.render(frame), frame
+        if views is None or frame is not rendered:
+            views, rendered = viewer.render(frame), frame
         if out is None:
-            out = np.empty((len(seen), chunk, *seen.shape[1:]), np.uint8)
-        out[:, filled] = seen
+            out = np.empty((len(views), chunk, *views.shape[1:]), np.uint8)
+        out[:, filled] = views
         filled += 1
         if filled == chunk:
             yield out
             out, filled = None, 0
-    if filled:
+    if out is not None:
         yield out[:, :filled]

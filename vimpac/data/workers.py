@@ -82,7 +82,7 @@ class _Worker:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env={**os.environ, **threads}
             )
-        self.name: str | None = None
+        self.name = ""
         self.lives, self.is_ready = True, False
         self.started = self.heard = time.monotonic()
         self._send(pickle.dumps(job))
@@ -150,7 +150,8 @@ class _Worker:
     def dismiss(self) -> None:
         self.process.kill()  # nothing is lost: it has sent every result
         self.process.wait()
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.connection.close()
 
 

@@ -103,7 +103,7 @@ def typed(kind: Any, value: Any, name: str = "") -> Any:
 
     Raises InputError that names the first field that is missing, unknown or of the wrong type. Dataclasses check their ranges.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:

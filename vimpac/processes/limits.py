@@ -75,7 +75,7 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
-        if version not in own or (version == 1 and controller not in options.split(",")):
+        if version is None or version not in own or (version == 1 and controller not in options.split(",")):
             continue
         shown, mounted = before.split(" ")[3:5]  # the group that appears at the mount point
         try:

@@ -50,9 +50,10 @@ class Meeting:
     """All ranks of a run, once they have found each other. name: a key prefix that no earlier meeting in this store had."""
 
     def __init__(self, store: Any, place: Place, name: str, lost: str):
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]  documented there
 
-        self.store, self.place, self.lost, self.rounds = PrefixStore(name, store), place, lost, 0
+        self.store: Any = PrefixStore(name, store)
+        self.place, self.lost, self.rounds = place, lost, 0
         self.ended = threading.Event()
         self.beating = threading.Thread(target=self._beat, daemon=True)
 
@@ -204,7 +205,7 @@ def _resolves(name: str) -> bool:
 
 
 def _open(place: Place, answer: list) -> None:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented there
 
     serves = place.rank == 0 and not torchrun_serves()
     options = {"is_master": serves, "wait_for_workers": False, "timeout": timedelta(seconds=CONNECT_SECONDS)}
