@@ -43,7 +43,8 @@ import torch
 import harness
 from harness import Benchmark, Case, Impl
 from vimpac.data.clips import ClipPairs
-from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
+from vimpac.data.format import StoreSettings, TokenizerInfo
+from vimpac.data.store import StoreWriter, TokenStore, finish_store
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import block_mask, block_mask_reference
 from vimpac.special_ids import PAD_OFFSET

@@ -28,7 +28,8 @@ import naive
 from harness import Benchmark
 from vimpac.config import ModelConfig, TrainConfig
 from vimpac.data.clips import ClipPairs
-from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
+from vimpac.data.format import StoreSettings, TokenizerInfo
+from vimpac.data.store import StoreWriter, TokenStore, finish_store
 from vimpac.model import PretrainModel
 from vimpac.model.losses import contrastive_loss, mask_loss
 from vimpac.model.masking import blocks_for_ratio

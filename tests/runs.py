@@ -17,7 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from vimpac.config import ModelConfig, TrainConfig
-from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, finish_store
+from vimpac.data.format import StoreSettings, TokenizerInfo
+from vimpac.data.store import StoreWriter, finish_store
 
 PRELOADED = ["vimpac.training.pretrain", "torch._dynamo", "torch.utils.tensorboard", "matplotlib.backends.backend_agg", "tyro"]
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,7 +7,7 @@ import typing
 import pytest
 
 from vimpac.config import PRESETS, ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
-from vimpac.data import tokenizers as tokenizer
+from vimpac.data import patch_vq as tokenizer
 from vimpac.errors import InputError
 from vimpac.layouts import axis_dimensions, parse_layout
 

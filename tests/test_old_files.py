@@ -12,7 +12,8 @@ from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.commands import main as cli
 from vimpac.config import TrainConfig
-from vimpac.data.store import StoreSettings, StoreWriter, TokenizerInfo, TokenStore, finish_store
+from vimpac.data.format import StoreSettings, TokenizerInfo
+from vimpac.data.store import StoreWriter, TokenStore, finish_store
 from vimpac.data.tokenizers import check_tokenizer_file, load_tokenizer
 from vimpac.files.checked import typed
 from vimpac.training.pretrain import pretrain

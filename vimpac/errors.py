@@ -1,4 +1,4 @@
-"""What ends a command without a traceback: mistakes that the user can fix, one line and exit status 1; a reader that left."""
+"""The errors that the program expects, and what happens to standard output when nobody reads it any more."""
 
 import errno
 import os
@@ -7,9 +7,10 @@ import sys
 
 
 class InputError(ValueError):
-    """A bad file, option or shape. Its message names the value, what was expected and the way out, in one line.
+    """A mistake that the user can fix: a bad file, option or shape. Commands print it as one line and exit with status 1.
 
-    explanation: lines of our own, such as a grammar, that follow the message.
+    message: one line that names the value, what was expected and the way out.
+    explanation: further lines written by us, such as a grammar, shown below the message.
     """
 
     def __init__(self, message: str = "", explanation: str = ""):
@@ -17,8 +18,12 @@ class InputError(ValueError):
         self.explanation = explanation
 
 
+class CorruptVideo(Exception):
+    """A video file that cannot be used. Its only argument is the reason, without the file's name."""
+
+
 class Stopped(Exception):
-    """A signal asked the program to end; what it had finished is kept. `signal` is its number."""
+    """A signal asked the program to end; finished work is kept. `signal` is the signal's number."""
 
     def __init__(self, number: int, how_to_go_on: str):
         super().__init__(f"stopped by {signal.Signals(number).name}; {how_to_go_on}")
@@ -30,16 +35,15 @@ FIXABLE = (
     *(errno.ENOENT, errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.EMFILE, errno.ENFILE),
 )
-"""Numbers of an OSError that the user can fix as well: no room, a folder that is not theirs, a path that leads nowhere,
-too few open files."""
+"""Error numbers of an OSError that the user can fix: a full disk, missing permissions, a wrong path, too few open files."""
 
 
 def reader_left() -> int:
-    """The exit status after a BrokenPipeError of standard output (`--help | head`); what is left of it goes nowhere."""
-    forget_output()
+    """The exit status after a BrokenPipeError of standard output (`--help | head`). Discards the rest of the output."""
+    discard_output()
     return 128 + signal.SIGPIPE
 
 
-def forget_output() -> None:
-    """What is left of standard output goes nowhere, or Python complains when it ends and writes the rest."""
+def discard_output() -> None:
+    """Send the rest of standard output to /dev/null, since Python would report an error when it flushes it at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,4 +1,4 @@
-"""Modules without memory, to compare with what a file holds before anything is allocated by what it says."""
+"""Modules without memory for their weights, to compare with a file before memory is allocated for sizes that it states."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _FILLS = {"normal_", "uniform_", "zero_", "fill_"}
 
 @contextmanager
 def without_memory() -> Iterator[None]:
-    """Parameters made in it are on the meta device, and what would initialise them does nothing.
+    """Parameters created in the body are on the meta device, and initialising them does nothing.
 
-    On the meta device that is done in Python by modules whose import takes two seconds.
+    Otherwise torch would import its Python implementations of the initialisers for the meta device, which takes two seconds.
     """
     import torch
     from torch.overrides import TorchFunctionMode
@@ -20,7 +20,7 @@ def without_memory() -> Iterator[None]:
     class Unfilled(TorchFunctionMode):
         def __torch_function__(self, function, types, arguments=(), options=None):
             if getattr(function, "__name__", None) in _FILLS:  # a tensor's methods, and torch.nn.init's functions
-                return arguments[0] if arguments else options["tensor"]
+                return arguments[0] if arguments else (options or {})["tensor"]
             return function(*arguments, **(options or {}))
 
     with torch.device("meta"), Unfilled():

@@ -10,8 +10,9 @@ import pytest
 from films import greys, numbers, write_video
 from vimpac.data import clock as clock_module
 from vimpac.data import container as container_module
-from vimpac.data.clock import LONGEST_STILLS, Clock, Shown, pick
-from vimpac.data.video import CorruptVideo, decode
+from vimpac.data.clock import LONGEST_STILLS, Clock, TimedFrame, at_rate
+from vimpac.data.video import decode
+from vimpac.errors import CorruptVideo
 
 VIDEOS = Path(__file__).parents[1] / "videos"
 
@@ -75,7 +76,7 @@ def test_only_clocks_that_jump_jump():
 def test_times_are_bounded():
     bound = int(LONGEST_STILLS)
     assert clock_times([0, bound], time_base=Fraction(1), jumps=False) == [0, bound]
-    with pytest.raises(CorruptVideo, match=r"damaged time or frame rate: its first 2 pictures would last 48 hours"):
+    with pytest.raises(CorruptVideo, match=r"damaged time or frame rate: its first 2 frames would last 48 hours"):
         clock_times([0, bound + 3], time_base=Fraction(1), jumps=False)
     assert len(clock_times([100 * bound + i for i in range(1000)], time_base=Fraction(1), jumps=False)) == 1000
 
@@ -83,7 +84,7 @@ def test_times_are_bounded():
 def test_a_picture_a_second_may_last_for_ever(monkeypatch):
     monkeypatch.setattr(clock_module, "LONGEST_STILLS", Fraction(10))
     assert clock_times(range(1000), time_base=Fraction(1))[-1] == 999
-    with pytest.raises(CorruptVideo, match="its first 13 pictures would last"):
+    with pytest.raises(CorruptVideo, match="its first 13 frames would last"):
         clock_times(range(0, 2000, 2), time_base=Fraction(1))
 
 
@@ -110,13 +111,13 @@ def test_still_screen_of_hours(tmp_path):
 @pytest.mark.parametrize("lasts, frames", [(0.5, 1), (0, 100), (200, 100)])
 def test_last_picture_after_a_still(lasts, frames):
     """It does not last as long as the one before it if the container tells better."""
-    shown = [Shown(0, 0, "a"), Shown(1000, 10 * lasts, "b")]
-    assert list(pick(iter(shown), 1, Fraction(1, 10))) == ["a"] * 100 + ["b"] * frames
+    shown = [TimedFrame(0, 0, "a"), TimedFrame(1000, 10 * lasts, "b")]
+    assert list(at_rate(iter(shown), 1, Fraction(1, 10))) == ["a"] * 100 + ["b"] * frames
 
 
 def test_last_picture_with_the_time_of_the_one_before():
-    assert list(pick(iter([Shown(0, 0, "a"), Shown(0, 0, "b")]), 2, Fraction(1, 10))) == ["b"]
-    assert list(pick(iter([Shown(0, 0, "a"), Shown(10, 0, "b"), Shown(10, 0, "c")]), 2, Fraction(1, 10))) == [
+    assert list(at_rate(iter([TimedFrame(0, 0, "a"), TimedFrame(0, 0, "b")]), 2, Fraction(1, 10))) == ["b"]
+    assert list(at_rate(iter([TimedFrame(0, 0, "a"), TimedFrame(10, 0, "b"), TimedFrame(10, 0, "c")]), 2, Fraction(1, 10))) == [
         "a",
         "a",
         "c",
@@ -179,5 +180,5 @@ def test_bound_comes_before_any_frame_of_the_gap(tmp_path, monkeypatch):
     monkeypatch.setattr(clock_module, "LONGEST_STILLS", Fraction(3600))
     chunks = decode(path, 2, 32, chunk=1)
     assert len([next(chunks), next(chunks)]) == 2
-    with pytest.raises(CorruptVideo, match="its first 3 pictures would last 3 hours"):
+    with pytest.raises(CorruptVideo, match="its first 3 frames would last 3 hours"):
         next(chunks)

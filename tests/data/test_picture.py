@@ -10,7 +10,9 @@ import pytest
 
 from films import BLUE, GREEN, RED, WHITE, corner_colours, greys, quadrants, write_video
 from vimpac.data import picture as picture_module
-from vimpac.data.video import CorruptVideo, decode
+from vimpac.data.format import View
+from vimpac.data.video import decode
+from vimpac.errors import CorruptVideo
 
 PQ, HLG, LINEAR, BT709, BT2020, P3 = 16, 18, 8, 1, 9, 12
 
@@ -147,6 +149,6 @@ def test_matrix_and_range(matrix, red, blue, full):
     planes = np.concatenate([np.full(size, round(code)) for size, code in zip((4096, 1024, 1024), codes, strict=True)])
     frame = av.VideoFrame.from_ndarray(planes.reshape(96, 64).astype(np.uint8), format="yuv420p")
     frame.colorspace, frame.color_range = matrix, 2 if full else 1
-    shown = picture_module.Viewer(32, (picture_module.View(),), 1.0).see(frame)
+    shown = picture_module.Viewer(32, (View(),), 1.0).render(frame)
     # Codes are rounded to whole numbers, which are worth up to 2.2 levels of a colour.
     np.testing.assert_allclose(shown.mean((0, 2, 3)), 255 * colour, atol=2.5)

@@ -1,4 +1,4 @@
-"""Decoding: right frames at right times from every container, and damage reported instead of a shorter video."""
+"""Decoding: the right frames at the right times from every container; damage is reported, not a shorter video."""
 
 import errno
 import importlib.util
@@ -20,7 +20,6 @@ from films import (
     GREEN,
     RED,
     WHITE,
-    close_folder,
     corner_colours,
     greys,
     noise,
@@ -30,8 +29,9 @@ from films import (
     write_video,
 )
 from vimpac.data import container as container_module
-from vimpac.data.video import CorruptVideo, View, count_extensions, decode, find_videos, view_set
-from vimpac.errors import InputError
+from vimpac.data.format import View, view_set
+from vimpac.data.video import decode
+from vimpac.errors import CorruptVideo
 
 
 @pytest.mark.parametrize("name", CONTAINERS)
@@ -234,7 +234,7 @@ def test_damaged_fragments_do_not_shorten_a_video(tmp_path):
     second = data.index(b"moof", data.index(b"moof") + 1) - 4
     for damage, reason in (
         (b"\x01\x00\x00\x00", "reaches to byte"),
-        (bytes(3) + b"\x10", "expected the next of its fragments"),
+        (bytes(3) + b"\x10", "expected its next fragment"),
     ):
         path.write_bytes(data[:second] + damage + data[second + 4 :])
         with pytest.raises(CorruptVideo, match=reason):
@@ -354,54 +354,6 @@ def test_colon_in_a_name(tmp_path, monkeypatch):
     write_video(tmp_path / "real.mp4", greys(5)).rename(tmp_path / "http:x.mp4")
     monkeypatch.chdir(tmp_path)
     assert len(list(decode("http:x.mp4", 2, 32))) == 1
-
-
-def test_find_videos(tmp_path):
-    for name in ("b.mp4", "a/c.AVI", "a/b/d.webm", "a/notes.TXT", "b.txt", "z.MKV", ".x/e.mpg", "README"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    names, others, unlisted = find_videos(tmp_path)
-    assert not unlisted and names == [".x/e.mpg", "a/b/d.webm", "a/c.AVI", "b.mp4", "z.MKV"] and others == {".txt": 2, "": 1}
-    assert count_extensions(others) == "2 .txt, 1 without an extension"
-    assert count_extensions(others, 1) == "2 .txt and 1 more"
-
-
-def test_links_do_not_multiply_videos(tmp_path):
-    """Each folder counts once: under its own path if it has one, else under that of the first link to it."""
-    for name in ("videos/a.mp4", "videos/sub/deep/b.mp4", "elsewhere/c.mp4", "elsewhere/more/d.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    videos = tmp_path / "videos"
-    (videos / "sub" / "deep" / "up").symlink_to(videos)
-    (videos / "sub" / "self").symlink_to(".")
-    (videos / "a-link-to-sub").symlink_to("sub")
-    (videos / "linked").symlink_to(tmp_path / "elsewhere")
-    (videos / "linked-too").symlink_to(tmp_path / "elsewhere")
-    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path)
-    assert find_videos(videos) == (["a.mp4", "linked/c.mp4", "linked/more/d.mp4", "sub/deep/b.mp4"], {}, {})
-    (tmp_path / "link").symlink_to(videos)
-    assert find_videos(tmp_path / "link") == find_videos(videos)
-
-
-def test_find_videos_says_what_it_cannot_look_into(tmp_path, monkeypatch):
-    for name in ("a/b.mp4", "c/d/e.mp4", "c/f.mp4"):
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).touch()
-    close_folder(monkeypatch, tmp_path / "c" / "d")
-    assert find_videos(tmp_path) == (["a/b.mp4", "c/f.mp4"], {}, {"c/d": "Permission denied"})
-    close_folder(monkeypatch, tmp_path)
-    with pytest.raises(InputError, match=f"; {tmp_path} cannot be listed: Permission denied$"):
-        find_videos(tmp_path)
-
-
-def test_find_videos_bad_folder(tmp_path):
-    with pytest.raises(InputError, match="does not exist"):
-        find_videos(tmp_path / "missing")
-    (tmp_path / "notes.txt").touch()
-    with pytest.raises(InputError, match="is a file, expected a folder"):
-        find_videos(tmp_path / "notes.txt")
-    with pytest.raises(InputError, match=r"holds 1 \.txt, but no video file; expected files that end in one of: \.mp4"):
-        find_videos(tmp_path)
 
 
 def real_clips():

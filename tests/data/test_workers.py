@@ -13,9 +13,8 @@ import numpy as np
 import pytest
 
 from vimpac.data import workers as workers_module
-from vimpac.data.video import CorruptVideo
 from vimpac.data.workers import run_jobs
-from vimpac.errors import InputError
+from vimpac.errors import CorruptVideo, InputError
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -10,10 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from runs import free_port
-from vimpac.data.build import _ranks
 from vimpac.errors import InputError
 from vimpac.processes import meeting
-from vimpac.processes.meeting import connect, meet
+from vimpac.processes.meeting import connect, gathering, meet
 from vimpac.processes.ranks import Place
 
 LOST = "somebody is gone"
@@ -114,8 +113,7 @@ def test_one_that_is_killed_is_lost(monkeypatch):
     assert str(first) == LOST and second
 
 
-def test_tokenizing_says_that_another_process_was_lost(monkeypatch):
-    """The one that served the store: the others notice at once."""
+def test_gathering_notices_at_once_that_the_server_of_the_store_was_lost(monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     code = """
@@ -129,8 +127,7 @@ with meet(Place(0, 2), "") as met:
 """
     server = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE)
     try:
-        said = "another process was lost, so this one ends: run the same command again"
-        with pytest.raises(InputError, match=said), _ranks(1, 2) as gather:
+        with pytest.raises(InputError, match=LOST), gathering(1, 2, LOST) as gather:
             gather(1)
             assert server.stdout.readline() == b"met\n"
             server.kill()

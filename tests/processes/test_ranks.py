@@ -131,7 +131,7 @@ def test_ranks_end_with_their_launcher(store_folder, tmp_path):
             first.wait()
     assert wait_until(lambda: all(map(is_gone, started)), 30)
     output_text = (tmp_path / "said").read_text()
-    assert "torchrun, which started this process, is gone" in output_text and "Traceback" not in output_text
+    assert "torchrun, which started this process, has ended" in output_text and "Traceback" not in output_text
     (checkpoint,) = list_checkpoints(output)
     step = int(checkpoint.stem.removeprefix("step-"))
     assert 0 < step < 3000 and [line["step"] for line in metrics(output)] == list(range(1, step + 1))
@@ -158,7 +158,7 @@ while True:
     launcher.kill()
     launcher.wait()
     assert wait_until(lambda: is_gone(pid), 10)
-    assert launcher.stderr.read() == b"torchrun, which started this process, is gone: the process ends\n"
+    assert launcher.stderr.read() == b"torchrun, which started this process, has ended: the process ends\n"
     launcher.stderr.close()
 
 

@@ -34,8 +34,12 @@ import torch
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.config import ModelConfig, TrainConfig
-from vimpac.data.store import StoreSettings, StoreWriter, TokenStore, check_listed, finish_store
-from vimpac.data.tokenizers import PatchVQ, check_tokenizer_file, describe, load_tokenizer
+from vimpac.data.format import StoreSettings
+from vimpac.data.patch_vq import PatchVQ
+from vimpac.data.shards import check_listed
+from vimpac.data.store import StoreWriter, TokenStore, finish_store
+from vimpac.data.tokenizer_file import describe
+from vimpac.data.tokenizers import check_tokenizer_file, load_tokenizer
 from vimpac.errors import InputError
 from vimpac.figures.curves import read_metrics
 from vimpac.files.checked import typed

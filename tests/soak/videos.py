@@ -20,7 +20,8 @@ sys.path.insert(0, str(TESTS))
 
 from films import CONTAINERS, noise, write_video  # noqa: E402
 from vimpac.data.clock import LONGEST_STILLS  # noqa: E402
-from vimpac.data.video import CorruptVideo, decode  # noqa: E402
+from vimpac.data.video import decode  # noqa: E402
+from vimpac.errors import CorruptVideo  # noqa: E402
 
 SECONDS = 60
 """For one video. The most frames that it may have take some 10 on one core."""

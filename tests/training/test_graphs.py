@@ -102,7 +102,7 @@ def fake_capture(function):
     return function
 
 
-def graphed_trainer(store_folder, **options):
+def graphed_loop(store_folder, **options):
     loop = loop_of(store_folder, **options)
     loop.graphed = GraphedStep(loop.forward_backward, loop.module, fake_capture)
     return loop
@@ -112,7 +112,7 @@ def graphed_trainer(store_folder, **options):
 def test_graphed(store_folder, dropout):
     """Captures leave no trace: gradients, batch norm's statistics and dropout are the plain updates'. New shapes come twice."""
     options = {"batch_size": 16, "model": {"dropout": dropout}}
-    plain, graphed = loop_of(store_folder, **options), graphed_trainer(store_folder, **options)
+    plain, graphed = loop_of(store_folder, **options), graphed_loop(store_folder, **options)
     for _ in range(3):
         expected, line = plain.update(), graphed.update()
         assert all(torch.equal(torch.as_tensor(x), torch.as_tensor(line[name])) for name, x in expected.items())
@@ -126,7 +126,7 @@ def test_graphed(store_folder, dropout):
 
 
 def test_a_graph_for_each_number_of_rows(store_folder):
-    loop = graphed_trainer(store_folder)
+    loop = graphed_loop(store_folder)
     batch = loop.make_batch(0)
     for rows in (batch, batch, batch._replace(rows=batch.rows.repeat(2), targets=batch.targets.repeat(2)), batch):
         loop.graphed(rows)

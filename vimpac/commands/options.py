@@ -1,21 +1,80 @@
-"""The command line, read by tyro: a value that is none becomes one line, as any other mistake does."""
+"""Reading the command line with tyro: tables of subcommands, and one-line errors for bad values."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stderr, redirect_stdout
+from functools import partial, wraps
 from io import StringIO
-from typing import TypeVar
+from typing import Annotated, Any, NamedTuple, TypeAlias, TypeVar, Union
+
+import tyro
 
 from vimpac.errors import InputError
 
 T = TypeVar("T")
 
 
-def read_options(read: Callable[[], T], words: Sequence[str], command: str) -> T:
-    """What `read` makes of the words. Raises InputError for a bad value: a configuration's own, or one of another type.
+class Group(NamedTuple):
+    """A subcommand that has subcommands of its own."""
 
-    command: whose --help lists the options. Where it is --help, or a misspelt option, tyro explains and exits.
+    description: str
+    commands: Commands
+
+
+class OwnParser(NamedTuple):
+    """A subcommand that reads its words itself: main(words, prog) → exit status."""
+
+    description: str
+    main: Callable[[Sequence[str], str], int]
+
+
+Commands: TypeAlias = "Mapping[str, Callable[..., None] | Group | OwnParser]"
+
+
+def read_command(commands: Commands, words: Sequence[str], prog: str, description: str) -> Callable[[], None]:
+    """The command that the words choose, with its arguments: call it to run it. Raises InputError as `read_options` does."""
+    read = partial(tyro.cli, _type_of(commands), prog=prog, description=description, args=words)
+    return read_options(read, words, command_name(commands, words, prog))
+
+
+def command_name(commands: Commands, words: Sequence[str], prog: str) -> str:
+    """`vimpac figures curves`: prog and the words that choose a command."""
+    command = commands.get(words[0]) if words else None
+    if command is None:
+        return prog
+    name = f"{prog} {words[0]}"
+    return command_name(command.commands, words[1:], name) if isinstance(command, Group) else name
+
+
+def _type_of(commands: Commands) -> Any:
+    """What tyro reads as a choice of subcommands."""
+    choices = []
+    for name, command in commands.items():
+        if isinstance(command, Group):
+            choice = Annotated[_type_of(command.commands), tyro.conf.subcommand(name, description=command.description)]
+        elif isinstance(command, OwnParser):  # only listed here
+            choice = Annotated[Any, tyro.conf.subcommand(name, description=command.description, constructor=command.main)]
+        else:
+            choice = Annotated[Any, tyro.conf.subcommand(name, constructor=_bound(command))]
+        choices.append(choice)
+    return Union[(*choices, Annotated[None, tyro.conf.Suppress])]
+
+
+def _bound(command: Callable[..., None]) -> Callable[..., Callable[[], None]]:
+    """tyro calls this with the parsed arguments. It returns the call, to be made once parsing has succeeded."""
+
+    @wraps(command)
+    def bind(*arguments, **options) -> Callable[[], None]:
+        return partial(command, *arguments, **options)
+
+    return bind
+
+
+def read_options(read: Callable[[], T], words: Sequence[str], command: str) -> T:
+    """The result of read(), which parses the words. Raises InputError for a value out of range or of the wrong type.
+
+    command: the one whose --help lists the options. For --help or an unknown option, tyro prints its text and exits.
     """
     try:
         with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
@@ -32,7 +91,7 @@ def read_options(read: Callable[[], T], words: Sequence[str], command: str) -> T
 
 
 def _bad_value(error: BaseException, words: Sequence[str]) -> str | None:
-    """`--option is VALUE, expected TYPE`, of what tyro raises where a word is not of its option's type; its box otherwise."""
+    """`--option is VALUE, expected TYPE` if tyro raised the error for a word of the wrong type, else None."""
     if not isinstance(error.__context__, ValueError | TypeError) or isinstance(error.__context__, InputError):
         return None
     lowered = getattr(getattr(error, "arg", None), "lowered", None)

@@ -10,7 +10,7 @@ import tyro
 
 from vimpac.commands.options import read_options
 from vimpac.config import PRESETS, TrainConfig
-from vimpac.console import run_command
+from vimpac.console import command_errors
 from vimpac.errors import InputError
 from vimpac.processes.ranks import begin_rank, read_place
 
@@ -29,7 +29,9 @@ def main(arguments: Sequence[str], prog: str) -> int:
     Returns the exit status: 0, 1 after a mistake that the user can fix, 128 + the signal's number after a signal.
     """
     begin_rank()
-    return run_command(partial(_train, arguments, prog), prog)
+    with command_errors(prog) as status:
+        _train(arguments, prog)
+    return status.code
 
 
 def _train(arguments: Sequence[str], prog: str) -> None:

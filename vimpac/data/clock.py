@@ -1,4 +1,4 @@
-"""When each picture of a video is on screen: times that never run backwards, and the pictures on screen at a fixed rate."""
+"""When each frame of a video is on screen: times that never run backwards, and the frames on screen at a fixed rate."""
 
 from __future__ import annotations
 
@@ -6,31 +6,31 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, NamedTuple
 
-from vimpac.data.corrupt import CorruptVideo
+from vimpac.errors import CorruptVideo
 
 if TYPE_CHECKING:
     import av
 
 LONGEST_STEP = Fraction(60)
-"""Seconds. A larger gap between two frames is a jump of the clock, not a frame shown that long, where clocks can jump."""
+"""Seconds. In containers whose clock can jump, a larger gap between two frames is such a jump, not a frame shown that long."""
 LONGEST_STILLS = Fraction(48 * 3600)
-"""Seconds that a video may last, besides one second for each of its pictures. More means a damaged time or rate."""
+"""Seconds that a video may last, plus one second for each of its frames. More means a damaged time or rate."""
 REORDERED = 16
-"""Frames. Codecs reorder no more than that: a time further back than so many steps is a jump of the clock."""
+"""Frames. Codecs reorder no more than this, so a time further back than this many steps is a jump of the clock."""
 
 
-class Shown(NamedTuple):
-    """A picture and when it comes on screen, in ticks of the file's time base."""
+class TimedFrame(NamedTuple):
+    """A frame and when it appears on screen, in ticks of the file's time base."""
 
     at: int | Fraction
-    """Since the first picture."""
-    lasts: int
-    """As the container says, 0 if it does not say."""
-    picture: av.VideoFrame
+    """Since the first frame."""
+    duration: int
+    """According to the container, 0 if unknown."""
+    frame: av.VideoFrame
 
 
 class _Stamps:
-    """One of the two times that a file gives its frames, and how often it ran backwards."""
+    """Presentation or decoding times of a file's frames, and how often they ran backwards."""
 
     def __init__(self):
         self._stamp: int | None = None
@@ -52,7 +52,7 @@ class _Stamps:
         return None if self._stamp is None or self._zero is None else self._stamp - self._zero
 
     def agree(self, now: int | Fraction, again: bool) -> None:
-        """From here on, due() counts as a clock does that shows `now`. again: even if it counts already."""
+        """Sets the zero point so that the current stamp means `now`. again: even if it is already set."""
         if again:
             self._zero = None
         if self._zero is None and self._stamp is not None:
@@ -60,27 +60,27 @@ class _Stamps:
 
 
 class Clock:
-    """Times that never run backwards, though a file's may be missing, repeated, out of order, or jump.
+    """Times that never run backwards, though those of a file may be missing, repeated, out of order, or jump.
 
-    jumps: whether this container's clock can jump, as a broadcast's does. Others count from the file's start, so that a
-    long gap is a picture that stays.
+    jumps: whether this container's clock can jump, as in a broadcast. Other clocks count from the start of the file, so there
+    a long gap means that a frame stays on screen.
     """
 
     def __init__(self, time_base: Fraction, rate: Fraction | None, jumps: bool):
         self._second = 1 / time_base
-        # Ticks are whole numbers for speed; a rate may not be, and is of use only where times are missing.
+        # Ticks are integers, for speed. Steps computed from a rate may not be, and are used only where times are missing.
         self._usual = self._step = self._second / Fraction(rate or 25)
         self._jumps, self._longest_step = jumps, LONGEST_STEP * self._second
         self._presented, self._decoded = _Stamps(), _Stamps()
         self._frames, self._now = 0, 0
 
     def read(self, pts: int | None, dts: int | None = None) -> int | Fraction:
-        """Ticks since the first frame, for the next frame in the decoder's order.
+        """Ticks since the first frame, for the next frame in decoding order.
 
         pts, dts: its presentation time and the decoding time of the packet that completed it.
-        The presentation time counts, unless it has run backwards more often than the decoding time. FFmpeg's best effort is
-        the same (guess_correct_pts in libavcodec/decode.c): where a container has no presentation times they are guessed,
-        and wrong with B-frames.
+        The presentation time is used unless it has run backwards more often than the decoding time, as in FFmpeg
+        (guess_correct_pts in libavcodec/decode.c): if a container has no presentation times, FFmpeg guesses them, wrongly
+        with B-frames.
         """
         self._presented.read(pts)
         self._decoded.read(dts)
@@ -91,13 +91,13 @@ class Clock:
         self._frames += 1
         if self._now > (self._frames + LONGEST_STILLS) * self._second:
             hours = round(self._now / self._second / 3600)
-            raise CorruptVideo(f"has a damaged time or frame rate: its first {self._frames} pictures would last {hours} hours")
+            raise CorruptVideo(f"has a damaged time or frame rate: its first {self._frames} frames would last {hours} hours")
         self._presented.agree(self._now, jumped)
         self._decoded.agree(self._now, jumped)
         return self._now
 
     def _due(self) -> int | Fraction | None:
-        """When the frame comes on screen by the better of the two times, None if that is missing."""
+        """When the frame appears according to the more reliable of the two times, None if that is missing."""
         if self._decoded.known and self._presented.faults > self._decoded.faults:
             return self._decoded.due()
         due = self._presented.due()
@@ -115,30 +115,30 @@ class Clock:
             self._step, self._now = due - self._now, due
 
     def _stands_still(self) -> bool:
-        """Whether neither time is of use, since most frames have the one before's; then frames come at the usual rate."""
+        """Whether most frames repeat an earlier time, so that both times are useless and the usual rate counts."""
         if self._frames <= REORDERED or not (self._presented.faults or self._decoded.faults):
             return False
         faults = [times.faults for times in (self._presented, self._decoded) if times.known]
         return 2 * min(faults) > self._frames
 
 
-def pick(frames: Iterator[Shown], fps: float, time_base: Fraction) -> Iterator[av.VideoFrame]:
-    """The picture on screen at k / fps for each k. The last one lasts as long as the one before it.
+def at_rate(frames: Iterator[TimedFrame], fps: float, time_base: Fraction) -> Iterator[av.VideoFrame]:
+    """The frame on screen at k / fps seconds for each k. The last frame lasts as long as the one before it.
 
-    If that was more than a second, its own duration counts where it is shorter: a still screen must not count twice.
+    If that was more than a second, the last frame's own duration counts if it is shorter: a still frame must not count twice.
     """
     period = 1 / Fraction(fps).limit_denominator(100_000) / time_base
     due, step, shown = 0, period, None
     for following in frames:
         while shown is not None and due < following.at:
-            yield shown.picture
+            yield shown.frame
             due += period
         if shown is not None:
             step = following.at - shown.at or step
         shown = following
     if shown is None:
         return
-    lasts = min(step, shown.lasts or step) if step * time_base > 1 else step
+    lasts = min(step, shown.duration or step) if step * time_base > 1 else step
     while due < shown.at + lasts:
-        yield shown.picture
+        yield shown.frame
         due += period

@@ -1,4 +1,4 @@
-"""Video file → timed pictures: opening, what a whole file must hold, and how much damage is too much."""
+"""Video file → timed frames: opening it, detecting a file that was cut short, and how much damage is too much."""
 
 from __future__ import annotations
 
@@ -8,52 +8,55 @@ from collections import deque
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from vimpac.data.clock import LONGEST_STEP, Clock, Shown
-from vimpac.data.corrupt import CorruptVideo
+from vimpac.data.clock import LONGEST_STEP, Clock, TimedFrame
+from vimpac.errors import CorruptVideo
 
 if TYPE_CHECKING:
     import av
+    from av.container import InputContainer
 
 CORRUPT_SHARE = 0.1
-"""A video with a larger share of frames that are damaged, or cannot be decoded at all, is rejected."""
+"""A video is rejected if a larger share of its frames is damaged or cannot be decoded."""
 END_FRAMES = 8
-"""Damage among the last so many frames or packets means the file was cut short."""
+"""Damage among this many last frames or packets means that the file was cut short."""
 
 # Only real containers: FFmpeg would also follow playlists to other files and render text as video.
 _FORMATS = "3gp,asf,avi,flv,h264,hevc,m4v,matroska,mov,mp4,mpeg,mpegts,mpegvideo,ogg,webm"
 _STEADY = ("mp4", "matroska", "avi")
-"""Parts of the names of formats that time each frame from the file's start: their clocks do not jump."""
+"""Parts of the names of formats that count time from the start of the file, so their clocks do not jump."""
 _UNPRESENTED = ("avi", "asf")
-"""Formats whose frames have decoding times alone. FFmpeg guesses presentation times from them, wrongly with B-frames."""
+"""Formats with decoding times only. FFmpeg guesses presentation times from them, wrongly with B-frames."""
 _OGG_PAGE = 65_307
-"""Bytes of the largest page there is."""
+"""Bytes of the largest possible page."""
 _AVI_CHUNKS = 10_000
-"""Chunks to look through for an AVI file's frames: some programs write a few others before them."""
+"""Chunks to search for the frames of an AVI file: some programs write a few other chunks first."""
 SHORTEST_STEP = Fraction(1, 1000)
-"""Seconds. No AVI is meant to be played faster than a thousand frames a second."""
+"""Seconds. No AVI is meant to be played at more than a thousand frames per second."""
 _KINDS = ((stat.S_ISDIR, "a folder"), (stat.S_ISFIFO, "a named pipe"), (stat.S_ISSOCK, "a socket"))
 
 
-def open_video(path: str | Path) -> av.container.InputContainer:
+def open_video(path: str | Path) -> InputContainer:
+    """Opens a regular file as a video. Raises CorruptVideo if it is something else."""
     import av
+    from av.error import FFmpegError
 
     size = _regular_size(path)
     options = {"protocol_whitelist": "file", "format_whitelist": _FORMATS}
-    # A tag need not be UTF-8: PyAV takes any from 19 on, and has to be told before.
-    tags = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
+    # Tags need not be UTF-8. PyAV accepts any bytes from version 19 on, earlier versions only with this option.
+    tags: dict[str, Any] = {"metadata_errors": "ignore"} if int(av.__version__.partition(".")[0]) < 19 else {}
     try:
-        # file: keeps a colon in a name from being read as a protocol.
+        # With file:, a colon in the name is not taken for a protocol.
         return av.open(f"file:{os.path.abspath(path)}", options=options, **tags)
-    except (av.FFmpegError, OSError) as error:
+    except (FFmpegError, OSError) as error:
         if not size:
             raise CorruptVideo("is an empty file") from error
         raise CorruptVideo(f"is not a video, or cut short: {error.strerror or error}") from error
 
 
 def _regular_size(path: str | Path) -> int:
-    """Opening a named pipe would wait for a writer, and a device never ends."""
+    """Raises CorruptVideo unless the file is regular: opening a pipe waits for a writer, and a device has no end."""
     status = os.stat(path)
     if not stat.S_ISREG(status.st_mode):
         kind = next((kind for is_kind, kind in _KINDS if is_kind(status.st_mode)), "a device")
@@ -61,11 +64,12 @@ def _regular_size(path: str | Path) -> int:
     return status.st_size
 
 
-def timed_pictures(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[Shown]:
-    """All pictures of the stream in their order on screen, or CorruptVideo, at the latest at the end.
+def timed_frames(container: InputContainer, stream: av.VideoStream) -> Iterator[TimedFrame]:
+    """All frames of the stream in display order. Raises CorruptVideo, possibly only at the end.
 
-    Damage is treated alike in all containers. What cannot be decoded is left out, and the picture before it stays. The video
-    is rejected if that, and frames that the decoder marks corrupt, are more than CORRUPT_SHARE, or among the last ones.
+    Damage is handled alike in all containers: frames that cannot be decoded are left out, and the frame before them stays on
+    screen. The video is rejected if these and the frames that the decoder marks as corrupt are more than CORRUPT_SHARE of all,
+    or are among the last END_FRAMES.
     """
     _check_whole(container, stream)
     _check_rate(container, stream)
@@ -73,26 +77,26 @@ def timed_pictures(container: av.container.InputContainer, stream: av.VideoStrea
     context.thread_type, context.thread_count = "NONE", 1
     steady = any(part in container.format.name for part in _STEADY)
     presented = container.format.name not in _UNPRESENTED
-    clock, damage, picture = Clock(stream.time_base, stream.average_rate, jumps=not steady), _Damage(), None
+    clock, damage, frame = Clock(time_base_of(stream), stream.average_rate, jumps=not steady), _Damage(), None
     for packet in _packets(container, stream):
-        if packet is not None and not packet.size:  # shows the picture before it once more
-            if picture is not None and not context.has_b_frames:
-                yield Shown(clock.read(packet.pts if presented else None, packet.dts), packet.duration or 0, picture)
+        if packet is not None and not packet.size:  # repeats the frame before it
+            if frame is not None and not context.has_b_frames:
+                yield TimedFrame(clock.read(packet.pts if presented else None, packet.dts), packet.duration or 0, frame)
             continue
-        for picture in damage.decoded(context, packet):
-            yield Shown(clock.read(picture.pts if presented else None, picture.dts), picture.duration, picture)
+        for frame in damage.decoded(context, packet):
+            yield TimedFrame(clock.read(frame.pts if presented else None, frame.dts), frame.duration, frame)
     damage.check()
 
 
-def best_stream(container: av.container.InputContainer) -> av.VideoStream:
-    """The stream that FFmpeg would show, other than a song's cover or a film's thumbnails."""
+def best_stream(container: InputContainer) -> av.VideoStream:
+    """The video stream that FFmpeg would choose, but never a song's cover or a film's thumbnails."""
     from av.stream import Disposition
 
     moving = [stream for stream in container.streams.video if not stream.disposition & Disposition.attached_pic]
     best = container.streams.best("video")
     if not moving:
         raise CorruptVideo("has no video stream" + ", only a cover picture" * (best is not None))
-    stream = best if best in moving else moving[0]
+    stream = next((stream for stream in moving if stream == best), moving[0])
     if stream.codec_context is None:
         raise CorruptVideo("has a video stream in a codec that this FFmpeg cannot decode")
     if not stream.time_base:
@@ -100,11 +104,17 @@ def best_stream(container: av.container.InputContainer) -> av.VideoStream:
     return stream
 
 
-def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
-    """The stream's packets, then None, which asks the decoder for what it holds back.
+def time_base_of(stream: av.VideoStream) -> Fraction:
+    """Seconds per tick of a stream from `best_stream`."""
+    assert stream.time_base is not None
+    return stream.time_base
 
-    PyAV ends with a packet of its own for each stream. It is not waited for beyond this stream's: a stream that has
-    appeared on the way raises IndexError there.
+
+def _packets(container: InputContainer, stream: av.VideoStream) -> Iterator[av.Packet | None]:
+    """The stream's packets, then None, with which the decoder returns the frames that it still holds.
+
+    PyAV ends with an empty packet for each stream. This stops at that of this stream: PyAV raises IndexError after it if
+    another stream has appeared since the file was opened.
     """
     for packet in container.demux(stream):
         if not packet.buffer_ptr and packet.dts is None:
@@ -114,7 +124,7 @@ def _packets(container: av.container.InputContainer, stream: av.VideoStream) -> 
 
 
 class _Damage:
-    """What could not be decoded, or only with faults."""
+    """Counts the frames that could not be decoded, or only with errors."""
 
     def __init__(self):
         self._frames, self._corrupt = 0, 0
@@ -122,16 +132,16 @@ class _Damage:
         self._reason = ""
 
     def decoded(self, context: av.VideoCodecContext, packet: av.Packet | None) -> list[av.VideoFrame]:
-        """The frames that the packet completes; None: those that the decoder still holds."""
-        import av
+        """The frames that the packet completes. packet None: those that the decoder still holds."""
+        from av.error import FFmpegError
 
         if packet is not None:
             self._end.append(packet.is_corrupt)
         try:
             frames = context.decode(packet)
-        except MemoryError:  # FFmpeg's is an FFmpegError, too, but says nothing about the video
+        except MemoryError:  # FFmpeg's is an FFmpegError as well, but says nothing about the video
             raise
-        except av.FFmpegError as error:
+        except FFmpegError as error:
             self._reason = self._reason or f": {error.strerror or error}"
             self._count(True)
             return []
@@ -153,17 +163,17 @@ class _Damage:
             raise CorruptVideo(f"{self._corrupt} of its {self._frames} frames are corrupt")
 
 
-def _check_rate(container: av.container.InputContainer, stream: av.VideoStream) -> None:
-    """AVI counts frames, and its header alone says how long each is."""
-    if container.format.name == "avi" and not SHORTEST_STEP <= stream.time_base <= LONGEST_STEP:
-        step = float(stream.time_base)
+def _check_rate(container: InputContainer, stream: av.VideoStream) -> None:
+    """An AVI file counts frames, and only its header says how long each lasts."""
+    step = time_base_of(stream)
+    if container.format.name == "avi" and not SHORTEST_STEP <= step <= LONGEST_STEP:
         raise CorruptVideo(
-            f"has a damaged frame rate: {step:.3g} seconds a frame, expected {float(SHORTEST_STEP)} to {LONGEST_STEP}"
+            f"has a damaged frame rate: {float(step):.3g} seconds a frame, expected {float(SHORTEST_STEP)} to {LONGEST_STEP}"
         )
 
 
-def _check_whole(container: av.container.InputContainer, stream: av.VideoStream) -> None:
-    """A file cut between two packets decodes without complaint, so compare the sizes that the container promises."""
+def _check_whole(container: InputContainer, stream: av.VideoStream) -> None:
+    """A file cut between two packets decodes without an error, so this compares the sizes that the container states."""
     name, path = container.format.name, container.name.removeprefix("file:")
     if "mp4" in name:
         with open(path, "rb") as file:
@@ -178,15 +188,15 @@ def _check_whole(container: av.container.InputContainer, stream: av.VideoStream)
 
 
 def _fragments_end(file) -> int:
-    """Where the boxes of a fragmented MP4 end, 0 if it is none. FFmpeg takes a damaged box among them for the file's end."""
+    """Where the boxes of a fragmented MP4 end, 0 for another MP4. FFmpeg mistakes a damaged box for the end of the file."""
     end, fragmented = 0, False
     while len(header := file.read(16)) >= 8:
         size, kind = int.from_bytes(header[:4], "big"), header[4:8]
         if size == 1:
             size = int.from_bytes(header[8:], "big")
         if size < 8 or not kind.isascii() or not kind.decode().isprintable():
-            if fragmented and any(header):  # zeros may fill up the end
-                raise CorruptVideo(f"is damaged: at byte {end}, expected the next of its fragments")
+            if fragmented and any(header):  # zeros may pad the end
+                raise CorruptVideo(f"is damaged: at byte {end}, expected its next fragment")
             break
         fragmented = fragmented or kind == b"moof"
         end += size
@@ -195,7 +205,7 @@ def _fragments_end(file) -> int:
 
 
 def _riff_end(file) -> int:
-    """Where the frame data of an AVI file must end: the end of its first `movi` list, 0 if that is not recorded."""
+    """Where the frame data of an AVI file must end: at the end of its first `movi` list. 0 if that is not recorded."""
     file.seek(12)
     for _ in range(_AVI_CHUNKS):
         header = file.read(12)
@@ -209,7 +219,7 @@ def _riff_end(file) -> int:
 
 
 def _segment_end(file) -> int:
-    """Where a Matroska file's Segment must end, 0 if that is not recorded (live recordings)."""
+    """Where the Segment of a Matroska file must end, 0 if that is not recorded (live recordings)."""
     file.seek(4)  # the EBML header's id
     file.seek(_vint(file) or 0, os.SEEK_CUR)
     file.seek(4, os.SEEK_CUR)  # the Segment's id

@@ -1,9 +1,11 @@
-"""What a token store is: its settings, and the reading and checking of its JSON, in which nothing is taken on trust.
+"""The format of a token store: views, settings, and reading its JSON files, every field of which is checked.
 
-store.json              format, version, settings, shards, failed videos; written last: a folder that has it is complete
+store.json              format, version, settings, shards, failed videos; written last, so a folder with it is complete
+tokenizer.safetensors   the tokenizer, to decode the ids with
+shard-RRRRR-KKKKK.bin   shard K of rank R: per video the ids [views, frames, h, w], little-endian uint16, without gaps
 shard-RRRRR-KKKKK.json  settings, byte size, crc32, videos (name, offset in ids, frames, bytes of the video's file if
-                        known); renamed after its .bin, so its presence means the shard is whole
-Both hold a checksum of themselves; those of earlier versions have none, and open as well.
+                        known); written after its .bin, so a shard with it is complete, and a killed run resumes there
+The JSON files hold a checksum of themselves. Those of earlier versions have none and can still be read.
 """
 
 from __future__ import annotations
@@ -16,9 +18,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from vimpac.data.video import View
 from vimpac.errors import InputError
 from vimpac.files.checked import load_json, typed, unsealed
 
@@ -27,7 +28,8 @@ VERSION = 1
 INDEX = "store.json"
 TOKENIZER = "tokenizer.safetensors"
 MAX_VOCABULARY = 65_530
-"""Codes that fit into 16 bits beside the model's five special ids."""
+"""Ids are stored in 16 bits, and the model adds five special ids after the codes."""
+CROPS = ("center", "top-left", "bottom-right")
 
 _INDEX = {"format", "version", "tokenizer", "fps", "frame_size", "views", "shards", "videos", "failed"}
 _SHARD = {"settings", "bytes", "crc32", "videos"}
@@ -36,8 +38,27 @@ _WAY_OUT = "copy the whole store again, or tokenize into a new folder"
 
 
 @dataclass(frozen=True)
+class View:
+    """One way to look at a video: shorter side resized to `resize` × frame size, then a square crop, mirrored if `flip`."""
+
+    resize: float = 1.0
+    crop: Literal["center", "top-left", "bottom-right"] = "center"
+    flip: bool = False
+
+
+def view_set(name: Literal["center", "train", "test"], flip: bool = True) -> tuple[View, ...]:
+    """The views of Table 4. train: 2 sizes × 3 crops × 2 flips (6 views without `flip`), test: 3 crops, center: one."""
+    if name == "center":
+        return (View(),)
+    if name == "test":
+        return tuple(View(crop=crop) for crop in CROPS)
+    flips = (False, True) if flip else (False,)
+    return tuple(View(resize, crop, mirrored) for resize in (1.0, 1.25) for crop in CROPS for mirrored in flips)
+
+
+@dataclass(frozen=True)
 class TokenizerInfo:
-    """What identifies the tokenizer behind the ids. stride: pixels a token covers along each side."""
+    """Identifies the tokenizer that made the ids. stride: pixels that a token covers along each side."""
 
     name: str
     vocab_size: int
@@ -56,7 +77,7 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class StoreSettings:
-    """What every video of a store shares. fps: frames kept per second; frame_size: pixels a side."""
+    """What all videos of a store have in common. fps: frames kept per second; frame_size: pixels per side."""
 
     tokenizer: TokenizerInfo
     fps: float
@@ -73,7 +94,7 @@ class StoreSettings:
 
     @property
     def grid(self) -> tuple[int, int]:
-        """Tokens a frame: (h, w)."""
+        """Tokens per frame: (h, w)."""
         side = self.frame_size // self.tokenizer.stride
         return side, side
 
@@ -82,14 +103,14 @@ class StoreSettings:
 
     @classmethod
     def from_json(cls, fields: Mapping) -> StoreSettings:
-        """Raises InputError that names a field which is missing, of another type or out of its range."""
+        """Raises InputError that names a field if it is missing, of the wrong type or out of range."""
         names = ("tokenizer", "fps", "frame_size", "views")
         if missing := [name for name in names if name not in fields]:
             raise InputError(f"{missing[0]} is missing")
         return typed(cls, {name: fields[name] for name in names})
 
     def difference(self, other: StoreSettings) -> str:
-        """`fps 2.0, not 4.0`-like list of the fields in which self differs from other; empty when equal."""
+        """The fields in which self differs from other, such as `fps 2.0, not 4.0`; empty if they are equal."""
         mine, theirs = (_flat(settings.to_json()) for settings in (self, other))
         return ", ".join(f"{key} {mine[key]}, not {theirs[key]}" for key in mine if mine[key] != theirs[key])
 
@@ -101,7 +122,7 @@ def _flat(settings: dict) -> dict:
 
 
 def read_index(folder: Path) -> dict:
-    """What `store.json` holds, checked. Raises InputError for a folder that is no store, or one of another version."""
+    """The checked contents of `store.json`. Raises InputError if the folder is not a store of this version."""
     if not folder.is_dir():
         raise InputError(f"{folder} is not a folder, expected a token store; make one with `vimpac tokenize VIDEOS {folder}`")
     if not os.path.lexists(folder / INDEX):
@@ -120,8 +141,13 @@ def read_index(folder: Path) -> dict:
     return _checked(path, index, data, _INDEX, _check_index)
 
 
+def read_settings(folder: str | Path) -> StoreSettings:
+    """The settings of a finished store, without opening its shards. Raises InputError if the folder is not one."""
+    return StoreSettings.from_json(read_index(Path(folder)))
+
+
 def read_shard(path: Path) -> dict:
-    """The JSON beside the shard `path`, after checking that both files are there and the size is the recorded one."""
+    """The checked JSON of the shard `path` (its .bin). Both files must exist and the .bin must have the recorded size."""
     sidecar = path.with_suffix(".json")
     for file in (sidecar, path):
         if not file.is_file():
@@ -136,12 +162,12 @@ def read_shard(path: Path) -> dict:
 
 
 def _load(path: Path) -> tuple[dict, bytes]:
-    with _naming(path):
+    with _damage_named(path):
         return load_json(path)
 
 
 def _checked(path: Path, fields: dict, data: bytes, names: set[str], check: Callable[[dict], None]) -> dict:
-    with _naming(path):
+    with _damage_named(path):
         fields = unsealed(fields, data, names)
         try:
             check(fields)
@@ -151,8 +177,8 @@ def _checked(path: Path, fields: dict, data: bytes, names: set[str], check: Call
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """Gives an InputError of the body, a reason, the name of the file and the way out."""
+def _damage_named(path: Path) -> Iterator[None]:
+    """Adds the file's name and the way out to an InputError raised in the body."""
     try:
         yield
     except InputError as error:
@@ -187,7 +213,7 @@ def _check_shard(shard: dict) -> None:
 
 
 def _is_video(video: Any, size: int) -> bool:
-    """Whether its numbers lie within a shard of `size` bytes."""
+    """Whether an entry of a shard's list is valid in a shard of `size` bytes."""
     if not isinstance(video, dict):
         return False
     name, offset, frames, file_bytes = (video.get(key) for key in ("name", "offset", "frames", "file_bytes"))

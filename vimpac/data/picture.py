@@ -1,51 +1,31 @@
-"""One decoded picture → square views: its geometry (pixel shape, display matrix, resize, crop) and its colours."""
+"""One decoded frame → square views: geometry (pixel shape, display matrix, resize, crop) and colours."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from vimpac.data.corrupt import CorruptVideo
+from vimpac.data.format import View
+from vimpac.errors import CorruptVideo
 
 if TYPE_CHECKING:
     import av
     from av.video.reformatter import VideoReformatter
 
-CROPS = ("center", "top-left", "bottom-right")
 LONGEST_SIDE = 100
-"""Times the shorter side, as shown. A picture with more is damaged: resized, it would fill the memory."""
+"""Longest side in multiples of the shorter. Beyond this the file is damaged, and resizing would fill the memory."""
 
-# swscale's bicubic | accurate rounding | full chroma interpolation | bit-exact. Plain bicubic darkens by up to two
-# levels and gives other bytes on other machines; this takes 0.9 instead of 0.65 ms a frame (1280×720 to 228×128).
+# swscale's bicubic | accurate rounding | full chroma interpolation | bit-exact. Plain bicubic darkens by up to two levels
+# and gives different bytes on different machines. This takes 0.9 instead of 0.65 ms per frame (1280×720 to 228×128).
 _SCALING = 0x4 | 0x40000 | 0x2000 | 0x80000
 
 
-@dataclass(frozen=True)
-class View:
-    """One way to see a video: shorter side resized to `resize` × frame size, a square crop, maybe mirrored."""
-
-    resize: float = 1.0
-    crop: Literal["center", "top-left", "bottom-right"] = "center"
-    flip: bool = False
-
-
-def view_set(name: Literal["center", "train", "test"], flip: bool = True) -> tuple[View, ...]:
-    """The views of Table 4. train: 2 sizes × 3 crops × 2 flips (6 views without `flip`), test: 3 crops, center: one."""
-    if name == "center":
-        return (View(),)
-    if name == "test":
-        return tuple(View(crop=crop) for crop in CROPS)
-    flips = (False, True) if flip else (False,)
-    return tuple(View(resize, crop, mirrored) for resize in (1.0, 1.25) for crop in CROPS for mirrored in flips)
-
-
 class Viewer:
-    """Makes the views of a video's pictures, as squares of `size` pixels.
+    """Renders the views of a video's frames, as squares of `size` pixels.
 
-    pixel_shape: width of a pixel by its height; pictures are stretched to square ones.
+    pixel_shape: width of a pixel divided by its height; frames are stretched to square pixels.
     """
 
     def __init__(self, size: int, views: Sequence[View], pixel_shape: float):
@@ -54,7 +34,7 @@ class Viewer:
         self._size, self._views, self._pixel_shape = size, views, pixel_shape
         self._reformatters = {view.resize: VideoReformatter() for view in views}
 
-    def see(self, frame: av.VideoFrame) -> np.ndarray:
+    def render(self, frame: av.VideoFrame) -> np.ndarray:
         """uint8 sRGB [views, 3, size, size]."""
         matrix = _display_matrix(frame)
         pictures = {}
@@ -73,7 +53,7 @@ def _shorter_side(width: float, height: int, side: int) -> tuple[int, int]:
 
 
 def _crop(picture: np.ndarray, size: int, view: View) -> np.ndarray:
-    if view.flip:  # before the crop, as the released program has it: a flipped corner is the other corner, mirrored
+    if view.flip:  # before the crop, as in the released program: a flipped corner is the mirrored other corner
         picture = picture[:, :, ::-1]
     _, height, width = picture.shape
     share = {"top-left": 0.0, "center": 0.5, "bottom-right": 1.0}[view.crop]
@@ -82,13 +62,14 @@ def _crop(picture: np.ndarray, size: int, view: View) -> np.ndarray:
 
 
 def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
-    """(a, b, c, d) of the frame's display matrix: a point (x, y) is shown at (ax + cy, bx + dy). None: as it is.
+    """(a, b, c, d) of the frame's display matrix: a point (x, y) is shown at (ax + cy, bx + dy). None: no matrix.
 
-    VideoFrame.rotation is no substitute: it takes mirrors for turns, and drops what is behind the decimal point.
+    VideoFrame.rotation cannot replace it: it confuses mirroring with rotation and drops fractions of a degree.
     """
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    # PyAV's stub knows only names as keys.
+    data = frame.side_data.get(Type.DISPLAYMATRIX)  # pyright: ignore[reportCallIssue, reportArgumentType]
     if data is None:
         return None
     a, b, _, c, d = np.frombuffer(bytes(data), np.int32, 5).tolist()
@@ -96,7 +77,7 @@ def _display_matrix(frame: av.VideoFrame) -> tuple[int, int, int, int] | None:
 
 
 def _upright(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> np.ndarray:
-    """The picture [H, W, 3] as the display matrix shows it, turned by the nearest right angle."""
+    """The picture [H, W, 3] as the display matrix shows it, rotated to the nearest right angle."""
     if matrix is None:
         return picture
     a, b, c, d = matrix
@@ -107,7 +88,7 @@ def _upright(picture: np.ndarray, matrix: tuple[int, int, int, int] | None) -> n
     return picture[:: -1 if down < 0 else 1, :: -1 if right < 0 else 1]
 
 
-# Transfer characteristics (ITU-T H.273) whose codes are far from those of sRGB; all others are close enough to be taken for it.
+# Transfer characteristics (ITU-T H.273) far from sRGB. All others are close enough to be treated as sRGB.
 _PQ, _HLG = 16, 18
 _NOT_SHOWN = {8: "linear", 9: "logarithmic", 10: "logarithmic", 17: "SMPTE ST 428"}
 _BT709, _UNSPECIFIED, _BT2020 = 1, 2, 9  # primaries
@@ -116,21 +97,21 @@ _BT2020_TO_BT709 = np.array(  # ITU-R BT.2087-0, of linear light
 )
 _BT2020_LUMINANCE = np.array([0.2627, 0.6780, 0.0593], np.float32)
 _REFERENCE_WHITE = 203.0
-"""cd/m². What ITU-R BT.2408 shows a white sheet at in HDR, hence sRGB's white."""
+"""cd/m², of white paper in HDR according to ITU-R BT.2408, hence of sRGB's white."""
 _HLG_PEAK, _HLG_GAMMA = 1000.0, 1.2
 """cd/m², and the system gamma of a display with that peak (ITU-R BT.2100)."""
 
 
 def _to_srgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, height: int) -> np.ndarray:
-    """uint8 [height, width, 3]. swscale takes care of the frame's matrix and range, not of its transfer characteristics."""
-    import av
+    """uint8 [height, width, 3]. swscale handles the frame's matrix and range, but not its transfer characteristics."""
+    from av.error import FFmpegError
 
     if frame.color_trc in _NOT_SHOWN:
         raise CorruptVideo(f"has colours in {_NOT_SHOWN[frame.color_trc]} light, expected SDR, PQ or HLG")
     hdr = frame.color_trc in (_PQ, _HLG)
     try:
         shown = reformatter.reformat(frame, width, height, "rgb48le" if hdr else "rgb24", interpolation=_SCALING)
-    except av.FFmpegError as error:  # such as YCgCo's or ICtCp's matrix
+    except FFmpegError as error:  # such as YCgCo's or ICtCp's matrix
         codes = f"pixel format {frame.format.name}, matrix {frame.colorspace} of ITU-T H.273"
         raise CorruptVideo(f"has colours that cannot be converted to RGB ({codes}): {error.strerror}") from error
     pixels = shown.to_ndarray()
@@ -138,9 +119,9 @@ def _to_srgb(frame: av.VideoFrame, reformatter: VideoReformatter, width: int, he
 
 
 def _hdr_to_srgb(pixels: np.ndarray, transfer: int, primaries: int) -> np.ndarray:
-    """uint16 RGB of PQ or HLG → uint8 sRGB of the same light. What is brighter than the reference white is clipped to it.
+    """uint16 RGB in PQ or HLG → uint8 sRGB of the same light, clipped at the reference white.
 
-    That is the inverse of ITU-R BT.2408's mapping of SDR into HDR, by linear scaling.
+    This is the inverse of ITU-R BT.2408's mapping of SDR into HDR by linear scaling.
     """
     if primaries not in (_BT709, _BT2020, _UNSPECIFIED):
         raise CorruptVideo(f"has HDR colours of primaries {primaries} (ITU-T H.273), expected BT.2020's or BT.709's")

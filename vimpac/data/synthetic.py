@@ -206,6 +206,7 @@ def _encode(path: Path, frames: np.ndarray, fps: float, codec: str) -> None:
 
     with av.open(str(path), "w", format="mp4") as file:
         stream = file.add_stream(codec, rate=Fraction(fps).limit_denominator(1001), options=ENCODER[codec])
+        assert isinstance(stream, av.VideoStream)
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
         stream.codec_context.thread_count = 1  # videos are already written in parallel
@@ -233,7 +234,7 @@ def _colours(ground_hue: float, shape_hue: float) -> np.ndarray:
     return np.array([colorsys.hsv_to_rgb(hue % 1, saturation, value) for hue, saturation, value in tones], np.float32)
 
 
-def _burst(phase: np.ndarray) -> np.ndarray:
+def _burst(phase: np.ndarray | float) -> np.ndarray:
     """Cells travelled: within a cycle the speed rises linearly from rest to twice SPEED, then starts again."""
     return SPEED * BURST_SECONDS * (np.floor(phase) + (phase % 1) ** 2)
 

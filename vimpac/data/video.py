@@ -1,4 +1,4 @@
-"""Folder → video files, and video file → square frames at a fixed rate."""
+"""Folder → the names of its video files, and video file → square frames at a fixed rate."""
 
 from __future__ import annotations
 
@@ -10,16 +10,14 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from vimpac.data.clock import pick
-from vimpac.data.container import best_stream, open_video, timed_pictures
-from vimpac.data.corrupt import CorruptVideo
-from vimpac.data.picture import CROPS, View, Viewer, view_set
-from vimpac.errors import InputError
+from vimpac.data.clock import at_rate
+from vimpac.data.container import best_stream, open_video, time_base_of, timed_frames
+from vimpac.data.format import View
+from vimpac.data.picture import Viewer
+from vimpac.errors import CorruptVideo, InputError
 
 if TYPE_CHECKING:
     import av
-
-__all__ = ["CROPS", "EXTENSIONS", "CorruptVideo", "Found", "View", "count_extensions", "decode", "find_videos", "view_set"]
 
 EXTENSIONS = (
     *(".mp4", ".m4v", ".mov", ".3gp", ".avi", ".mkv", ".webm", ".mpg", ".mpeg", ".mpe", ".m2v"),
@@ -27,21 +25,34 @@ EXTENSIONS = (
 )
 
 
-class Found(NamedTuple):
-    """What lies below a folder of videos."""
+class FolderContents(NamedTuple):
+    """The files below a folder of videos."""
 
     names: list[str]
-    """Paths of all video files, relative to the folder with forward slashes, sorted."""
+    """Names of all video files (see `name_of`), sorted."""
     others: Counter[str]
-    """How many other files there are, by extension in lower case, "" where there is none."""
+    """Number of other files by extension in lower case, "" for those without one."""
     unlisted: dict[str, str]
-    """Why a folder could not be looked into, by its path as in `names`."""
+    """Subfolders that could not be listed, by name, with the reason."""
 
 
-def find_videos(folder: str | Path) -> Found:
-    """All video files below `folder`, by their extension; links to folders are followed.
+def name_of(path: Path, folder: Path) -> str:
+    """The name of a video in a store: its path below `folder`, with forward slashes.
 
-    Raises InputError if the folder is missing, not a folder, cannot be listed or holds no video.
+    File names are bytes, read here as UTF-8 in every locale. Bytes that are not UTF-8 become surrogates, as in Python's paths.
+    """
+    return os.fsencode(path.relative_to(folder).as_posix()).decode("utf-8", "surrogateescape")
+
+
+def path_of(name: str, folder: Path) -> Path:
+    """The file of the video `name`: the inverse of `name_of`."""
+    return folder / os.fsdecode(name.encode("utf-8", "surrogateescape"))
+
+
+def find_videos(folder: str | Path) -> FolderContents:
+    """Finds all video files below `folder` by their extension. Follows links to folders.
+
+    Raises InputError if the folder does not exist, is not a folder, cannot be listed or holds no video.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -51,16 +62,16 @@ def find_videos(folder: str | Path) -> Found:
     names, others, failed = [], Counter(), []
     for file in _files(folder, failed.append):
         if (extension := file.suffix.lower()) in EXTENSIONS:
-            names.append(file.relative_to(folder).as_posix())
+            names.append(name_of(file, folder))
         else:
             others[extension] += 1
-    unlisted = {Path(error.filename).relative_to(folder).as_posix(): error.strerror for error in failed}
+    unlisted = {name_of(Path(error.filename), folder): error.strerror or str(error) for error in failed}
     if not names:
         known = " ".join(EXTENSIONS)
         but = f"{count_extensions(others)}, but " * bool(others)
         closed = "".join(f"; {folder / name} cannot be listed: {reason}" for name, reason in sorted(unlisted.items())[:3])
         raise InputError(f"{folder} holds {but}no video file; expected files that end in one of: {known}{closed}")
-    return Found(sorted(names), others, unlisted)
+    return FolderContents(sorted(names), others, unlisted)
 
 
 def count_extensions(files: Counter[str], limit: int = 5) -> str:
@@ -71,9 +82,9 @@ def count_extensions(files: Counter[str], limit: int = 5) -> str:
 
 
 def _files(folder: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
-    """All files below `folder`, each folder once, however many links lead to it: under its own path if that lies below.
+    """All files below `folder`. Lists each folder once, however many links lead to it; under its own path if that is below.
 
-    failed: is told of each folder that cannot be listed.
+    failed: called with the error of each folder that cannot be listed.
     """
     seen, waiting = set(), deque([folder])
     while waiting:
@@ -83,7 +94,7 @@ def _files(folder: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
                 folders.clear()
                 continue
             seen.add((status.st_dev, status.st_ino))
-            folders.sort()  # which of two links is followed must not depend on the file system's order
+            folders.sort()  # so that which of two links is followed does not depend on the file system
             waiting += (Path(parent) / name for name in folders if os.path.islink(os.path.join(parent, name)))
             yield from (Path(parent) / file for file in files)
 
@@ -91,34 +102,35 @@ def _files(folder: Path, failed: Callable[[OSError], None]) -> Iterator[Path]:
 def decode(path: str | Path, fps: float, size: int, views: Sequence[View] = (View(),), chunk: int = 64) -> Iterator[np.ndarray]:
     """Yields uint8 sRGB [views, frames ≤ chunk, 3, size, size]: the frames on screen at 0, 1/fps, 2/fps … seconds.
 
-    Time counts from the first frame; a source slower than `fps` repeats frames. Frame counts and durations of the
-    header are never used. Raises CorruptVideo, possibly after some chunks: only a finished iteration is a good video.
+    Time starts at the first frame. A source slower than `fps` repeats frames. Frame counts and durations in the header are
+    never used. Raises CorruptVideo, possibly after some chunks: a video is good only if the iteration reaches its end.
     """
     try:
         with open_video(path) as container:
             stream = best_stream(container)
             viewer = Viewer(size, views, float(stream.sample_aspect_ratio or 1))
-            yield from _chunks(pick(timed_pictures(container, stream), fps, stream.time_base), viewer, chunk)
+            frames = at_rate(timed_frames(container, stream), fps, time_base_of(stream))
+            yield from _chunks(frames, viewer, chunk)
     except (CorruptVideo, MemoryError, ImportError):
         raise
     except Exception as error:
-        # Damaged data brings PyAV to raise nearly anything: IndexError, OverflowError, UnicodeDecodeError, TypeError for a
-        # time base that is missing … Our own mistakes would hide here, so the message names what was raised.
+        # Damaged data makes PyAV raise nearly anything: IndexError, OverflowError, UnicodeDecodeError, TypeError for a
+        # missing time base … A bug of ours would be caught as well, so the message names the exception.
         reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
         raise CorruptVideo(f"cannot be decoded: {reason}") from error
 
 
 def _chunks(frames: Iterator[av.VideoFrame], viewer: Viewer, chunk: int) -> Iterator[np.ndarray]:
-    out, filled, previous = None, 0, None
+    out, filled, views, rendered = None, 0, None, None
     for frame in frames:
-        if frame is not previous:
-            seen, previous = viewer.see(frame), frame
+        if views is None or frame is not rendered:
+            views, rendered = viewer.render(frame), frame
         if out is None:
-            out = np.empty((len(seen), chunk, *seen.shape[1:]), np.uint8)
-        out[:, filled] = seen
+            out = np.empty((len(views), chunk, *views.shape[1:]), np.uint8)
+        out[:, filled] = views
         filled += 1
         if filled == chunk:
             yield out
             out, filled = None, 0
-    if filled:
+    if out is not None:
         yield out[:, :filled]

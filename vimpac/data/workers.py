@@ -1,8 +1,8 @@
 """Worker processes for jobs that may crash, hang or never end: such a job fails alone, and the others go on.
 
-A worker is a Python process of its own. It imports what this process imports from, except the current folder: a downloaded data
-set may hold a `json.py`. It gets one name at a time and answers with an array or the reason for a failure. Answers are JSON
-and raw bytes, never pickles. A worker ends when its parent does.
+A worker is a separate Python process with the import path of this one, except for the current folder: a downloaded data set may
+hold a `json.py`. It receives one name at a time and answers with an array or the reason for a failure. Answers are JSON and raw
+bytes, never pickles. A worker ends when its parent ends.
 """
 
 from __future__ import annotations
@@ -23,16 +23,15 @@ from pathlib import Path
 
 import numpy as np
 
-from vimpac.data.video import CorruptVideo
-from vimpac.errors import InputError
+from vimpac.errors import CorruptVideo, InputError
 
 STALL_SECONDS = 600.0
-"""A worker that reports no progress for this long is killed, and its job has failed."""
+"""A worker that reports no progress for this long is killed, and its job fails."""
 TICK_SECONDS = 0.5
 """How often `tick` is called while the workers are silent."""
 
-Alive = Callable[[], None]
-Job = Callable[[str, Alive], np.ndarray]
+Heartbeat = Callable[[], None]
+Job = Callable[[str, Heartbeat], np.ndarray]
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 
 
@@ -41,49 +40,49 @@ def run_jobs(
 ) -> Iterator[tuple[str, np.ndarray | str]]:
     """Yields (name, array) or (name, reason for its failure) in the order in which the jobs end.
 
-    job(name, alive): runs in a worker, must be picklable, and calls alive() whenever it has made progress. Any exception that
-    it raises is this name's failure, except InputError, which ends the run and is raised here.
+    job(name, heartbeat): runs in a worker, must be picklable, and calls heartbeat() whenever it has made progress. If it raises
+    an exception, this name has failed; but InputError and ImportError end the run and are raised here as InputError.
     seconds: the longest that one job may take. tick: called at least every TICK_SECONDS while this waits; may raise.
     """
     waiting = iter(names)
-    staff: list[_Worker] = []
+    pool: list[_Worker] = []
     try:
         while True:
-            while len(staff) < workers and (name := next(waiting, None)) is not None:
-                staff.append(_Worker(job))
-                staff[-1].give(name)
-            if not staff:
+            while len(pool) < workers and (name := next(waiting, None)) is not None:
+                pool.append(_Worker(job))
+                pool[-1].give(name)
+            if not pool:
                 return
-            wait([worker.connection for worker in staff], TICK_SECONDS)
-            for worker in list(staff):
+            wait([worker.connection for worker in pool], TICK_SECONDS)
+            for worker in list(pool):
                 ended = worker.ended(seconds)
                 if ended is None:
                     continue
                 if worker.lives and (name := next(waiting, None)) is not None:
-                    worker.give(name)  # before the caller is given the result: the worker does not wait for it
+                    worker.give(name)  # before this yields, so that the worker need not wait for the caller
                 else:
                     worker.dismiss()
-                    staff.remove(worker)
+                    pool.remove(worker)
                 yield ended
             tick()
     finally:
-        for worker in staff:
+        for worker in pool:
             worker.dismiss()
 
 
 class _Worker:
-    """A process and the job that it has. Reading from it never raises for what the process does."""
+    """A worker process and its current job. Nothing that the process does makes reading from it raise."""
 
     def __init__(self, job: Job):
         self.connection, theirs = Pipe()
-        with theirs, _sigint_blocked():  # Ctrl-C is the parent's to handle, even while a worker imports
+        with theirs, _sigint_blocked():  # the parent handles Ctrl-C, even while a worker imports
             command = [sys.executable, "-c", _start(theirs.fileno())]
             threads = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-            # The worker's standard input is a pipe that nothing is written to: it ends when this process does.
+            # Nothing is written to the worker's standard input. It closes when this process ends.
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=[theirs.fileno()], env={**os.environ, **threads}
             )
-        self.name: str | None = None
+        self.name = ""
         self.lives, self.is_ready = True, False
         self.started = self.heard = time.monotonic()
         self._send(pickle.dumps(job))
@@ -94,7 +93,7 @@ class _Worker:
         self._send(name.encode("utf-8", "surrogateescape"))
 
     def ended(self, seconds: float) -> tuple[str, np.ndarray | str] | None:
-        """The job's name and its result, None while it goes on. Raises InputError where the worker asks for the run's end."""
+        """The job's name and its result, None while it is running. Raises InputError if the worker asks to end the run."""
         result = None
         try:
             while result is None and self.connection.poll():
@@ -113,7 +112,7 @@ class _Worker:
         self.heard = time.monotonic()
         match message["state"]:
             case "ready":
-                self.is_ready, self.started = True, self.heard  # how long imports take is not the job's fault
+                self.is_ready, self.started = True, self.heard  # the time that imports take does not count
             case "failed":
                 return message["reason"]
             case "stop":
@@ -126,7 +125,7 @@ class _Worker:
         return None
 
     def _death(self) -> str:
-        """Raises InputError for a worker that never began: the next one would not either."""
+        """Why the worker died. Raises InputError if it died before its first job, as the next worker would do the same."""
         self.lives = False
         code = self.process.wait()
         if not self.is_ready:
@@ -145,18 +144,19 @@ class _Worker:
         return reason
 
     def _send(self, data: bytes) -> None:
-        with suppress(OSError):  # it has died: `ended` reads the end of its connection
+        with suppress(OSError):  # it has died, which `ended` notices
             self.connection.send_bytes(data)
 
     def dismiss(self) -> None:
-        self.process.kill()  # it has nothing to finish: what it had done, it has sent
+        self.process.kill()  # nothing is lost: it has sent every result
         self.process.wait()
-        self.process.stdin.close()
+        if self.process.stdin is not None:
+            self.process.stdin.close()
         self.connection.close()
 
 
 def _start(descriptor: int) -> str:
-    """What a worker runs. `python -c` looks for modules in the current folder first, so the path is set before any import."""
+    """The program of a worker. It sets sys.path before any import, since `python -c` looks in the current folder first."""
     here = os.getcwd()
     path = [entry for entry in sys.path if entry and os.path.abspath(entry) != here]
     if _PACKAGE_ROOT not in path:  # a checkout that is the current folder
@@ -166,7 +166,7 @@ def _start(descriptor: int) -> str:
 
 @contextmanager
 def _sigint_blocked() -> Iterator[None]:
-    """Processes that are started in here never see Ctrl-C."""
+    """Processes started in the body never receive Ctrl-C."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
@@ -174,13 +174,13 @@ def _sigint_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-# What a worker runs.
+# In the worker process.
 
 
 def _work(descriptor: int) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     connection = Connection(descriptor)
-    job = pickle.loads(connection.recv_bytes())  # of the parent
+    job = pickle.loads(connection.recv_bytes())  # from the parent
     _say(connection, state="ready")
     while True:
         try:
@@ -202,9 +202,9 @@ def _answer(connection: Connection, job: Job, name: str) -> None:
         return _say(connection, state="failed", reason=str(error))
     except MemoryError:
         return _say(connection, state="failed", reason="does not fit into memory")
-    except (InputError, ImportError) as error:  # would meet every other name as well
+    except (InputError, ImportError) as error:  # would happen to every other name as well
         return _say(connection, state="stop", reason=str(error))
-    except Exception as error:  # whatever a library raises for one file must not end the work on the others
+    except Exception as error:  # an exception of a library for one file must not end the run
         said = " ".join(str(error).split())[:200]
         return _say(
             connection, state="failed", reason=f"an error that this program does not know ({type(error).__name__}: {said})"

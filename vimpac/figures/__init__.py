@@ -1,1 +1,1 @@
-"""Pictures, one file a figure."""
+"""Figures, one file each."""

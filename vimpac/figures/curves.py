@@ -1,21 +1,19 @@
-"""A training run as a picture: metrics.jsonl → curves.png. `python -m vimpac.figures.curves RUN` draws it again."""
+"""The training curves of a run: metrics.jsonl → curves.png. `vimpac figures curves RUN` draws them again."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from vimpac.console import run_command, say
 from vimpac.errors import InputError
 from vimpac.files.atomic import replacing
 from vimpac.files.checked import check_regular
 
-# Okabe and Ito's palette: told apart with any colour vision, and by lightness in print.
+# Okabe and Ito's palette: distinguishable with any colour vision, and by lightness in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 LOSSES = {"loss": ("total", BLUE), "mask_loss": ("mask", ORANGE), "contrastive_loss": ("contrastive", GREEN)}
 BASELINES = {
@@ -33,16 +31,16 @@ SINGLES = {
     "grad_norm": "Gradient norm, before clipping",
     "videos_per_second": "Videos per second",
 }
-REACH_SHARE = 50  # the running mean reaches 1/50 of the run to either side
+REACH_SHARE = 50  # the running mean takes in 1/50 of the run on either side
 LABEL_GAP = 0.085  # of a panel's height, between labels beside it
 
 
 def plot_curves(metrics_jsonl: Path, out_png: Path) -> None:
-    """Draws the losses, mask accuracy beside its baselines, learning rate, gradient norm and speed of a run.
+    """Draws losses, mask accuracy with its baselines, retrieval, learning rate, gradient norm and speed of a run.
 
-    A line of the file is an object with `step` and values; missing or null ones are left out, and so are panels without
-    any. The line with "final": true gives the dashed references. The picture replaces `out_png` when it is complete.
-    Raises InputError when there is nothing to draw, a line is not JSON, or matplotlib is missing.
+    Each line of the file is an object with `step` and values. Missing and null values are left out, and so are panels without
+    any. The line with "final": true gives the dashed reference lines. The picture replaces `out_png` once it is complete.
+    Raises InputError if there is nothing to draw, a line is not JSON, or matplotlib is missing.
     """
     series, final = read_metrics(Path(metrics_jsonl))
     out_png = Path(out_png)
@@ -54,9 +52,9 @@ def plot_curves(metrics_jsonl: Path, out_png: Path) -> None:
 
 
 def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
-    """→ for each name its finite values float64 [N, 2] of (step, value), and the final line's values.
+    """For each name its finite values, float64 [N, 2] of (step, value), and the values of the final line.
 
-    Where a resumed run wrote a step again, the later line counts. A last line cut short is ignored.
+    If a resumed run wrote a step again, the later line counts. An incomplete last line is ignored.
     """
     steps: dict[int, dict] = {}
     final: dict = {}
@@ -76,21 +74,6 @@ def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     if not series:
         raise InputError(f"{path} has no values, expected numbers beside the steps, such as loss; train again")
     return series, {name: value for name, value in final.items() if _is_finite(value)}
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """`python -m vimpac.figures.curves RUN`: writes RUN/curves.png from RUN/metrics.jsonl. → exit status."""
-    arguments = sys.argv[1:] if arguments is None else arguments
-    if len(arguments) != 1 or arguments[0].startswith("-"):
-        print("usage: python -m vimpac.figures.curves RUN\nWrites RUN/curves.png from RUN/metrics.jsonl.", file=sys.stderr)
-        return 0 if list(arguments) in (["-h"], ["--help"]) else 2
-    run = Path(arguments[0])
-
-    def draw() -> None:
-        plot_curves(run / "metrics.jsonl", run / "curves.png")
-        say(run / "curves.png")
-
-    return run_command(draw, "python -m vimpac.figures.curves")
 
 
 def _lines(path: Path) -> list[dict]:
@@ -119,7 +102,7 @@ def _is_finite(value) -> bool:
 
 
 def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
-    """→ matplotlib Figure. Object-oriented API: the caller's pyplot state is not touched."""
+    """A matplotlib Figure, made without pyplot, whose state belongs to the caller."""
     Figure, FigureCanvasAgg = _matplotlib()
     figure = Figure(figsize=(12, 6.2), layout="constrained")
     FigureCanvasAgg(figure)
@@ -140,8 +123,8 @@ def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
 
 
 def _matplotlib() -> tuple[type, type]:
-    """→ Figure and its canvas for files."""
-    backend = os.environ.pop("MPLBACKEND", None)  # of windows: matplotlib is not imported where it names none
+    """matplotlib's Figure and its canvas for files."""
+    backend = os.environ.pop("MPLBACKEND", None)  # matplotlib cannot be imported if this names no backend
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -206,7 +189,7 @@ def _style(axes, title: str) -> None:
 
 
 def _curve(axes, points: np.ndarray, colour: str, smooth: bool = True) -> float:
-    """Draws the values, faintly under their running mean if that is asked for; → the last value drawn."""
+    """Draws the values, or their running mean with the values faintly behind it. Returns the last value drawn."""
     steps, values = points.T
     reach = len(values) // REACH_SHARE if smooth else 0
     if reach:
@@ -225,7 +208,7 @@ def running_mean(values: np.ndarray, reach: int) -> np.ndarray:
 
 
 def _label_beside(axes, labels: list[tuple[float, str, str]]) -> None:
-    """Writes (height in data units, text, colour) at the right of a panel, moved apart where they would overlap."""
+    """Writes (height in data units, text, colour) at the right of a panel, moved apart if they would overlap."""
     bottom, top = axes.get_ylim()
     labels = sorted(labels)
     heights = spread([(height - bottom) / (top - bottom) for height, _, _ in labels], LABEL_GAP)
@@ -234,7 +217,7 @@ def _label_beside(axes, labels: list[tuple[float, str, str]]) -> None:
 
 
 def spread(heights: list[float], gap: float) -> list[float]:
-    """Moves ascending heights the least upwards that keeps them `gap` apart, then down again where they pass 1."""
+    """Moves ascending heights up just enough to be `gap` apart, then down again if they exceed 1."""
     heights = list(heights)
     for i in range(1, len(heights)):
         heights[i] = max(heights[i], heights[i - 1] + gap)
@@ -243,7 +226,3 @@ def spread(heights: list[float], gap: float) -> list[float]:
         heights[i] = min(heights[i], limit)
         limit = heights[i] - gap
     return heights
-
-
-if __name__ == "__main__":
-    sys.exit(main())

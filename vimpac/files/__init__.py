@@ -1,1 +1,1 @@
-"""Files that are whole or not there, and read without trust."""
+"""Writing files completely or not at all, and reading them without trusting them."""

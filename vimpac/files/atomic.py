@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all: temporary name, fsync, rename, fsync of the folder. Folders with one writer."""
+"""Files that appear complete or not at all: temporary name, fsync, rename, fsync of the folder. Folders with one writer."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS)
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yields a temporary file beside `path`; what was written there becomes `path` unless the body raises.
+    """Yields a temporary file beside `path`. What the body writes there becomes `path`, unless the body raises.
 
-    It has the permissions that the umask gives, whoever wrote it: safetensors leaves a file that its owner alone may read.
-    An OSError of the body that names no file, as a full disk does, leaves with the name of `path`.
+    It gets the permissions that the umask gives, since safetensors writes files that only their owner may read. An OSError of
+    the body without a file name (such as a full disk) gets the name of `path`.
     """
     temporary = temporary_of(path)
     try:
@@ -39,28 +39,29 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def temporary_of(path: Path) -> Path:
-    """Where what will be `path` is written first."""
+    """The name under which `path` is written first."""
     return path.with_name(path.name + TEMPORARY)
 
 
 def create(path: Path) -> int:
-    """A descriptor to write a new file with. What a killed run left under its name goes; a link there is never followed."""
+    """A descriptor of a new, empty file. Replaces what a killed run left under this name, and never follows a link there."""
     path.unlink(missing_ok=True)
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 @contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """Gives an OSError of the body that names no file, as a full disk's, the name of `path`."""
+    """Adds the name of `path` to an OSError of the body that has no file name, such as that of a full disk."""
     try:
         yield
     except OSError as error:
-        if error.errno is not None and error.filename is None:  # without a number Python shows the message alone
+        if error.errno is not None and error.filename is None:  # without a number Python would show only the message
             error.filename = str(path)
         raise
 
 
 def write_text(path: Path, text: str) -> None:
+    """Writes a UTF-8 file, complete or not at all."""
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 
@@ -73,7 +74,7 @@ def publish(temporary: Path, path: Path) -> None:
 
 
 def make_folder(path: Path) -> None:
-    """Makes `path` and its parents where they are missing; raises InputError with the reason where the user can mend it."""
+    """Creates `path` and its parents if they are missing. Raises InputError with the reason if the user can fix it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -85,10 +86,11 @@ def make_folder(path: Path) -> None:
 
 @contextmanager
 def locked(folder: Path, refusal: str) -> Iterator[None]:
-    """Keeps `folder` to this process; raises InputError(refusal) at once where another one (or this one) holds it.
+    """Reserves `folder` for this process. Raises InputError(refusal) at once if another one (or this one) holds it.
 
-    A folder that is missing is made, and removed again if nothing was put into it. The lock is the operating system's, on a
-    file LOCK in the folder: it ends with the process, however that ends. On a file system without locks nothing is locked.
+    Creates the folder if it is missing, and removes it again if it is still empty at the end. The lock is the operating
+    system's, on the file LOCK in the folder, so it ends with the process in any case. Without locks in the file system, it
+    does nothing.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     make_folder(folder)
@@ -97,7 +99,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
         try:
             yield
         finally:
-            (folder / LOCK).unlink(missing_ok=True)  # while it is locked: nobody else's file goes
+            (folder / LOCK).unlink(missing_ok=True)  # while locked, so that it cannot be the file of another process
             os.close(descriptor)
     finally:
         with suppress(OSError):
@@ -106,7 +108,7 @@ def locked(folder: Path, refusal: str) -> Iterator[None]:
 
 
 def _lock(path: Path, refusal: str) -> int:
-    """The descriptor that holds the lock."""
+    """A descriptor that holds the lock on `path`."""
     while True:
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -126,7 +128,7 @@ def _lock(path: Path, refusal: str) -> int:
                 return descriptor
             os.close(descriptor)
             raise
-        os.close(descriptor)  # removed by the process that held it, after it was opened here
+        os.close(descriptor)  # the process that held the lock has removed the file since it was opened here
 
 
 def _is_file(path: Path, descriptor: int) -> bool:

@@ -1,7 +1,7 @@
-"""Files that are read back with nothing taken on trust: regular files, JSON with a checksum of itself, dataclasses from it.
+"""Reading files without trusting them: regular files only, JSON with a checksum of itself, and dataclasses from JSON.
 
-The checksum is CRC-32 of the whole file with zeros in the checksum's own place. It notices every change of up to 32
-neighbouring bits; it is no proof against forgery.
+The checksum is the CRC-32 of the whole file with zeros in place of the checksum. It detects every change within 32 consecutive
+bits. It does not protect against forgery.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from vimpac.files.atomic import write_text
 
 CHECKSUM = "checksum"
 JSON_BYTES = 1 << 30
-"""No JSON file of this program is larger: a list of a million failed videos takes a fifth of it."""
+"""Limit for JSON files. A list of a million failed videos takes a fifth of it."""
 
-_PLACE = re.compile(rb'"checksum": "([0-9a-f]{8})"')  # within a name or a reason the quotes are escaped
+_PLACE = re.compile(rb'"checksum": "([0-9a-f]{8})"')  # inside a JSON string the quotes would be escaped
 
 
 def check_regular(path: Path) -> None:
-    """Raises InputError, a reason, unless `path` is a file: a folder cannot be read, a pipe or a device may have no end."""
+    """Raises InputError unless `path` is a regular file. The message is the reason, without the file's name."""
     try:
         mode = path.stat().st_mode
     except (OSError, ValueError) as error:  # ValueError: a null byte in the name
@@ -39,14 +39,14 @@ def check_regular(path: Path) -> None:
 
 
 def write_json(path: Path, fields: Mapping[str, Any], indent: int | None = None) -> None:
-    """Writes `fields` and a checksum as one JSON object, whole or not at all."""
+    """Writes `fields` and a checksum as one JSON object, complete or not at all."""
     text = json.dumps({**fields, CHECKSUM: "0" * 8}, indent=indent) + "\n"
     begin = text.rindex("0" * 8)
     write_text(path, text[:begin] + f"{zlib.crc32(text.encode()):08x}" + text[begin + 8 :])
 
 
 def load_json(path: Path) -> tuple[dict[str, Any], bytes]:
-    """The object that a JSON file holds, not yet checked, and the file's bytes: for `unsealed`, once the version is known.
+    """The unchecked object in a JSON file, and the file's bytes. Pass both to `unsealed` once the version is known.
 
     Raises InputError with the reason, without the file's name.
     """
@@ -56,7 +56,7 @@ def load_json(path: Path) -> tuple[dict[str, Any], bytes]:
     data = path.read_bytes()
     try:
         fields = json.loads(data.decode())
-    except (ValueError, RecursionError) as error:  # RecursionError: brackets in brackets in brackets
+    except (ValueError, RecursionError) as error:  # RecursionError: deeply nested brackets
         raise InputError(f"it is not JSON ({type(error).__name__}: {error})") from None
     if not isinstance(fields, dict):
         raise InputError(f"it holds a {type(fields).__name__}, expected an object")
@@ -64,22 +64,22 @@ def load_json(path: Path) -> tuple[dict[str, Any], bytes]:
 
 
 def unsealed(fields: dict[str, Any], data: bytes, names: set[str]) -> dict[str, Any]:
-    """What `load_json` gave, its checksum compared and left out. Raises InputError for another checksum or other names."""
+    """The object from `load_json` without its checksum. Raises InputError if the checksum or the field names are wrong."""
     contents = {name: value for name, value in fields.items() if name != CHECKSUM}
     if CHECKSUM in fields:
         recorded, begin = find_checksum(_PLACE, data)
         crc = zlib.crc32(data[begin + 8 :], zlib.crc32(b"0" * 8, zlib.crc32(data[:begin])))
         if f"{crc:08x}" != recorded:
             raise InputError(
-                f"its checksum is {crc:08x}, {recorded} was recorded when it was written (who edits it on purpose removes its "
-                f'"{CHECKSUM}")'
+                f"its checksum is {crc:08x}, {recorded} was recorded when it was written (after editing it on purpose, remove "
+                f'its "{CHECKSUM}")'
             )
     check_names(contents, names)
     return contents
 
 
 def find_checksum(place: re.Pattern[bytes], data: bytes) -> tuple[str, int]:
-    """The eight digits that a file holds, and where. Raises InputError unless there is one place."""
+    """The eight digits of the checksum in a file, and their offset. Raises InputError unless there is exactly one."""
     found = list(place.finditer(data))
     if len(found) != 1:
         raise InputError(f"it holds {len(found)} checksums, expected one of eight digits")
@@ -87,10 +87,10 @@ def find_checksum(place: re.Pattern[bytes], data: bytes) -> tuple[str, int]:
 
 
 def check_names(found: Iterable[str], names: set[str]) -> None:
-    """Raises InputError unless what was found, without the checksum, is `names`.
+    """Raises InputError unless the names found, without that of the checksum, are `names`.
 
-    A file without a checksum is one of an earlier version, and passes. It cannot be one whose checksum's name was damaged: that
-    would be an unknown name.
+    A file without a checksum is of an earlier version and passes. If damage had changed the name of its checksum, that would be
+    an unknown name.
     """
     if missing := sorted(names - set(found)):
         raise InputError(f"it lacks {', '.join(missing)}")
@@ -99,11 +99,11 @@ def check_names(found: Iterable[str], names: set[str]) -> None:
 
 
 def typed(kind: Any, value: Any, name: str = "") -> Any:
-    """`value`, as JSON or a checkpoint holds it, as a `kind`: its dataclasses made, every type compared with its annotation.
+    """Converts a value from JSON or a checkpoint to `kind`: constructs dataclasses and checks all types.
 
-    Raises InputError that names the first field that is missing, unknown or of another type. Ranges are the dataclass's own.
+    Raises InputError that names the first field that is missing, unknown or of the wrong type. Dataclasses check their ranges.
     """
-    if dataclasses.is_dataclass(kind):
+    if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return _dataclass(kind, value, name)
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin is typing.Literal:

@@ -1,1 +1,1 @@
-"""This process among others: its share of the cores, its rank, how ranks meet."""
+"""This process among others: its share of the cores, its rank, and how ranks meet."""

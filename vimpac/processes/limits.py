@@ -1,6 +1,6 @@
-"""What this process may use of the machine: cores, and the memory and time its control groups (version 1 or 2) leave it.
+"""What this process may use of the machine: its cores, and what its control groups (version 1 or 2) allow in memory and time.
 
-root: where /proc and /sys are looked for, another folder in tests. What cannot be read sets no limit.
+root: the folder with /proc and /sys, another one in tests. A file that cannot be read sets no limit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ ROOT = Path("/")
 
 
 def memory_left(root: Path = ROOT) -> int | None:
-    """Bytes that may still be taken until the nearest limit; pages of files, which the system gives back, count as free."""
+    """Bytes that may still be allocated up to the nearest limit. The page cache counts as free."""
     names = {1: ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_"), 2: ("memory.max", "memory.current", "")}
     left = []
     for version, folder in _groups("memory", root):
@@ -26,7 +26,7 @@ def memory_left(root: Path = ROOT) -> int | None:
 
 
 def cores_allowed(root: Path = ROOT) -> float | None:
-    """Cores' worth of time that the strictest group allows: 0.3 where it is 30 ms of every 100."""
+    """CPU time that the strictest group allows, in cores: 0.3 for 30 ms of every 100."""
     allowed = []
     for version, folder in _groups("cpu", root):
         with suppress(OSError, ValueError):
@@ -40,7 +40,7 @@ def cores_allowed(root: Path = ROOT) -> float | None:
 
 
 def share_of_cores(processes: int = 1) -> int:
-    """Cores that this process may run on and has time for, divided among `processes` of a machine; at least 1."""
+    """Cores that this process may use, if `processes` of the machine share them; at least 1."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if (allowed := cores_allowed()) is not None:
         cores = min(cores, math.ceil(allowed))
@@ -59,7 +59,7 @@ def _cached(stat: Path, prefix: str) -> int:
 
 
 def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
-    """(version, folder) of this process's group and those above it, of the hierarchies that have the controller."""
+    """(version, folder) of this process's group and of those above it, in each hierarchy with the controller."""
     try:
         mounts, groups = ((root / "proc/self" / name).read_text().splitlines() for name in ("mountinfo", "cgroup"))
     except (OSError, UnicodeDecodeError):
@@ -75,12 +75,12 @@ def _groups(controller: str, root: Path) -> Iterator[tuple[int, Path]]:
         before, _, after = line.partition(" - ")
         kind, _, options = after.split(" ", 2)
         version = {"cgroup": 1, "cgroup2": 2}.get(kind)
-        if version not in own or (version == 1 and controller not in options.split(",")):
+        if version is None or version not in own or (version == 1 and controller not in options.split(",")):
             continue
-        shown, mounted = before.split(" ")[3:5]  # the group that is seen at the mount's place
+        shown, mounted = before.split(" ")[3:5]  # the group that appears at the mount point
         try:
             below = PurePosixPath(own[version]).relative_to(shown)
-        except ValueError:  # outside of what is mounted here: the mount's own limits hold all the same
+        except ValueError:  # outside of what is mounted here, but the limits of the mounted group still apply
             below = PurePosixPath()
         top = root / mounted.lstrip("/")
         folder = top / below

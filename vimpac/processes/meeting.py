@@ -1,7 +1,7 @@
-"""Processes that find each other, and wait for each other as long as they live: keys in the store that torchrun serves.
+"""Ranks that find each other and wait for each other, through keys in the store that torchrun serves.
 
-A collective ends in an error after its time-out however well a peer works, and one that peers are gone from before it began
-waits until then. Here a process waits without a limit for those that live, and learns within a minute that one does not.
+A collective fails after its timeout even if the peers are only slow, and if a peer has ended it waits that long to say so. Here
+a rank waits without a limit for peers that are alive, and notices within about a minute that one is not.
 """
 
 from __future__ import annotations
@@ -14,24 +14,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 from uuid import uuid4
 
 from vimpac.errors import InputError
-from vimpac.processes.ranks import Place
+from vimpac.processes.ranks import Place, read_place
 
 CONNECT_SECONDS = 300
 """How long ranks wait for each other to start: importing torch from a slow network file system takes minutes."""
 LOOK_SECONDS = 0.2
 BEAT_SECONDS = 2.0
 LOST_LOOKS = 300
-"""A peer that has not said that it lives for so many looks, a minute or more, is lost. Looks, since all may be suspended."""
+"""A peer without a heartbeat for this many looks (a minute or more) is lost. Not seconds, since all may have been suspended."""
 LEAVE_SECONDS = 10
-"""How long the process that serves the store waits for the others to have read what they need."""
+"""How long the rank that serves the store waits for the others to leave."""
 CHUNK = 4 << 20  # bytes; the store refuses values above 8 MiB
 LEFT = "left"
 GONE = "another process was lost, so this one ends"
-# What gloo and NCCL say when a peer is gone, beside the errors of torch's store.
+# Messages of gloo and NCCL when a peer has ended; torch's store raises errors of its own.
 LOST = (
     *("Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe"),
     *("NCCL communicator was aborted", "remote process"),
@@ -39,27 +39,31 @@ LOST = (
 OTHER_PORT = "wait for its end, or choose another --master-port"
 
 
+T = TypeVar("T")
+
+
 class PeerLost(InputError):
-    """Another process is gone without a word."""
+    """Another process has ended without giving a reason."""
 
 
 class Meeting:
-    """All ranks of a run, once each has found the others. name: unlike that of any meeting before in the same store."""
+    """All ranks of a run, once they have found each other. name: a key prefix that no earlier meeting in this store had."""
 
     def __init__(self, store: Any, place: Place, name: str, lost: str):
-        from torch.distributed import PrefixStore
+        from torch.distributed import PrefixStore  # pyright: ignore[reportPrivateImportUsage]  documented there
 
-        self.store, self.place, self.lost, self.rounds = PrefixStore(name, store), place, lost, 0
+        self.store: Any = PrefixStore(name, store)
+        self.place, self.lost, self.rounds = place, lost, 0
         self.ended = threading.Event()
         self.beating = threading.Thread(target=self._beat, daemon=True)
 
     def gather(self, value: Any) -> list:
-        """The values of all ranks, in their order: what JSON can hold, since who reaches the port can write to the store.
+        """The values of all ranks, in rank order. Values are sent as JSON, since anyone who reaches the port can write there.
 
-        Raises InputError where a rank is gone, with the reason if it left one.
+        Raises InputError if a rank has ended, with the reason if it left one.
         """
         self.rounds += 1
-        with self._explained():
+        with self._store_loss_as_peer_loss():
             self._put(str(self.rounds), json.dumps(value).encode())
             self._wait([f"{self.rounds}/{rank}" for rank in range(self.place.size)])
             return [json.loads(self._get(f"{self.rounds}/{rank}")) for rank in range(self.place.size)]
@@ -69,7 +73,7 @@ class Meeting:
         chunks = [data[start : start + CHUNK] for start in range(0, len(data), CHUNK)]
         for i, chunk in enumerate(chunks):
             self.store.set(f"{key}/{i}", chunk)
-        self.store.set(key, str(len(chunks)))  # last: whoever sees it finds the chunks
+        self.store.set(key, str(len(chunks)))  # last, so that the chunks are there once this key is
 
     def _get(self, key: str) -> bytes:
         return b"".join(self.store.get(f"{key}/{i}") for i in range(int(self.store.get(key))))
@@ -90,8 +94,8 @@ class Meeting:
             pause = min(2 * pause, LOOK_SECONDS)
 
     @contextmanager
-    def _explained(self) -> Iterator[None]:
-        """The store goes with the process that serves it."""
+    def _store_loss_as_peer_loss(self) -> Iterator[None]:
+        """Turns an error of the store into PeerLost: it ends with the process that serves it."""
         try:
             yield
         except RuntimeError as error:
@@ -103,14 +107,14 @@ class Meeting:
         self.store.set(f"beat/{self.place.rank}", word)
 
     def _beat(self) -> None:
-        with suppress(RuntimeError):  # the store is gone: who waits for others notices
+        with suppress(RuntimeError):  # the store has ended, which `gather` reports
             number = 0
             while not self.ended.wait(BEAT_SECONDS):
                 number += 1
                 self._say(str(number))
 
     def _leave(self, word: str, stay: bool) -> None:
-        """Says that this rank will not come again, and why. stay: until nobody needs the store, if this serves it."""
+        """Tells the others that this rank leaves, and why. stay: if it serves the store, wait until all others have left."""
         self.ended.set()
         self.beating.join(LEAVE_SECONDS)
         with suppress(RuntimeError):
@@ -124,9 +128,9 @@ class Meeting:
 
 @contextmanager
 def meet(place: Place, lost: str) -> Iterator[Meeting]:
-    """Find the other ranks, at MASTER_ADDR and MASTER_PORT, and be there for them until the body ends.
+    """Finds the other ranks at MASTER_ADDR and MASTER_PORT, and sends them a heartbeat until the body ends.
 
-    lost: what to say where one of them is gone without a word. Raises InputError where they cannot be found.
+    lost: the message if one of them ends without giving a reason. Raises InputError if they cannot be found.
     """
     store = connect(place)
     meeting = Meeting(store, place, _find_all(store, place), lost)
@@ -143,12 +147,41 @@ def meet(place: Place, lost: str) -> Iterator[Meeting]:
         meeting._leave(word[:1000], stay)
 
 
+@contextmanager
+def gathering(rank: int, world: int, lost: str) -> Iterator[Callable[[object], list]]:
+    """Yields gather(value) → the values of all ranks. It is a barrier as well, without a limit to how long ranks may take.
+
+    lost: the message if another rank ends without giving a reason.
+    """
+    if world == 1:
+        yield lambda value: [value]
+        return
+    place = read_place()
+    if (place.rank, place.size) != (rank, world):
+        raise InputError(f"rank {rank} of {world} has no MASTER_ADDR, the machine to meet at: start the ranks with torchrun")
+    with meet(place, lost) as meeting:
+        yield meeting.gather
+
+
+def agree(gather: Callable[[object], list], step: Callable[[], T]) -> T:
+    """The result of step(). If it raises InputError in one rank, every rank raises, so that none waits for that one."""
+    result, error = None, None
+    try:
+        result = step()
+    except InputError as raised:
+        error = raised
+    messages = [message for message in gather(str(error) if error else None) if message]
+    if messages:
+        raise error or InputError(messages[0])
+    return cast(T, result)
+
+
 def connect(place: Place) -> Any:
-    """The store at MASTER_ADDR and MASTER_PORT, which torchrun serves, or rank 0."""
+    """The store at MASTER_ADDR and MASTER_PORT, which torchrun or rank 0 serves."""
     answer: list[Any] = []
     opening = threading.Thread(target=_open, args=(place, answer), daemon=True)
     opening.start()
-    opening.join(CONNECT_SECONDS + BEAT_SECONDS)  # torch waits for ever for what listens there and is no store
+    opening.join(CONNECT_SECONDS + BEAT_SECONDS)  # torch waits forever for a server that is not a store
     said = "what listens there does not answer as torch's store does"
     if answer and not isinstance(answer[0], RuntimeError):
         return answer[0]
@@ -172,7 +205,7 @@ def _resolves(name: str) -> bool:
 
 
 def _open(place: Place, answer: list) -> None:
-    from torch.distributed import TCPStore
+    from torch.distributed import TCPStore  # pyright: ignore[reportPrivateImportUsage]  documented there
 
     serves = place.rank == 0 and not torchrun_serves()
     options = {"is_master": serves, "wait_for_workers": False, "timeout": timedelta(seconds=CONNECT_SECONDS)}
@@ -195,16 +228,16 @@ def port_taken(where: str) -> str:
 
 
 def is_loss(error: RuntimeError) -> bool:
-    """Whether a collective, or the store, failed because a peer is gone."""
+    """Whether a collective or the store failed because a peer has ended."""
     from torch.distributed import DistNetworkError
 
     return isinstance(error, DistNetworkError) or any(words in str(error) for words in LOST)
 
 
 def _find_all(store: Any, place: Place) -> str:
-    """The name of this meeting: rank 0 calls under a new name, the others answer, then it says whom it has found.
+    """The name of this meeting: rank 0 calls with a new name, the others answer, and it confirms whose answers it accepted.
 
-    The store may have served processes before that are gone (torchrun restarts), and keep all they said. They do not answer.
+    The store may still hold keys of an earlier run (torchrun restarts), but those processes do not answer.
     """
     me = uuid4().hex
     try:
@@ -227,7 +260,7 @@ def _call(store: Any, place: Place, me: str) -> str:
 
     def all_here() -> bool:
         if store.get("call") != me.encode():
-            raise InputError(f"another process meets at {address()} as rank 0, too, most likely of another run: {OTHER_PORT}")
+            raise InputError(f"another process also meets at {address()} as rank 0, most likely of another run: {OTHER_PORT}")
         return store.check(answers)
 
     _until(all_here, missing)
@@ -258,7 +291,7 @@ def _answer(store: Any, place: Place, me: str) -> str:
 
 
 def _until(done: Callable[[], bool], late: Callable[[], str]) -> None:
-    """Looks until it is done. Raises InputError(late()) after CONNECT_SECONDS."""
+    """Polls until done() is true. Raises InputError(late()) after CONNECT_SECONDS."""
     until = time.monotonic() + CONNECT_SECONDS
     while not done():
         if time.monotonic() > until:

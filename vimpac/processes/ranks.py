@@ -1,4 +1,4 @@
-"""This process's place among all, as torchrun's environment variables say, and its end when what started it is gone."""
+"""The place of this process among the ranks, from torchrun's environment variables, and its end when torchrun has ended."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from dataclasses import dataclass
 from vimpac.errors import InputError
 
 LAUNCHER = "VIMPAC_LAUNCHER"
-"""The process that vimpac.training.launch runs in: ranks that it starts look for it, even where their parent is another."""
+"""Environment variable with the process id of vimpac.training.launch. Its ranks watch it, even if a shell is their parent."""
 MOST_RANKS = 100_000
 LOOK_SECONDS = 0.5
 GRACE_SECONDS = 30
-"""From the launcher's end to this process's, if SIGTERM does not end it sooner; torchrun gives as long."""
+"""How long this process may live on after SIGTERM once the launcher has ended, as with torchrun."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """rank of size in all; local_rank of local_size on this machine."""
+    """This process is `rank` of `size` in all, and `local_rank` of `local_size` on this machine."""
 
     rank: int = 0
     size: int = 1
@@ -31,7 +31,10 @@ class Place:
 
 
 def read_place(environment: Mapping[str, str] | None = None) -> Place:
-    """RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE and where to meet; one process where none is set. Raises InputError."""
+    """Reads RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE; a single process if none is set. Raises InputError for bad values.
+
+    With several processes, MASTER_ADDR and MASTER_PORT, where they meet, must be set as well.
+    """
     given = os.environ if environment is None else environment
     for name, other in (("RANK", "WORLD_SIZE"), ("WORLD_SIZE", "RANK")):
         if name in given and other not in given:
@@ -49,11 +52,11 @@ def read_place(environment: Mapping[str, str] | None = None) -> Place:
     return Place(rank, size, local_rank, local_size)
 
 
-def speaks() -> bool:
-    """Whether this process says what stopped it: of those on a machine the first does, for all."""
+def reports_errors() -> bool:
+    """Whether this process prints errors: only the first of those on a machine does."""
     try:
         return read_place().local_rank == 0
-    except InputError:  # nobody knows which one is the first
+    except InputError:  # then it is not known which one is the first
         return True
 
 
@@ -68,19 +71,19 @@ def _number(given: Mapping[str, str], name: str, default: int | None, low: int, 
 
 
 def begin_rank() -> None:
-    """What a command does first that may be one of several processes, before torch is imported.
+    """Call this first in a command that may run as several processes, before torch is imported.
 
-    Under torchrun: once the launcher is gone, this process is asked to end as by SIGTERM; GRACE_SECONDS later it ends anyway.
-    Otherwise ranks go on without one, and meet those of the next run on the same port.
+    Under torchrun: once the launcher has ended, this process gets SIGTERM, and GRACE_SECONDS later it is killed. Otherwise
+    ranks would outlive their run and meet those of the next run on the same port.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
         threading.Thread(target=_end_after, args=(os.getppid(), os.environ.get(LAUNCHER, "")), daemon=True).start()
-    if "WORLD_SIZE" in os.environ:  # a peer that is lost is explained in a sentence, not by torch's frames of C++
+    if "WORLD_SIZE" in os.environ:  # we explain a lost peer in a sentence; torch would print a C++ stack
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
 
 def launcher_left(parent: int, launcher: str) -> bool:
-    """Whether this process has another parent by now, or the launcher has ended (a shell between the two may live on)."""
+    """Whether the parent has changed, or the launcher has ended while a shell between it and this process lives on."""
     if os.getppid() != parent:
         return True
     if not launcher.isdigit():
@@ -89,7 +92,7 @@ def launcher_left(parent: int, launcher: str) -> bool:
         os.kill(int(launcher), 0)
     except ProcessLookupError:
         return True
-    except OSError:  # another user's: it is there
+    except OSError:  # it belongs to another user, so it exists
         pass
     return False
 
@@ -98,7 +101,7 @@ def _end_after(parent: int, launcher: str) -> None:
     while not launcher_left(parent, launcher):
         time.sleep(LOOK_SECONDS)
     if os.environ.get("LOCAL_RANK") == "0":
-        with suppress(OSError):  # nobody may be there to read it
-            os.write(2, b"torchrun, which started this process, is gone: the process ends\n")
-    signal.alarm(GRACE_SECONDS)  # the system's: it needs no thread of this process to run
+        with suppress(OSError):  # standard error may be closed
+            os.write(2, b"torchrun, which started this process, has ended: the process ends\n")
+    signal.alarm(GRACE_SECONDS)  # works even if no thread of this process can run
     os.kill(os.getpid(), signal.SIGTERM)
