@@ -44,7 +44,9 @@ from vimpac.errors import InputError
 from vimpac.figures.curves import read_metrics
 from vimpac.files.checked import typed
 from vimpac.training.metrics import read_lines
-from vimpac.training.pretrain import check_same_run, pretrain, read_description
+from vimpac.training.pretrain import pretrain
+from vimpac.training.run import check_same_run, read_description
+from vimpac.training.run import describe as describe_run
 
 OUTCOMES = ("noticed", "harmless", "unchecked", "silent", "other")
 EARLIER = ", earlier version"
@@ -131,7 +133,7 @@ def resumption(store: Path, path: Path) -> Callable[[], str]:
 
     def read() -> str:
         saved = read_description(path)
-        check_same_run(saved, config, tokens, path, torch.device("cpu"))
+        check_same_run(saved, describe_run(config, tokens), tokens, path, torch.device("cpu"))
         return json.dumps(saved, sort_keys=True)
 
     return read

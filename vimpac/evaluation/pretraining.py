@@ -64,8 +64,7 @@ def evaluate(
                 seen = _look(model, objective, masking.draw(clips, ids), clips, padded, most_frequent)
             hits = {name: hits[name] + count for name, count in zip(hits, seen.right, strict=True)}
             tokens_seen += seen.masked
-            states.append(seen.features)
-            counts.append(seen.histogram)
+            states, counts = [*states, seen.features], [*counts, seen.histogram]
         features = torch.cat(states)
         retrieved += partners_found(features)
         by_histogram += partners_found(torch.cat(counts))
