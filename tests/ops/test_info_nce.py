@@ -147,7 +147,7 @@ def test_saves_features_not_scores():
 
 
 def test_second_derivatives_are_refused():
-    """A kernel's gradient has none. That is an error, not a term missing in a sum, even if the upstream gradient is constant."""
+    """A kernel's gradient has none. That is an error, not a missing term of a sum, even for a constant upstream gradient."""
     z1, z2 = features(5, 4)
     value = info_nce(z1, z2, backend="slot")
     for loss in (value.square(), value):
