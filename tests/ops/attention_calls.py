@@ -13,7 +13,7 @@ from torch.testing import assert_close
 
 from vimpac.ops import axial_attention_packed, axial_attention_reference, dispatch
 from vimpac.ops.axial_attention import SCHEMAS
-from vimpac.ops.lines import pack
+from vimpac.ops.lines import pack, unpack
 
 EXACT = {"rtol": 1e-11, "atol": 1e-12}  # float64, sums of some hundred terms of order 1
 FLOAT32 = {"rtol": 2e-5, "atol": 2e-5}  # sums of up to 1281 terms of order 1, a softmax between: some 100 roundings of 6e-8
@@ -139,9 +139,9 @@ def nothing_leaves_padding(run, qkv, cls_qkv, pad, value, dropout=(0.0, None), a
 
 def packed(qkv, cls_qkv, *options, **named):
     """The packed function under the other one's signature."""
-    B, *grid = qkv.shape[:4]
-    rows = axial_attention_packed(torch.cat([qkv.flatten(0, 3), cls_qkv]), grid, *options, **named)
-    return rows[: B * math.prod(grid)].view(*qkv.shape[:4], *rows.shape[1:]), rows[B * math.prod(grid) :]
+    B, T, H, W = qkv.shape[:4]
+    rows = axial_attention_packed(torch.cat([qkv.flatten(0, 3), cls_qkv]), (T, H, W), *options, **named)
+    return unpack(rows, (B, T, H, W))
 
 
 def doubles(*tensors):

@@ -136,7 +136,7 @@ def test_lines_without_keys_give_zeros(backend, axes, device):
 
 
 def test_pad_hides_keys_only(backend):
-    """What stands at a PAD position reaches no other output, and the position itself still gets one."""
+    """The values at a PAD position reach no other output. The position itself still has one."""
     qkv, cls_qkv = inputs(1, (2, 3, 4), 3, 4)
     pad = torch.zeros(1, 2, 3, 4, dtype=torch.bool)
     pad[0, 1, 2, 3] = True

@@ -113,7 +113,7 @@ def test_autocast_rounds_nothing(backend, axes):
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_second_derivatives_are_refused(packed):
-    """A kernel's gradient has none: said aloud, not left out of a sum, where the upstream gradient is a constant, too."""
+    """A kernel's gradient has none. That is an error, not a missing term of a sum, even for a constant upstream gradient."""
     rows = torch.randn(2 * 7, 3, 2, 4, requires_grad=True)
     if packed:
         out = axial_attention_packed(rows, (2, 1, 3), ("T", "W"), backend="slot")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,7 @@ def load_setup(monkeypatch):
     """setup.py as a module that sets nothing up."""
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     spec = importlib.util.spec_from_file_location("vimpac_setup", ROOT / "setup.py")
+    assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -139,7 +141,7 @@ case "$*" in
     *) {compile};;
 esac
 """
-# A compiler that makes empty files: of each -o and -MF
+# A compiler that makes empty files, those of -o and -MF.
 CXX = """#!/bin/sh
 while [ $# -gt 0 ]; do
     case $1 in -o|-MF) : > "$2";; --version) echo 'c++ 1.0';; esac
@@ -149,63 +151,74 @@ done
 ERROR = "crt/host_config.h:147: error: -- unsupported GNU version! gcc versions later than 15 are not supported!"
 
 
-@pytest.fixture
-def source(tmp_path):
-    """A copy of the project, with a C++ compiler and an nvcc that make files fast; build(nvcc's answer, environment)."""
-    source, tools = tmp_path / "source", tmp_path / "bin"
-    skip = shutil.ignore_patterns(".*", "runs", "*.egg-info", "build", "tests", "docs", "__pycache__", "*.so")
-    shutil.copytree(ROOT, source, ignore=skip)
-    tools.mkdir()
+SUCCEEDS = 'exec "$CXX" "$@"'
+FAILS = f"echo 'nvcc warning : deprecated'; echo '{ERROR}'; exit 1"
 
-    def build(compile, *command, **environment):
-        for name, text in (("nvcc", NVCC.format(compile=compile)), ("c++", CXX)):
-            (tools / name).write_text(text)
-            (tools / name).chmod(0o755)
-        path = f"{tools}{os.pathsep}{os.environ['PATH']}"
-        environment = {"PATH": path, "CUDA_HOME": "", "HOME": str(tmp_path), "CXX": str(tools / "c++"), **environment}
+
+@dataclass
+class Checkout:
+    """A copy of the project, and a folder for a C++ compiler and an nvcc that take no time."""
+
+    folder: Path
+    tools: Path
+
+    @property
+    def package(self) -> Path:
+        return self.folder / "vimpac"
+
+    def build(self, nvcc, *command, **environment) -> subprocess.CompletedProcess:
+        """Run setup.py. nvcc: what it does to compile or link, SUCCEEDS or FAILS."""
+        for name, text in (("nvcc", NVCC.format(compile=nvcc)), ("c++", CXX)):
+            (self.tools / name).write_text(text)
+            (self.tools / name).chmod(0o755)
+        path = f"{self.tools}{os.pathsep}{os.environ['PATH']}"
+        named = {"PATH": path, "HOME": str(self.folder), "CXX": str(self.tools / "c++"), **environment}
         command = [sys.executable, "setup.py", *(command or ("build_ext", "--inplace"))]
-        return subprocess.run(command, cwd=source, env=environment, capture_output=True, text=True)
-
-    build.folder = source / "vimpac"
-    build.succeeds = f'exec "{tools / "c++"}" "$@"'
-    build.fails = f"echo 'nvcc warning : deprecated'; echo '{ERROR}'; exit 1"
-    return build
+        return subprocess.run(command, cwd=self.folder, env=named, capture_output=True, text=True)
 
 
-@needs_compiler
-def test_an_nvcc_that_fails_costs_only_the_cuda_library(source):
+@pytest.fixture
+def checkout(tmp_path):
+    skip = shutil.ignore_patterns(".*", "runs", "*.egg-info", "build", "tests", "docs", "__pycache__", "*.so", "_ops_*.txt")
+    shutil.copytree(ROOT, tmp_path / "source", ignore=skip)
+    (tmp_path / "bin").mkdir()
+    return Checkout(tmp_path / "source", tmp_path / "bin")
+
+
+@needs_cpu
+def test_an_nvcc_that_fails_costs_only_the_cuda_library(checkout):
     """The rest is installed. A note beside it says why: the doctor reads it. A build that succeeds removes the note."""
-    library, note = source.folder / "_ops_cuda.so", source.folder / "_ops_cuda.txt"
-    ended = source(source.succeeds)
+    library, note = checkout.package / "_ops_cuda.so", checkout.package / "_ops_cuda.txt"
+    ended = checkout.build(SUCCEEDS)
     assert ended.returncode == 0 and library.exists() and not note.exists(), ended.stdout + ended.stderr
-    os.utime(source.folder.parent / "csrc" / "archs.cu")
-    ended = source(source.fails)
+    os.utime(checkout.folder / "csrc" / "archs.cu")
+    ended = checkout.build(FAILS)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"vimpac: without _ops_cuda: it does not compile here: {ERROR}" in ended.stderr
-    assert (source.folder / "_ops_cpu.so").exists() and list(source.folder.glob("_C*.so"))
+    assert (checkout.package / "_ops_cpu.so").exists() and list(checkout.package.glob("_C*.so"))
     assert not library.exists() and note.read_text() == f"{ERROR}\n"
-    shown = python("from vimpac.commands.doctor import report; print(report())", VIMPAC_LIBRARIES=str(source.folder))
+    shown = python("from vimpac.commands.doctor import report; print(report())", VIMPAC_LIBRARIES=str(checkout.package))
     assert f"_ops_cuda.so  vimpac was installed without _ops_cuda.so, which did not compile ({ERROR}): " in shown.stdout
-    ended = source(source.succeeds)
+    ended = checkout.build(SUCCEEDS)
     assert ended.returncode == 0 and library.exists() and not note.exists(), ended.stdout + ended.stderr
 
 
-@needs_compiler
-def test_a_wheel_says_why_it_has_no_cuda_library(source):
+@needs_cpu
+def test_a_wheel_says_why_it_has_no_cuda_library(checkout):
     """The library of an earlier build does not get into it."""
-    assert source(source.succeeds, "build_ext").returncode == 0
-    os.utime(source.folder.parent / "csrc" / "archs.cu")
-    ended = source(source.fails, "bdist_wheel", "--dist-dir", str(source.folder.parent))
+    assert checkout.build(SUCCEEDS, "build_ext").returncode == 0
+    os.utime(checkout.folder / "csrc" / "archs.cu")
+    ended = checkout.build(FAILS, "bdist_wheel", "--dist-dir", str(checkout.folder))
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    wheel = zipfile.ZipFile(next(source.folder.parent.glob("*.whl")))
+    wheel = zipfile.ZipFile(next(checkout.folder.glob("*.whl")))
     assert wheel.read("vimpac/_ops_cuda.txt").decode() == f"{ERROR}\n"
     assert "vimpac/_ops_cpu.so" in wheel.namelist() and "vimpac/_ops_cuda.so" not in wheel.namelist()
 
 
-@needs_compiler
+@needs_cpu
 @pytest.mark.parametrize("named", ["cpu,cuda", "cuda"])
-def test_a_library_that_was_named_must_compile(source, named):
-    ended = source(source.fails, VIMPAC_EXTENSION=named)
+def test_a_library_that_was_named_must_compile(checkout, named):
+    ended = checkout.build(FAILS, VIMPAC_EXTENSION=named)
     assert ended.returncode == 1 and "vimpac: the extension does not compile here (see above)" in ended.stderr
 
 

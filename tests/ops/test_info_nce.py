@@ -147,7 +147,7 @@ def test_saves_features_not_scores():
 
 
 def test_second_derivatives_are_refused():
-    """A kernel's gradient has none: said aloud, not left out of a sum, where the upstream gradient is a constant, too."""
+    """A kernel's gradient has none. That is an error, not a missing term of a sum, even for a constant upstream gradient."""
     z1, z2 = features(5, 4)
     value = info_nce(z1, z2, backend="slot")
     for loss in (value.square(), value):

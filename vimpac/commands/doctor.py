@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import importlib.util
 import platform
@@ -47,7 +48,7 @@ def extension() -> dict[str, str]:
     states["_C"] = "vimpac was installed without it, which takes a C++ compiler, ninja and pybind11"
     if importlib.util.find_spec("vimpac._C"):
         try:
-            from vimpac import _C
+            _C = importlib.import_module("vimpac._C")
         except ImportError as error:
             return states | {"_C": f"it cannot be imported: {error}"}
         facts = _C.build()

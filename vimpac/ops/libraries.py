@@ -124,7 +124,7 @@ def runtime_version() -> tuple[int, int] | None:
 
 @functools.cache
 def driver_version() -> tuple[int, int] | None:
-    """The newest CUDA that this machine's driver is for; None where there is no driver to ask."""
+    """The newest CUDA that this machine's driver is for; None if there is no driver."""
     number = ctypes.c_int()
     try:
         failed = ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
