@@ -1,7 +1,7 @@
 """Store → pairs of clips (section 3.2): which video, which frames, for sample number k of a run.
 
-A run's samples are numbered 0, 1, 2, …, whatever the batch size, accumulation or number of processes. Given the videos and
-`distinct`, sample k depends on (seed, k) alone, so the sampler's whole state is one number.
+A run's samples are numbered 0, 1, 2, …, whatever the batch size, accumulation or number of processes. What sample k is
+depends on (seed, k) alone, given the videos and `distinct`, so the sampler's whole state is one number.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ class ClipBatch:
     """Two clips of n videos: all first clips, then all second clips."""
 
     tokens: np.ndarray  # [2n, T, H, W] int64, PAD where a video is shorter than the clip
-    sample_ids: np.ndarray  # [2n] int64, 2k and 2k + 1 for the clips of sample k: the seeds of their masks
+    sample_ids: np.ndarray  # [2n] int64, 2k + 0 or 1 for the clips of sample k: what their masks are drawn from
     videos: np.ndarray  # [n] int64, indices into the store
 
 
 class ClipPairs:
     """Draws pairs of clips from some of a store's videos.
 
-    store: a TokenStore. videos: int [n], indices into it. clip_frames: T. pad_id: id for frames past the end of a video.
-    distinct: samples 0 … distinct - 1, distinct … 2·distinct - 1 and so on hold no video twice (if there are that many videos).
+    store: a TokenStore. videos: int [n], indices into it. clip_frames: T. pad_id: id for frames past a video's end.
+    distinct: each aligned run of this many samples has no video twice (where the store has that many).
     d_max: largest distance of the two clips' starts in seconds, None = the starts are independent (Table 10).
 
-    Raises InputError if there is no video, or if every video of the store is shorter than a clip.
+    Raises InputError when there is no video, or when the store has none as long as a clip.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class ClipPairs:
         return videos, np.stack([first, _uniform(uniform[:, 1], low, high)], 1)
 
     def _load_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The order of the videos in an epoch, and two uniform numbers for each of its samples."""
+        """An epoch's order of the videos and two uniform numbers for each of its samples."""
         if self._epoch[0] != epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
             self._epoch = (epoch, rng.permutation(len(self.videos)), rng.random((self.epoch_samples, 2)))
@@ -90,10 +90,10 @@ class ClipPairs:
 
 
 def split_videos(store: TokenStore, held_out: float) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the training and of the held-out videos, int [n] each. They depend on the names of the videos alone.
+    """Indices of the training and of the held-out videos, int [n] each, a function of the videos' names alone.
 
-    held_out: share of the videos to hold out. At least two are (one of two or three), because the evaluation compares a clip's
-    partner with clips of another video. Raises InputError if the store has fewer than two videos.
+    held_out: share of the videos to hold out, at least two (of two or three videos one), so that a clip's partner can be told
+    from another video's clips. Raises InputError for a store of fewer than two videos.
     """
     if len(store) < 2:
         raise InputError(
