@@ -116,7 +116,7 @@ def test_train(monkeypatch, capsys, tmp_path):
 
 
 def test_version(capsys, monkeypatch):
-    """From a checkout alone, too."""
+    """Also from a checkout that is not installed."""
     of_torch = importlib.metadata.version("torch")
     monkeypatch.setattr(importlib.metadata, "version", {"torch": of_torch}.__getitem__)
     assert cli.main(["--version"]) == 0
@@ -136,6 +136,29 @@ def test_nobody_reads_the_output(words, unbuffered):
     process.stderr.close()
 
 
+def test_help_lists_every_command_with_what_it_does(capsys):
+    with pytest.raises(SystemExit):
+        cli.main(["--help"])
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for name, first_words in {
+        "tokenize": "Turn a folder of videos into",
+        "synthesize": "Write labelled videos",
+        "verify": "Check every checksum",
+        "convert-dalle": "Convert OpenAI's pickled",
+        "train": "Pre-train a model: `vimpac train --help` lists the presets",
+        "figures": "Draw a figure",
+        "doctor": "Print versions, devices",
+    }.items():
+        assert f"• {name} {first_words}" in shown
+    assert shown.count("• ") == len(cli.COMMANDS)
+
+
+def test_help_of_a_figure(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["figures", "curves", "--help"])
+    assert stopped.value.code == 0 and "Example: vimpac figures curves" in capsys.readouterr().out
+
+
 def test_help_names_version(capsys):
     with pytest.raises(SystemExit):
         cli.main(["--help"])
@@ -148,7 +171,7 @@ import atexit, sys, vimpac.commands.main
 atexit.register(lambda: print([m for m in ("torch", "av", "sklearn", "numpy") if m in sys.modules]))
 sys.exit(vimpac.commands.main.main(sys.argv[1:]))
 """
-    for words in (["--help"], ["train", "small", "--help"]):
+    for words in (["--help"], ["train", "small", "--help"], ["figures", "curves", "--help"]):
         assert subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True).stdout.endswith("[]\n")
 
 
@@ -181,9 +204,7 @@ def test_mistakes_show_names_that_steer_the_terminal(words, tmp_path, monkeypatc
 
 
 def test_figures_shows_names_that_steer_the_terminal(capsys):
-    from vimpac.figures import curves as figures
-
-    assert figures.main([STEERING]) == 1
+    assert cli.main(["figures", "curves", STEERING]) == 1
     assert SHOWN in (error := capsys.readouterr().err) and is_harmless(error)
 
 

@@ -11,9 +11,9 @@ import pytest
 
 from films import close_folder, noise
 from vimpac.commands import main as cli
-from vimpac.data import store as store_module
+from vimpac.data import shards as shards_module
+from vimpac.data.patch_vq import PatchVQ
 from vimpac.data.store import TokenStore
-from vimpac.data.tokenizers import PatchVQ
 
 
 def test_tokenize_reports(folders, capsys):
@@ -100,6 +100,22 @@ def test_names_that_are_no_text(folders, tmp_path):
     assert TokenStore(store).names == ["caf\udce9.mp4"]
 
 
+def test_names_do_not_depend_on_the_locale(folders, tmp_path):
+    """The same names in the store, and each video once, where Python reads file names as ASCII."""
+    videos = tmp_path / "videos"
+    (videos / "ü").mkdir(parents=True)
+    try:
+        shutil.copyfile(folders[0] / "good.mp4", videos / "ü" / "日本.mp4")
+    except (OSError, UnicodeError):
+        pytest.skip("this file system or locale does not take such names")
+    command = [sys.executable, "-m", "vimpac", "tokenize", videos, tmp_path / "store", "--frame-size", "32", "--codes", "8"]
+    ascii_names = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    for locale in (ascii_names, {"PYTHONUTF8": "1"}, ascii_names):
+        ended = subprocess.run(command, env=os.environ | locale, capture_output=True, text=True, encoding="utf-8")
+        assert ended.returncode == 0 and "failed" not in ended.stdout, ended
+        assert TokenStore(tmp_path / "store").names == ["ü/日本.mp4"]
+
+
 def test_tokenize_names_changed_files(copy, tmp_path, capsys):
     _, _, (command, videos, *arguments) = copy
     changed = shutil.copytree(videos, tmp_path / "videos")
@@ -140,7 +156,7 @@ def test_tokenize_finds_damage(copy, capsys, damage, said):
 def test_tokenize_leaves_large_stores_to_verify(copy, monkeypatch):
     """Nobody waits while terabytes are read again."""
     _, store, arguments = copy
-    monkeypatch.setattr(store_module, "VERIFY_ON_OPEN_BYTES", 10)
+    monkeypatch.setattr(shards_module, "VERIFY_ON_OPEN_BYTES", 10)
     (shard,) = store.glob("*.bin")
     shard.write_bytes(bytes(shard.stat().st_size))
     assert cli.main(arguments) == 0 and cli.main(["verify", str(store)]) == 1
@@ -152,6 +168,18 @@ def test_verify(folders, capsys):
     output = capsys.readouterr().out
     for part in ("every checksum and the tokenizer", "1, 4 frames at 2 a second", " 8 codes", "4 × 4 tokens", "empty.mp4"):
         assert part in output
+
+
+def test_verify_mentions_unfinished_shards(copy, capsys):
+    """They are no damage: nothing reads them, and the next run removes them."""
+    _, store, arguments = copy
+    assert cli.main(["verify", str(store)]) == 0 and "note" not in capsys.readouterr().out
+    (store / "shard-00000-00007.bin").write_bytes(b"killed before its .json was written")
+    assert cli.main(["verify", str(store)]) == 0
+    output = capsys.readouterr().out
+    assert "\n  note       1 shard without a .json, from a run that was killed; " in output
+    assert output.endswith("\n    shard-00000-00007.bin\n")
+    assert cli.main(arguments) == cli.main(["verify", str(store)]) == 0 and "note" not in capsys.readouterr().out
 
 
 def test_verify_finds_damage(folders, tmp_path, capsys):

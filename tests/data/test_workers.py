@@ -114,7 +114,7 @@ def living_children():
 
 def test_workers_end_with_their_parent(tmp_path):
     code = f"""
-        import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "tests")!r}]
+        import sys; sys.path[:0] = [{str(ROOT)!r}, {str(Path(__file__).parent)!r}]
         from test_workers import job
         from vimpac.data.workers import run_jobs
         results = run_jobs(job, ["a", "silent", "endless"], 3, 60)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from vimpac.commands import main as cli
 from vimpac.errors import InputError
 from vimpac.figures import curves as figures
 from vimpac.figures.curves import plot_curves, read_metrics
@@ -180,16 +181,15 @@ def test_import_and_drawing_leave_pyplot_alone(run):
 
 
 def test_command_draws_a_run_folder(run, capsys):
-    assert figures.main([str(run)]) == 0
+    assert cli.main(["figures", "curves", str(run)]) == 0
     assert (run / "curves.png").exists() and capsys.readouterr().out == f"{run / 'curves.png'}\n"
-    assert figures.main([str(run / "nothing")]) == 1
-    assert capsys.readouterr().err.startswith("python -m vimpac.figures.curves: error: cannot read")
-    assert figures.main([]) == 2 and figures.main(["--help"]) == 0
+    assert cli.main(["figures", "curves", str(run / "nothing")]) == 1
+    assert capsys.readouterr().err.startswith("vimpac figures curves: error: cannot read")
 
 
-def test_a_backend_that_is_none(run):
-    """A picture in a file needs none; matplotlib cannot even be imported with MPLBACKEND=junk."""
-    command = [sys.executable, "-m", "vimpac.figures.curves", str(run)]
+def test_a_backend_that_does_not_exist(run):
+    """A picture in a file needs no backend, but matplotlib cannot even be imported with MPLBACKEND=junk."""
+    command = [sys.executable, "-m", "vimpac", "figures", "curves", str(run)]
     ended = subprocess.run(command, env={**os.environ, "MPLBACKEND": "junk"}, capture_output=True, text=True)
     assert ended.returncode == 0 and (run / "curves.png").exists(), ended.stderr
 

@@ -145,6 +145,23 @@ def test_ranges_are_the_dataclass_own():
         typed(ModelConfig, {"width": 0})
 
 
+def test_equal_tensors_and_metadata_are_equal_bytes(tmp_path):
+    """safetensors writes metadata in an order that differs from one call to the next."""
+    metadata = {name: f'"{name}" \\ \n\x01 é \U0001f600' for name in "hgfedcba"}
+    tensors = {name: np.full(3, 7.0, np.float32) for name in ("b", "a é")}
+    files = set()
+    for number in range(8):
+        path = tmp_path / f"{number}.safetensors"
+        save_file(tensors, path, {**metadata, **UNSEALED})
+        size = path.stat().st_size
+        seal(path)
+        assert path.stat().st_size == size
+        files.add(path.read_bytes())
+        read_metadata, read = read_tensors(path, "numpy")
+        assert read_metadata == metadata and all((read[name] == x).all() for name, x in tensors.items())
+    assert len(files) == 1
+
+
 def test_tensors_with_a_checksum(tmp_path):
     path = tmp_path / "a.safetensors"
     save_file({"x": np.arange(6, dtype=np.float32)}, path, {"format": '"crc32":"00000000"', **UNSEALED})

@@ -139,7 +139,7 @@ with meet(Place(0, 2), "") as met:
 
 
 def test_the_dead_of_a_store_are_passed_over(monkeypatch):
-    """torchrun hands out the store of before, with the call and the answers of processes that are gone."""
+    """After a restart, torchrun serves the same store, with the call and the answers of processes that have ended."""
     store = connect(Place(0, 2))
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
     for key, value in {"call": "old", "old/beat/0": "7", "old/beat/1": "7", "old/answer/1": "gone", "old/go": "gone"}.items():
@@ -180,7 +180,7 @@ def test_a_machine_whose_name_is_not_known(monkeypatch):
 
 
 def test_two_of_one_rank(monkeypatch):
-    """Two runs on one port: who comes second is told."""
+    """Two runs on one port: the second gets an error that says so."""
     monkeypatch.setattr(meeting, "CONNECT_SECONDS", 2)
     store, found = connect(Place(0, 2)), threading.Event()
 

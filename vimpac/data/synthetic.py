@@ -1,9 +1,8 @@
 """Generated, labelled videos: a textured shape moves over a textured, drifting ground.
 
-The class is the motion. Motions come in pairs, and the second of a pair is the first played backwards, so the two have
-the same frames. Every motion starts from the same distribution of position, angle and size and keeps it (the position
-wraps around the frame, the size cycles), so no single frame tells the motion. The second labels, the shape and its
-texture, can be told by any one frame.
+The class is the motion. Motions come in pairs: the second of a pair is the first played backwards, so the two have the same
+frames. Position, angle and size have the same distribution at every time in every motion (the position wraps around the frame,
+the size cycles), so a single frame does not reveal the motion. It does show the other labels, the shape and its texture.
 
 Lengths are in cells, an eighth of the frame's side: one 8×8 patch when the video is tokenized at 64 pixels.
 """
@@ -31,7 +30,7 @@ PAIRS = (
     ("down", "up"),
     ("clockwise", "counterclockwise"),
     ("grow", "shrink"),
-    ("forward", "reversed"),  # bursts of speed from rest, and the same played backwards: braking to rest
+    ("forward", "reversed"),  # bursts of speed from rest; backwards: braking to rest
 )
 MOTIONS = tuple(name for pair in PAIRS for name in pair)
 BACKWARDS = tuple(second for _, second in PAIRS)
@@ -40,20 +39,17 @@ TEXTURES = ("stripes", "checks", "dots", "rings")
 GROUNDS = ("stripes", "checks", "dots", "slants", "waves")
 
 CELLS = 8
-SPEED = 2.0  # cells per second: one patch per frame at 2 fps, so what moves shows the same tokens one patch further on
-GROUND_PHASES = 2  # the ground starts at a multiple of 1/2 cell: a small vocabulary covers its patches
-TURN_SECONDS = 4.0  # one turn: 45° per frame at 2 fps; the lit half leaves no symmetry to confuse it with
-GROW_SECONDS = 4.0  # 2 seconds see half a cycle: the size changes by half as much again, with at most one restart
-BURST_SECONDS = 2.0  # 2 seconds see every speed of a burst
-RADIUS = (
-    1.25,
-    2.5,
-)  # cells, of the circle; the other shapes have its area. A triangle at 2.5 reaches 3.9: it still fits
-HUES = 8  # few colours, far apart: they survive chroma subsampling and a vocabulary of a few hundred codes
+SPEED = 2.0  # cells per second: one patch per frame at 2 fps, so a moving texture has the same tokens one patch further
+GROUND_PHASES = 2  # the ground starts at a multiple of 1/2 cell, so that a small vocabulary covers its patches
+TURN_SECONDS = 4.0  # per turn: 45° per frame at 2 fps; half of the shape is lit, so that no symmetry hides the turn
+GROW_SECONDS = 4.0  # per cycle: in 2 seconds the size changes by a factor of √2, with at most one restart
+BURST_SECONDS = 2.0  # 2 seconds show every speed of a burst
+RADIUS = (1.25, 2.5)  # cells, of the circle; the other shapes have its area. A triangle of 2.5 reaches 3.9, which still fits
+HUES = 8  # few colours, far apart, so that they survive chroma subsampling and a vocabulary of a few hundred codes
 SHADE = 0.55  # brightness of the unlit half of a shape
-PAINT_PIXELS = 2**15  # painted at a time: what is in flight stays near the cache
-THREAD_FRAMES = 2048  # below this many frames, starting threads does not pay
-ENCODER = {  # near lossless, so that tokens follow what is drawn and not what the encoder made of it
+PAINT_PIXELS = 2**15  # painted at a time, so that intermediate arrays stay near the cache
+THREAD_FRAMES = 2048  # with fewer frames, starting threads costs more than it saves
+ENCODER = {  # nearly lossless, so that tokens depend on the drawing, not on the encoder
     "libx264": {"preset": "veryfast", "crf": "8"},
     "mpeg4": {"qmin": "1", "qmax": "1"},
 }
@@ -70,7 +66,7 @@ class Label(NamedTuple):
 
 @dataclass(frozen=True)
 class Scene:
-    """Everything drawn at random for one video. Lengths in cells, angles in radians, phases in cycles, colours 0…1."""
+    """All random choices of one video. Lengths in cells, angles in radians, phases in cycles, colours 0…1."""
 
     motion: str
     shape: str
@@ -93,7 +89,7 @@ def motion_names() -> tuple[str, ...]:
 
 
 def draw_scene(seed: int, index: int, motion: str | None = None) -> Scene:
-    """The scene of one video, a function of (seed, index); `motion` overrides the motion and nothing else."""
+    """The scene of one video, a function of (seed, index). `motion` replaces the motion and nothing else."""
     rng = np.random.default_rng([seed, index])
     ground_hue, step = rng.integers(HUES), rng.integers(2, HUES - 1)  # the shape's hue is at least two steps away
     return Scene(
@@ -118,7 +114,7 @@ def render(
 ) -> tuple[np.ndarray, Label]:
     """Draws one video → frames uint8 [F, size, size, 3] RGB with F = round(seconds · fps), and its labels.
 
-    What is drawn is a function of (seed, index) alone; `motion` overrides the motion and leaves the rest as it is.
+    The picture is a function of (seed, index) alone. `motion` replaces the motion and nothing else.
     """
     scene = draw_scene(seed, index, motion)
     times = np.arange(max(1, round(seconds * fps))) / fps
@@ -158,9 +154,9 @@ def trajectory(scene: Scene, times: np.ndarray) -> tuple[np.ndarray, np.ndarray,
 def synthesize(out: Path, config: SynthesizeConfig, report: Callable[[int, int], None] | None = None) -> list[Label]:
     """Writes `config.videos` mp4 files OUT/00000.mp4 … and, last, OUT/labels.csv (video, motion, shape, texture).
 
-    Each file appears under its name only when complete, and an interrupted run leaves no labels.csv.
-    `report(done, total)` is called after each video. Returns the rows of labels.csv.
-    Raises InputError for an OUT that exists and is not an empty folder.
+    A file appears under its name only when it is complete, and an interrupted run leaves no labels.csv.
+    report(done, total): called after each video. Returns the rows of labels.csv.
+    Raises InputError if OUT exists and is not an empty folder.
     """
     out = Path(out)
     make_folder(out)
@@ -177,7 +173,7 @@ def synthesize(out: Path, config: SynthesizeConfig, report: Callable[[int, int],
 
 
 def _in_parallel(write: Callable[[int], Label], config: SynthesizeConfig) -> Iterator[Label]:
-    """Labels in video order. Threads do: numpy and the encoder release the GIL."""
+    """Labels in video order. Threads suffice, because numpy and the encoder release the GIL."""
     if config.videos * round(config.seconds * config.fps) < THREAD_FRAMES:
         yield from map(write, range(config.videos))
         return
@@ -185,7 +181,7 @@ def _in_parallel(write: Callable[[int], Label], config: SynthesizeConfig) -> Ite
     try:
         yield from pool.map(write, range(config.videos))
     finally:
-        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, do not write the rest first
+        pool.shutdown(cancel_futures=True)  # after an error or Ctrl-C, does not write the rest first
 
 
 def _codec() -> str:
@@ -224,7 +220,7 @@ def _write_labels(path: Path, labels: list[Label]) -> None:
 
 
 def _motion(seed: int, index: int) -> str:
-    """Each run of len(MOTIONS) videos shows every motion once, in a shuffled order."""
+    """Every len(MOTIONS) videos show each motion once, in a random order."""
     block, place = divmod(index, len(MOTIONS))
     return MOTIONS[np.random.default_rng([seed, block, 1]).permutation(len(MOTIONS))[place]]
 
@@ -235,7 +231,7 @@ def _colours(ground_hue: float, shape_hue: float) -> np.ndarray:
 
 
 def _burst(phase: np.ndarray | float) -> np.ndarray:
-    """Cells travelled: within a cycle the speed rises linearly from rest to twice SPEED, then starts again."""
+    """Cells travelled: in each cycle the speed rises linearly from 0 to twice SPEED."""
     return SPEED * BURST_SECONDS * (np.floor(phase) + (phase % 1) ** 2)
 
 
@@ -267,7 +263,7 @@ def _wrap(offset: np.ndarray) -> np.ndarray:
 
 
 def _ground(scene: Scene, times: np.ndarray, pixels: np.ndarray) -> np.ndarray:
-    """Share of the lighter tone [F, size, size]. The drift crosses stripes and waves, so that it always shows."""
+    """Share of the lighter tone [F, size, size]. The drift is across stripes and waves, so that it is visible."""
     drift = (scene.ground_phase[0] - scene.ground_sign * SPEED * times) % CELLS
     along = pixels[None] + drift[:, None].astype(np.float32)  # [F, size]
     across = np.broadcast_to(pixels + np.float32(scene.ground_phase[1]), along.shape)
@@ -280,7 +276,7 @@ def _ground(scene: Scene, times: np.ndarray, pixels: np.ndarray) -> np.ndarray:
 
 
 def _soften(distance: np.ndarray, sharpness: np.ndarray | float) -> np.ndarray:
-    """1 where the distance is positive, 0 where negative, a ramp one pixel wide between: edges without jaggies."""
+    """1 where the distance is positive, 0 where it is negative, with a ramp of one pixel between: anti-aliased edges."""
     return np.clip(distance * sharpness + 0.5, 0, 1)
 
 
@@ -290,7 +286,7 @@ def _bands(x: np.ndarray, sharpness: np.ndarray | float) -> np.ndarray:
 
 
 def _texture(name: str, u: np.ndarray, v: np.ndarray, sharpness: np.ndarray | float) -> np.ndarray:
-    """Share of the lighter tone at u, v: period 2 in either, except waves (4 along u). `sharpness`: pixels per unit."""
+    """Share of the lighter tone at u, v, with period 2 in both, except waves (4 along u). sharpness: pixels per unit."""
     match name:
         case "stripes":
             return _bands(u, sharpness)
@@ -309,7 +305,7 @@ def _texture(name: str, u: np.ndarray, v: np.ndarray, sharpness: np.ndarray | fl
 
 
 def _distance(name: str, u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    """How far inside the shape u, v is (negative outside); every shape has the unit circle's area."""
+    """How far u, v is inside the shape (negative outside). Every shape has the area of the unit circle."""
     match name:
         case "circle":
             return 1 - np.hypot(u, v)
