@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -50,12 +51,12 @@ class Case:
     shape: str
     dtype: torch.dtype
     inputs: Sequence[Tensor]
-    check: Callable[[Callable], float]  # a built implementation → its error
+    check: Callable[[Any], float]  # a built implementation → its error
     passes: Sequence[str] = ("forward",)
     upstream: Sequence[Tensor] = ()  # gradient of each output that has one
     bytes: dict[str, float] = field(default_factory=dict)  # pass → bytes that must move
     flops: dict[str, float] = field(default_factory=dict)  # pass → operations of the matrix products
-    calls: Callable[[Callable], dict] | None = None  # built implementation → pass → (prepare, run); None = `passes`
+    calls: Callable[[Any], dict] | None = None  # built implementation → pass → (prepare, run); None = `passes`
 
 
 @dataclass
@@ -68,12 +69,12 @@ class Impl:
     required: bool = False  # ours, and nothing excuses it from running
     compiled: bool = False  # by torch.compile: slow to build, first to go when time runs out
     graph: bool = True  # may be captured in a CUDA graph
-    check: Callable[[Callable], float] | None = None  # instead of the case's
+    check: Callable[[Any], float] | None = None  # instead of the case's
     bound: float | None = None  # instead of the dtype's
     note: str = ""
 
 
-def arguments(description: str, argv: Sequence[str] | None = None, **extra: dict) -> argparse.Namespace:
+def arguments(description: str | None, argv: Sequence[str] | None = None, **extra: dict) -> argparse.Namespace:
     """The options of every benchmark, and a script's own: name → keywords of add_argument."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
