@@ -41,6 +41,7 @@ import numpy as np
 import torch
 
 import harness
+import timing
 from harness import Benchmark, Case, Impl
 from vimpac.data.clips import ClipPairs
 from vimpac.data.format import StoreSettings, TokenizerInfo
@@ -61,10 +62,11 @@ MOST = 0.9  # of the files must have left the cache: a page that is just in use 
 class DataBenchmark(Benchmark):
     """Times on the host, whatever the device: rows have pairs_per_s, mb_per_s and cache beside the harness's keys."""
 
-    def time(self, case: Case, impl: Impl, which: str, prepare: Callable, run: Callable, error: float) -> dict:
+    def time(self, case: Case, impl: Impl, which: str, call: tuple[Callable, Callable], error: float) -> dict:
+        prepare, run = call
         row = self.blank(case, impl, "ok", impl.note, error, [which])[0]
         row["peak_bytes"] = peak_bytes(prepare, run)
-        (row["ms"], row["ms_p20"], row["ms_p80"]), row["timing"] = harness.time_cpu(prepare, run, self.quick)
+        (row["ms"], row["ms_p20"], row["ms_p80"]), row["timing"] = timing.time_cpu(prepare, run, self.quick)
         row["gb_per_s"] = case.bytes[which] / row["ms"] / 1e6
         return row
 
@@ -84,7 +86,7 @@ def peak_bytes(prepare: Callable, run: Callable) -> int:
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
-    return peak + harness.cpu_peak_bytes(prepare, run)
+    return peak + timing.cpu_peak_bytes(prepare, run)
 
 
 @contextmanager

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import harness
+import report
 from harness import Benchmark, Case, Impl
 from vimpac.ops import dropout_add, dropout_add_reference
 
@@ -60,7 +61,7 @@ def run(bench: Benchmark, rows: int, width: int, dtypes: tuple[torch.dtype, torc
     moved = 2 * x_bytes + y_bytes, x_bytes + y_bytes
     case = Case(
         "dropout_add",
-        f"{rows}x{width} p={P}" + (f" x={harness.name(states)}" if states != dtype else ""),
+        f"{rows}x{width} p={P}" + (f" x={report.name(states)}" if states != dtype else ""),
         dtype,
         inputs,
         check,

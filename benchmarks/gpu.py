@@ -23,6 +23,7 @@ from pathlib import Path
 import torch
 
 import harness
+import report
 
 ROOT = harness.ROOT
 TESTS = [  # the slowest first: they run side by side
@@ -75,15 +76,15 @@ def main(argv: list[str] | None = None) -> int:
             "make gpu needs a CUDA device, and torch finds none here; make test checks the kernels without one", file=sys.stderr
         )
         return 2
-    device = harness.device_name(torch.device("cuda"))
-    folder = (options.results or ROOT / "benchmarks" / "results" / harness.slug(device)).resolve()
+    device = report.device_name(torch.device("cuda"))
+    folder = (options.results or ROOT / "benchmarks" / "results" / report.slug(device)).resolve()
     try:
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder / "logs").close()
     except OSError as error:
         print(f"{folder} cannot be written ({error.strerror}): give another folder, make gpu RESULTS=DIR", file=sys.stderr)
         return 2
-    print(f"{device}, torch {torch.__version__}, triton {harness.triton_version()}, results in {folder}", flush=True)
+    print(f"{device}, torch {torch.__version__}, triton {report.triton_version()}, results in {folder}", flush=True)
 
     def left() -> float:
         return started + SECONDS - time.monotonic()
@@ -95,7 +96,7 @@ def main(argv: list[str] | None = None) -> int:
         limit = min(2 * seconds, max(0.0, left()))
         command = [sys.executable, f"benchmarks/{name}.py", "--budget", f"{limit / 2:.0f}", "--results", str(folder)]
         steps += run_together({name: command}, limit, folder)
-    result = {"device": device, "torch": torch.__version__, "triton": harness.triton_version(), "steps": steps}
+    result = {"device": device, "torch": torch.__version__, "triton": report.triton_version(), "steps": steps}
     (folder / "gpu.json").write_text(json.dumps(result, indent=1) + "\n")
     failed = [step["name"] for step in steps if step["outcome"] != "green"]
     print(f"failed: {', '.join(failed)}" if failed else "all green")

@@ -100,7 +100,7 @@ def pivot(rows: Sequence[Row], by: Callable[[Row], tuple[str, ...]], key: str) -
     implementation. Beside a peer's number it says how many times faster the fastest of ours is."""
     impls = list(dict.fromkeys(column(row) for row in sorted(rows, key=is_ours, reverse=True) if row.get(key)))
     lines = []
-    for title in dict.fromkeys(map(by, rows)):
+    for title in dict.fromkeys(by(row) for row in rows if row.get(key)):
         of_line = [row for row in rows if by(row) == title]
         ours, line = best(filter(is_ours, of_line), key), [*title]
         for impl in impls:
@@ -199,6 +199,12 @@ def layouts(results: Results, device: str) -> list[str]:
     return [*table(head, lines), *results.machines(device, ["attn_layouts"])] if lines else []
 
 
+def data(results: Results, device: str) -> list[str]:
+    rows = [row for row in results.rows(device, "data") if row["pass"] != "read"]
+    impls, lines = pivot(rows, lambda row: (row["shape"], row["pass"]), "pairs_per_s")
+    return [*table(["pairs of clips a second", "", *impls], lines), *results.machines(device, ["data"])] if lines else []
+
+
 def on_cpu(make: Callable[[Results, str], list[str]], benchmark: str, results: Results) -> list[str]:
     return make(results, CPU) or [NO_CPU.format(benchmark)]
 
@@ -216,6 +222,7 @@ TABLES: dict[str, Callable[[Results], list[str]]] = {
     "kernels-cpu": partial(on_cpu, kernels, OPS[0]),
     "kernels-gpu": partial(on_gpus, kernels),
     "step-cpu": partial(on_cpu, steps, "train_step"),
+    "data-cpu": partial(on_cpu, data, "data"),
     "layouts-cpu": partial(on_cpu, layouts, "attn_layouts"),
 }
 

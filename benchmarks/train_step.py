@@ -1,20 +1,17 @@
-"""The whole training step: videos a second, share of the matrix peak, memory and syncs, ours beside naive.py and the paper.
+"""The whole training step: videos a second, share of the matrix peak, memory and waits, ours beside naive.py and the paper.
 
-A step is an update of the weights as pre-training makes it (training.py says how, for both sides): clip pairs from a store,
-block masks, dropout 0.1, both losses, backward, clipping, AdamW; one micro-step. Presets are Small at Table 14's resolutions,
-Table 6's sizes at 5×128 px, and Small with joint attention, `TxHxW`, beside `T,H|W`; the paper's speeds are videos a second on
-one V100.
+A step is an update as pre-training makes it, in one micro-step: clip pairs from a store, block masks, dropout 0.1, both losses,
+backward, clipping, AdamW (training.py builds both sides). Presets are Small at Table 14's resolutions, Table 6's sizes at 5×128
+px, and Small with joint attention, `TxHxW`. The paper's speeds are videos a second on one V100.
 
-TFLOP/s count what the mathematics needs (`operations`), the peak is that of a large square matrix product in the same dtype
-and run. Memory is beyond weights and optimizer state. Syncs are how often the host waited for the device in a micro-step (on a
-CPU: the ops that would make it wait), from the profiler. Data wait is the share of the time that getting batches took: ours
-waits for its loader, naive makes them on the spot (its copy to the device, which waits for the last step, is not in it).
+TFLOP/s count what the mathematics needs (`operations`); the peak is that of a large square matrix product in the same dtype and
+run. Memory is beyond weights and optimizer state. Syncs are how often the host waited for the device in a micro-step (on a CPU:
+the ops that would make it wait), from the profiler. Data wait is the share of the time spent on getting batches: ours waits for
+its loader, naive makes them in the step.
 
-On a GPU: bfloat16 autocast, 128 videos a step or, where they do not fit, 64 or 32, found for each side by an eager step; rows
-in order of importance until --budget is spent; a step's time is that from the end of the one before to its own, on the device.
-On a CPU: 4 videos, Small at 5×128, ours and naive eager (--presets and --impls ask for more; what must be compiled needs
-minutes for it), in float32 and, where the processor multiplies matrices of it faster, under bfloat16 autocast. There the
-implementations' steps take turns, so that what else the machine does hits all of them, and the last lines compare them.
+On a GPU: bfloat16 autocast; 128 videos a step, or 64 or 32 if more do not fit into an eager step; rows in order of importance
+until --budget is spent; a step's time is from the end of the step before to its own end. On a CPU: 4 videos, Small, ours and
+naive eager, in float32, and in bfloat16 if the processor multiplies it faster. Implementations take turns step by step.
 
     python benchmarks/train_step.py [--presets 'small 5x128'] [--impls 'ours compiled'] [--graphs] [--videos 128] [--quick]
 """
@@ -36,6 +33,8 @@ from pathlib import Path
 import torch
 
 import harness
+import report
+import timing
 from harness import Benchmark, Case, Impl
 from training import BOUNDS, TINY, Cell, Stores, Trained
 from vimpac.config import ModelConfig
@@ -95,7 +94,7 @@ def operations(config: ModelConfig, videos: int, mask_share: float) -> float:
     Forward: linear layers on all tokens and [CLS]; both products of attention, where each token sees its line and [CLS], which
     is a query and (cls_in_context) a key on every line; token head and decoder on the masked share of the positions; the
     contrastive head. Backward: twice as many. Not counted: what is not a matrix product, InfoNCE's scores (4 n² of head_out),
-    and whatever an implementation computes beyond this: logits of unmasked positions, filler rows, activations made again.
+    and whatever an implementation computes beyond this: logits of unmasked positions, filler rows, recomputed activations.
     """
     clips, tokens, C, K = 2 * videos, math.prod(config.grid), config.width, config.key_width
     rows, blocks = clips * (tokens + 1), parse_layout(config.layout, config.heads)
@@ -112,9 +111,6 @@ def line_pairs(config: ModelConfig, axis: str) -> int:
     """Pairs of query and key along an axis of one clip, over all its lines."""
     length = math.prod(config.grid[d - 1] for d in axis_dimensions(axis))
     return math.prod(config.grid) // length * (length + 1) * (length + config.cls_in_context)
-
-
-# --- an implementation of a preset ------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -140,12 +136,12 @@ class StepBenchmark(Benchmark):
     def peak(self, dtype: torch.dtype) -> float:
         """TFLOP/s of a large product, measured once."""
         if dtype not in self.peaks:
-            self.peaks[dtype] = harness.matrix_peak(self.device, dtype, self.quick)
-            print(f"matrix peak {self.peaks[dtype]:.3g} TFLOP/s in {harness.name(dtype)}")
+            self.peaks[dtype] = timing.matrix_peak(self.device, dtype, self.quick)
+            print(f"matrix peak {self.peaks[dtype]:.3g} TFLOP/s in {report.name(dtype)}")
         return self.peaks[dtype]
 
     def dtypes(self, asked: str | None) -> list[torch.dtype]:
-        """What to measure in: what was asked for, or on a CPU bfloat16, too, where its products are clearly faster."""
+        """The requested dtype, or the default and on a CPU also bfloat16 where its products are clearly faster."""
         if asked or self.on_gpu or self.quick or "AVX512" not in torch.backends.cpu.get_cpu_capability():
             return [self.dtype]
         faster = self.peak(torch.bfloat16) > FASTER_PEAK * self.peak(self.dtype)
@@ -164,7 +160,7 @@ class StepBenchmark(Benchmark):
             if impl.compiled:
                 torch._dynamo.reset()
             trained = impl.build()
-            entry.row["error"] = harness.finite(error := case.check(trained))
+            entry.row["error"] = report.finite(error := case.check(trained))
             if not error <= impl.bound:
                 note = f"error {error:.2e} is above {impl.bound:.0e}: not timed"
                 return Entry(impl, entry.row | {"status": "failed", "note": note})
@@ -185,11 +181,11 @@ class StepBenchmark(Benchmark):
             # What starting and stopping the profiler does is in both.
             row["syncs"] = (syncs(trained, self.device, 3) - syncs(trained, self.device, 1)) / 2
         if not impl.graph:
-            row["peak_bytes"] = harness.peak_bytes(self.device, lambda: None, lambda _: trained.step())
+            row["peak_bytes"] = timing.peak_bytes(self.device, lambda: None, lambda _: trained.step())
 
     def refused(self, case: Case, impl: Impl, problem: Exception) -> dict:
         status = "unavailable" if isinstance(problem, torch.OutOfMemoryError) else harness.outcome(impl, problem)
-        return self.blank(case, impl, status, harness.first_line(problem))[0]
+        return self.blank(case, impl, status, report.first_line(problem))[0]
 
     def race(self, case: Case, impls: list[Impl]) -> list[dict]:
         """One row for each of these, whose steps take turns on a CPU. On a GPU it is one at a time, with all the memory."""
@@ -207,7 +203,7 @@ class StepBenchmark(Benchmark):
         for entry in entries:
             if entry.trained is not None:
                 entry.trained.close()
-                entry.row |= dict(zip(("ms", "ms_p20", "ms_p80"), harness.spread(entry.ms), strict=True))
+                entry.row |= dict(zip(("ms", "ms_p20", "ms_p80"), timing.spread(entry.ms), strict=True))
                 entry.row["timing"] = "events between steps" if self.on_gpu else "wall clock, taking turns"
                 entry.row["data_wait_share"] = 1e3 * entry.waited / sum(entry.ms)
         return [entry.row for entry in entries]
@@ -274,9 +270,6 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-# --- rows -------------------------------------------------------------------------------------------------------------
-
-
 def run(
     bench: StepBenchmark, stores: Stores, name: str, impls: tuple[str, ...], sizes: tuple[int, ...], dtype: torch.dtype
 ) -> None:
@@ -302,7 +295,7 @@ def run(
                 row["note"] = "; ".join(filter(None, [row["note"], f"{videos} videos a step, more do not fit"]))
         bench.rows += rows
         bench.save()
-        print("\n".join(harness.line(row) + f"  [{name}, {harness.name(dtype)}]" for row in rows), flush=True)
+        print("\n".join(report.line(row) + f"  [{name}, {report.name(dtype)}]" for row in rows), flush=True)
 
 
 def implementation(cell: Cell, name: str, dtype: torch.dtype) -> Impl:
@@ -359,10 +352,8 @@ def comparison(rows: list[dict]) -> list[str]:
             speed = ours["videos_per_s"] / eager["videos_per_s"]
             memory = ours["peak_bytes_per_video"] / eager["peak_bytes_per_video"]
             goals = (f" (goal ≥ {SPEED_GOAL})", f" (goal ≤ {MEMORY_GOAL})") if dtype == "float32" else ("", "")
-            lines.append(
-                f"{preset}, {dtype}: ours is {speed:.2f} times as fast as naive eager{goals[0]} "
-                f"with {memory:.2f} of its peak memory{goals[1]}"
-            )
+            faster = f"{preset}, {dtype}: ours is {speed:.2f} times as fast as naive eager{goals[0]}"
+            lines.append(f"{faster} with {memory:.2f} of its peak memory{goals[1]}")
     return lines
 
 
@@ -392,7 +383,7 @@ def main(argv: list[str] | None = None) -> int:
     bench = StepBenchmark(options)
     sizes = GPU_VIDEOS if bench.on_gpu else CPU_VIDEOS
     sizes = (options.videos,) if options.videos else QUICK_VIDEOS if bench.quick else sizes
-    print(harness.header(), flush=True)
+    print(report.header(), flush=True)
     with tempfile.TemporaryDirectory() as folder:
         stores = Stores(Path(folder))
         for dtype in bench.dtypes(options.dtype):

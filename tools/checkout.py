@@ -1,4 +1,4 @@
-"""The checkout that the scripts here belong to: importing this lets a script, too, import vimpac, benchmarks/ and tests/."""
+"""The checkout that these scripts belong to. Importing this lets a script import vimpac, benchmarks/ and tests/."""
 
 import sys
 from pathlib import Path
