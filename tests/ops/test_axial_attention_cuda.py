@@ -10,6 +10,7 @@ import torch
 from test_axial_attention import nothing_leaves_padding
 
 import nvcc
+from divergence import divergent
 from extension import needs_gpu
 from kernel_checks import uneven_sums
 from vimpac.ops import axial_attention, axial_attention_packed
@@ -271,6 +272,8 @@ def test_compiles_to_tensor_cores(architecture):
             assert "LDG.E.128" in code and "STG.E.128" in code
             assert not re.search(r"\b(LDL|STL|LDS|STS|ATOM|RED)\b", code)
             assert not uneven_sums(code)
+            if "BFloat16" in name:  # float16's code is the same but for the names of instructions
+                assert not divergent(code)
 
 
 # --- on a GPU ---------------------------------------------------------------------------------------------------------
