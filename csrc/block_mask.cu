@@ -200,7 +200,7 @@ DEVICE Counter load_again(const Counter* from) {  // what another thread block m
   asm volatile("ld.relaxed.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(from) : "memory");
   return value;
 #else
-  return emulator::load(from);
+  return emulator::poll(from);
 #endif
 }
 
@@ -304,7 +304,8 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
 
   if (threadIdx.x >= warp::LANES || warp::shfl(finished, 0) != gridDim.x - 1) return;
   __threadfence();
-  for (int i = warp::lane(); i < STATE; i += warp::LANES) publish(call.state + i, 0);  // all others have read what they need
+  __syncwarp();  // a shuffle orders no memory: lane 0's count, which says that all others have read, comes before every lane's zeros
+  for (int i = warp::lane(); i < STATE; i += warp::LANES) publish(call.state + i, 0);
 }
 
 using Kernel = void (*)(Call);

@@ -165,18 +165,13 @@ class Binary:
     shared: int  # bytes of shared memory a program
 
     @functools.cached_property
-    def sass(self) -> str:
-        """nvdisasm's text, without the analysis of branches, which nothing here reads and takes a third of its time."""
-        return self._disassembled("nvdisasm", "-c", "-ndf")
-
-    @functools.cached_property
     def usage(self) -> str:
         """cuobjdump's line of registers, stack and local memory."""
         return self._disassembled("cuobjdump", "-res-usage")
 
     @functools.cached_property
     def listing(self) -> str:
-        """cuobjdump's text, with the instructions' bits."""
+        """cuobjdump's text: machine code, with the instructions' bits."""
         return self._disassembled("cuobjdump", "-sass")
 
     def _disassembled(self, tool: str, *options: str) -> str:
@@ -243,11 +238,11 @@ ATTENTION_TYPES = {
 def check_binary(binary: Binary, architecture: int, matrix: bool, wide_loads: bool = True) -> None:
     """No spill and no local memory, shared memory within the chip, 16-byte global loads, and matrix instructions."""
     assert " STACK:0 " in binary.usage and " LOCAL:0 " in binary.usage, binary.usage
-    assert "LDL" not in binary.sass and "STL" not in binary.sass
-    assert not uneven_sums(binary.sass)
+    assert "LDL" not in binary.listing and "STL" not in binary.listing
+    assert not uneven_sums(binary.listing)
     assert binary.shared <= SHARED_BYTES[architecture]
     if wide_loads:
-        assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.sass.splitlines())
+        assert any(("LDG" in line or "LDGSTS" in line) and ".128" in line for line in binary.listing.splitlines())
     if matrix:
         assert any(name in binary.ptx for name in ("mma.sync", "wgmma.mma_async", "tcgen05.mma"))
 

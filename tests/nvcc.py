@@ -1,6 +1,6 @@
 """Kernels of csrc/ compiled by nvcc, for what the compiler says of them: registers, spills, instructions. No GPU needed.
 
-What setup.py built is taken where it is newer than every source and for all architectures; else a source is compiled once more.
+What setup.py has built is used if it is newer than every source and for all architectures. Otherwise a source is compiled here.
 """
 
 import functools
@@ -52,15 +52,17 @@ def built(source: str) -> tuple[Path, str] | None:
 @functools.lru_cache
 def compiled(source: str) -> tuple[Path, str]:
     """Machine code of csrc/`source` for every architecture, and ptxas's report; once a session. Skips without nvcc."""
-    if found := built(source):
-        return found
+    return built(source) or compile_file(ROOT / "csrc" / source)
+
+
+def compile_file(source: Path) -> tuple[Path, str]:
     nvcc = tool("nvcc")
     if not nvcc:
         pytest.skip("no nvcc on PATH or in $CUDA_HOME/bin")
     target = Path(tempfile.mkdtemp(prefix="nvcc")) / "kernels.o"
     codes = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
-    include = f"-I{Path(torch.__file__).parent / 'include'}"
-    command = [nvcc, *FLAGS, include, *codes, "-Xptxas", "-v", "-c", str(ROOT / "csrc" / source), "-o", str(target)]
+    includes = [f"-I{Path(torch.__file__).parent / 'include'}", f"-I{ROOT / 'csrc'}"]
+    command = [nvcc, *FLAGS, *includes, *codes, "-Xptxas", "-v", "-c", str(source), "-o", str(target)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return target, done.stdout + done.stderr
@@ -93,10 +95,15 @@ def output(*command: str) -> str:
 @functools.lru_cache
 def sass(source: str, architecture: str) -> dict[str, str]:
     """Machine code of csrc/`source`, by mangled kernel name. Skips without cuobjdump and nvdisasm."""
+    names = {kernel["name"] for kernel in kernels(ptxas_report(source))}  # the library holds kernels of other sources as well
+    return {name: code for name, code in listings(compiled(source)[0], architecture).items() if name in names}
+
+
+def listings(binary: Path, architecture: str) -> dict[str, str]:
+    """Machine code of a library or an object file, by mangled kernel name."""
     cuobjdump, nvdisasm = tool("cuobjdump"), tool("nvdisasm")
     if not cuobjdump or not nvdisasm:
         pytest.skip("no cuobjdump or nvdisasm, of the CUDA toolkit or of Triton")
-    listing = output(cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(compiled(source)[0]))
+    listing = output(cuobjdump, "-sass", "-arch", f"sm_{architecture}", str(binary))
     parts = re.split(r"\n\s*Function : (\S+)\n", listing)
-    names = {kernel["name"] for kernel in kernels(ptxas_report(source))}  # the library holds other sources' kernels, too
-    return {name: code for name, code in zip(parts[1::2], parts[2::2], strict=True) if name in names}
+    return dict(zip(parts[1::2], parts[2::2], strict=True))

@@ -17,6 +17,7 @@ struct Arguments {
   int64_t bytes, n_blocks, vocab_size;
   double ratio;  // negative: blocks
   int32_t noisy, blocks, threads;  // of the launch, 0 for its own
+  int32_t resident, seed_of_schedule;
 };
 
 static std::string message;
@@ -49,7 +50,8 @@ const char* run(const Arguments* a) {
   emulator::buffer(a->counts, call.clips * 8, true);
   emulator::buffer(a->state, STATE * sizeof(Counter), true);
   const Kernel kernel = kernel_of(a->bytes);
-  emulator::launch(a->blocks ? a->blocks : launch.blocks, a->threads ? a->threads : launch.threads, [&] { kernel(call); });
+  emulator::launch(a->blocks ? a->blocks : launch.blocks, a->threads ? a->threads : launch.threads, [&] { kernel(call); },
+                   {unsigned(a->resident), unsigned(a->seed_of_schedule)});
   message = emulator::error;
   return message.c_str();
 }

@@ -1,4 +1,4 @@
-// Kernels with a fault each, for the test of the emulator itself. Each returns the error that stopped it, "" if none did.
+// Kernels for the test of the emulator itself, most with a fault each. They return the error that stopped them, "" if none did.
 #include "../../csrc/warp.h"
 
 using namespace vimpac;
@@ -66,5 +66,41 @@ const char* writes_input() {
     emulator::buffer(&input, 4, false);
     warp::store_one(&input, 1);
   });
+}
+
+const char* polls_in_vain() {
+  return run(32, [] {
+    while (emulator::poll(&numbers[0]) >= 0) continue;
+  });
+}
+
+// Of 8 blocks that each add 1 a hundred times, by a load and a store.
+int lost_additions(unsigned resident, unsigned seed) {
+  emulator::forget_buffers();
+  emulator::buffer(numbers, sizeof numbers, true);
+  numbers[0] = 0;
+  emulator::launch(8, 32, [] {
+    for (int i = 0; threadIdx.x == 0 && i < 100; ++i) warp::store_one(&numbers[0], warp::load_one(&numbers[0]) + 1);
+  }, {resident, seed});
+  return 800 - numbers[0];
+}
+
+// Each of 8 blocks announces itself and waits until the one before has, the first for the last.
+const char* ring(unsigned resident, unsigned seed) {
+  emulator::forget_buffers();
+  emulator::buffer(numbers, sizeof numbers, true);
+  for (int& x : numbers) x = 0;
+  emulator::launch(8, 64, [] {
+    __shared__ unsigned own;
+    if (threadIdx.x == 0) own = blockIdx.x;
+    __syncthreads();
+    if (threadIdx.x == 40) {
+      warp::store_one(&numbers[own], 1);
+      while (emulator::poll(&numbers[(own + 7) % 8]) == 0) continue;
+    }
+    __syncthreads();
+    if (own != blockIdx.x) emulator::fail("another block's shared memory");
+  }, {resident, seed});
+  return emulator::error.c_str();
 }
 }

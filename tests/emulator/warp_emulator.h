@@ -1,38 +1,50 @@
-// A GPU's warps on a CPU, so that tests run the very kernels of csrc/*.cu where there is no GPU.
+// A GPU's warps on a CPU, so that tests run the kernels of csrc/*.cu themselves where there is no GPU.
 //
 // Each thread of a block is a fiber with its own stack. Where threads of a warp exchange data (a shuffle, a ballot, a matrix
-// product) a fiber leaves the addresses of its operand and its result and waits; when all 32 have come, one function works on
-// all lanes at once. Blocks run one after another in order, and fibers change only where they wait, so atomics are plain.
+// product) a fiber leaves the addresses of its operand and its result and waits. When all 32 have come, one function works on
+// all lanes at once. Fibers change only where they wait, so atomics are plain.
 //
-// What stops a launch with a message in `emulator::error`: lanes of a warp that wait for different things or that wait for a
-// lane that has returned, __syncthreads that some threads never reach, and an access to memory that is misaligned, outside
-// every buffer that the test has named with `emulator::buffer`, or that writes a read-only one.
+// Blocks run one after another in order, or interleaved: some of them are resident at a time, they start in a random order, and
+// at random memory accesses another one takes over, as a seed decides. Each resident block is a thread of the host, of which
+// only the one that has the turn runs. All see memory in the order of accesses: what a GPU may reorder is not emulated.
 //
-// To run a kernel: include its .cu, compile with g++, name the buffers, then
-//   emulator::launch(blocks, threads, [&] { kernel(arguments); });
+// What stops a launch with a message in `emulator::error`: lanes of a warp that wait for different things or for a lane that has
+// returned; __syncthreads that some threads never reach; an access to memory that is misaligned, outside every buffer that the
+// test has named with `emulator::buffer`, or writes to a read-only one; and polling a number that no block changes.
+//
+// To run a kernel: include its .cu, compile with g++ -pthread, name the buffers, then
+//   emulator::launch(blocks, threads, [&] { kernel(arguments); });                             // in order
+//   emulator::launch(blocks, threads, [&] { kernel(arguments); }, {.resident = 4, .seed = 1});  // interleaved
 #pragma once
 
 #include <setjmp.h>
 #include <ucontext.h>
 
+#include <algorithm>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
+#include <numeric>
+#include <random>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define __global__
 #define __device__
-#define __shared__ static  // one block at a time
+#define __shared__ static thread_local  // a thread of the host runs one block at a time
 #define __launch_bounds__(...)
 
 struct Index3 {  // what a kernel of one dimension reads of uint3 and dim3
   unsigned x = 0, y = 0, z = 0;
 };
-inline Index3 threadIdx, blockIdx, blockDim, gridDim;
+inline Index3 blockDim, gridDim;
+inline thread_local Index3 threadIdx, blockIdx;
 
 namespace emulator {
 
@@ -40,6 +52,65 @@ constexpr int WARP = 32;
 constexpr size_t STACK_BYTES = 256 << 10;
 
 inline std::string error;  // of the last launch, empty if there was none
+
+// --- turns of blocks ---------------------------------------------------------------------------------------------------
+
+struct Schedule {
+  unsigned resident = 1;  // blocks that run at a time; 1: one after another, in order
+  unsigned seed = 0;
+};
+
+// Whose turn it is among the resident blocks' threads. Only the thread that has the turn touches any of the emulator's state.
+class Turns {
+ public:
+  bool interleaved() const { return waiting_.size() > 1; }
+
+  void begin(Schedule schedule) {
+    random_.seed(schedule.seed);
+    waiting_.assign(schedule.resident, true);
+    holder_ = 0;
+  }
+
+  template <class Sequence>
+  void shuffle(Sequence& x) { std::shuffle(x.begin(), x.end(), random_); }
+
+  void await(unsigned self) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    changed_.wait(lock, [&] { return holder_ == self; });
+  }
+
+  // Another thread's turn, or this one's again.
+  void pass(unsigned self) {
+    if (choose() != self) await(self);
+  }
+
+  void leave(unsigned self) {
+    waiting_[self] = false;
+    if (std::find(waiting_.begin(), waiting_.end(), true) != waiting_.end()) choose();
+  }
+
+  bool sometimes() { return random_() % 8 == 0; }
+
+ private:
+  unsigned choose() {
+    unsigned next = random_() % waiting_.size();
+    while (!waiting_[next]) next = (next + 1) % waiting_.size();
+    {
+      std::lock_guard<std::mutex> lock(mutex_);
+      holder_ = next;
+    }
+    changed_.notify_all();
+    return next;
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  std::mt19937 random_;
+  std::vector<bool> waiting_;
+  unsigned holder_ = 0;
+};
+inline Turns turns;
+inline thread_local unsigned resident;  // which of the resident blocks' threads this is
 
 // --- memory ------------------------------------------------------------------------------------------------------------
 
@@ -61,8 +132,14 @@ inline void buffer(const void* begin, size_t bytes, bool writable) {
 }
 
 [[noreturn]] void fail(const std::string& message);
+void give_turn();
+
+constexpr uint64_t POLLS_IN_VAIN = 1 << 16;
+inline uint64_t polls_in_vain;  // since the last store
 
 inline void check_access(const void* address, size_t bytes, bool writes) {
+  if (turns.interleaved() && turns.sometimes()) give_turn();
+  if (writes) polls_in_vain = 0;
   (writes ? bytes_stored : bytes_loaded) += bytes;
   const char* p = static_cast<const char*>(address);
   auto access = [&] { return (writes ? "store of " : "load of ") + std::to_string(bytes) + " bytes"; };
@@ -89,10 +166,21 @@ void store(T* to, T value) {
   memcpy(to, &value, sizeof(T));
 }
 
+// What another block may write meanwhile.
+template <class T>
+T poll(const T* from) {
+  T value = load(from);
+  if (++polls_in_vain > POLLS_IN_VAIN) fail("polls a number that no block changes");
+  if (turns.interleaved()) give_turn();
+  return value;
+}
+
 template <class T>
 T atomic_add(T* to, T value) {
-  T before = load(to);
-  store(to, T(before + value));
+  check_access(to, sizeof(T), false);
+  check_access(to, sizeof(T), true);
+  T before = *to;
+  *to = T(before + value);
   return before;
 }
 
@@ -126,7 +214,7 @@ struct Block {
   jmp_buf scheduler;
   unsigned current;
 };
-inline Block block;
+inline thread_local Block block;
 
 inline void leave(State state) {
   block.fibers[block.current].state = state;
@@ -136,6 +224,11 @@ inline void leave(State state) {
 [[noreturn]] inline void fail(const std::string& message) {
   error = "block " + std::to_string(blockIdx.x) + ", thread " + std::to_string(threadIdx.x) + ": " + message;
   _longjmp(block.scheduler, 2);
+}
+
+inline void give_turn() {
+  turns.pass(resident);
+  if (!error.empty()) _longjmp(block.scheduler, 2);  // of another block
 }
 
 inline void run_fiber() {
@@ -212,17 +305,45 @@ inline void run_block(unsigned threads) {
   _longjmp(block.scheduler, 1);
 }
 
-// Whether it ran without an error; `threads` a block, a multiple of 32.
-inline bool launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel) {
-  error.clear();
+inline void prepare_block(unsigned threads, const std::function<void()>& kernel) {
   block.kernel = &kernel;
-  if (block.fibers.size() != threads) {
-    block.fibers.resize(threads);
-    block.stacks.reset(new char[threads * STACK_BYTES]);
-  }
+  if (block.fibers.size() == threads) return;
+  block.fibers.resize(threads);
+  block.stacks.reset(new char[threads * STACK_BYTES]);
+}
+
+// Whether it ran without an error; `threads` a block, a multiple of 32.
+inline bool launch(unsigned blocks, unsigned threads, const std::function<void()>& kernel, Schedule schedule = {}) {
+  error.clear();
+  polls_in_vain = 0;
   gridDim.x = blocks;
   blockDim.x = threads;
-  for (blockIdx.x = 0; blockIdx.x < blocks && error.empty(); ++blockIdx.x) run_block(threads);
+  turns.begin(schedule);
+  std::vector<unsigned> order(blocks);
+  std::iota(order.begin(), order.end(), 0u);
+  if (schedule.resident > 1) turns.shuffle(order);
+  unsigned started = 0;
+  auto run_blocks = [&] {
+    prepare_block(threads, kernel);
+    while (started < blocks && error.empty()) {
+      blockIdx.x = order[started++];
+      run_block(threads);
+    }
+  };
+  if (schedule.resident == 1) {
+    run_blocks();
+    return error.empty();
+  }
+  std::vector<std::thread> residents;
+  for (unsigned self = 0; self < schedule.resident; ++self) {
+    residents.emplace_back([&, self] {
+      resident = self;
+      turns.await(self);
+      run_blocks();
+      turns.leave(self);
+    });
+  }
+  for (std::thread& thread : residents) thread.join();
   return error.empty();
 }
 
@@ -316,5 +437,6 @@ void matrix_product(float (&c)[4], const uint32_t (&a)[2 * STEPS], const uint32_
 
 }  // namespace emulator
 
-inline void __threadfence() {}  // fibers run one at a time
+inline void __threadfence() {}  // memory is seen in the order of accesses
+inline void __syncwarp() { emulator::syncwarp(); }
 inline void __syncthreads() { emulator::leave(emulator::State::IN_BLOCK); }

@@ -8,6 +8,7 @@ import pytest
 import torch
 from attention_calls import nothing_leaves_padding
 
+from divergence import divergent
 from kernel_checks import (
     ARCHITECTURES,
     DEVICE,
@@ -390,6 +391,7 @@ def test_sums_that_differ_by_lane_are_found(third, found):
 def check_compiled(architecture, *kind):
     binary, launch = compile_attention(architecture, *kind, torch.bfloat16)
     check_binary(binary, architecture, matrix=True)
+    assert not divergent(binary.listing)
     programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
     assert programs * (binary.shared + 1024) <= SHARED_BYTES[architecture]
 

@@ -2,10 +2,6 @@
 
 import ctypes
 import re
-import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,8 +11,7 @@ import nvcc
 from extension import needs_gpu
 from vimpac.ops import BlockMask, block_mask, dispatch
 from vimpac.ops.block_mask import _word, longest_block
-
-ROOT = Path(__file__).resolve().parents[2]
+from warp_emulator import build, extent
 
 # --- on a CPU: the kernel's threads as fibers, every access checked -----------------------------------------------------
 
@@ -30,27 +25,23 @@ class Arguments(ctypes.Structure):
         ("strides", ctypes.c_int64 * 4),
         *((name, ctypes.c_int64) for name in ("id_stride", "tokens_bytes", "ids_bytes", "bytes", "n_blocks", "vocab_size")),
         ("ratio", ctypes.c_double),
-        *((name, ctypes.c_int32) for name in ("noisy", "blocks", "threads")),
+        *((name, ctypes.c_int32) for name in ("noisy", "blocks", "threads", "resident", "schedule")),
     )
 
 
 class Emulator:
-    """The kernel as a function of tensors on the CPU. blocks, threads: of the launch, 0 for its own."""
+    """The kernel as a function of tensors on the CPU. blocks, threads: of the launch, 0 for its own. resident: blocks that run
+    at a time, interleaved at random as the seed `schedule` decides; 1: one after another."""
 
     def __init__(self, folder):
-        library = folder / "block_mask.so"
-        flags = ["-std=c++17", "-O2", "-shared", "-fPIC", f"-I{ROOT}/csrc", f"-I{ROOT}/tests/emulator"]
-        subprocess.run(["g++", *flags, f"{ROOT}/tests/emulator/block_mask.cpp", "-o", library], check=True)
-        self.library = ctypes.CDLL(str(library))
+        self.library = build("block_mask", folder)
         self.library.run.restype = ctypes.c_char_p
         self.library.state_size.restype = ctypes.c_int64
         for counter in (self.library.bytes_loaded, self.library.bytes_stored):
             counter.restype = ctypes.c_uint64
         self.state = torch.zeros(self.library.state_size(), dtype=torch.int64)
 
-    def __call__(
-        self, tokens, ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192, blocks=0, threads=0
-    ) -> BlockMask:
+    def __call__(self, tokens, ids, seed, n_blocks=5, ratio=None, noisy=False, vocab_size=8192, **launch) -> BlockMask:
         new = BlockMask(
             torch.full(tokens.shape, 99, dtype=tokens.dtype),
             torch.full(tokens.shape, 99, dtype=torch.uint8),
@@ -71,8 +62,7 @@ class Emulator:
             vocab_size,
             -1.0 if ratio is None else ratio,
             noisy,
-            blocks,
-            threads,
+            *({"blocks": 0, "threads": 0, "resident": 1, "schedule": 0} | launch).values(),
         )
         if problem := self.library.run(ctypes.byref(arguments)).decode():
             raise RuntimeError(problem)
@@ -81,20 +71,14 @@ class Emulator:
         return new._replace(mask=new.mask.bool())
 
 
-def extent(x):
-    """Bytes from a tensor's first element to its last."""
-    return (1 + sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True))) * x.element_size()
-
-
 @pytest.fixture(scope="module")
 def emulator(tmp_path_factory):
-    if not shutil.which("g++") or sys.platform != "linux":
-        pytest.skip("no g++, or none whose C library has the emulator's ucontext.h")
     return Emulator(tmp_path_factory.mktemp("emulator"))
 
 
-def emulate(emulator, tokens, ids, seed, blocks=0, threads=0, **options):
-    result = emulator(tokens, ids, seed, blocks=blocks, threads=threads, **options)
+def emulate(emulator, tokens, ids, seed, blocks=0, threads=0, resident=1, schedule=0, **options):
+    launch = {"blocks": blocks, "threads": threads, "resident": resident, "schedule": schedule}
+    result = emulator(tokens, ids, seed, **launch, **options)
     assert_same(result, block_mask(tokens, ids, seed, backend="reference", **options))
     return result
 
@@ -138,6 +122,16 @@ def test_several_clips_a_block(B, emulator):
     for options in ({}, {"ratio": 0.9}, {"ratio": 0.0}, {"ratio": 1.0}):
         for blocks in range(1, min(B, 4) + 1):
             emulate(emulator, tokens, ids, 3, blocks=blocks, **options)
+
+
+@pytest.mark.parametrize("schedule", range(8))
+@pytest.mark.parametrize("resident", [3, 5])
+def test_blocks_in_any_order(resident, schedule, emulator):
+    """Blocks start in a random order, fewer at a time than there are, and take turns at random accesses. Each waits for the
+    numbers of those before it, and the last one resets the counters: two launches in a row."""
+    tokens, ids = clips(13, (2, 5, 6)), torch.arange(13)
+    for options in ({"blocks": 7, "threads": 64}, {"threads": 32, "ratio": 0.5}):
+        emulate(emulator, tokens, ids, 3, resident=resident, schedule=schedule, **options)
 
 
 @pytest.mark.parametrize("threads", [32, 64, 320])

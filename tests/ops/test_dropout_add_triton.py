@@ -196,5 +196,5 @@ def test_compiles_to_wide_accesses_without_spills(x, y, out, architecture):
     constants = kernels.constants(0.1, x is not None, 64) | {"GROUP": 64}
     binary = compile_kernel(kernels._dropout_add, architecture, types, constants, {"num_warps": kernels.WARPS})
     check_binary(binary, architecture, matrix=False)
-    accesses = [line for line in binary.sass.splitlines() if "LDG" in line or "STG" in line]
+    accesses = [line for line in binary.listing.splitlines() if "LDG" in line or "STG" in line]
     assert sum(".128" not in line for line in accesses) == 1  # the seed

@@ -220,6 +220,6 @@ def test_compiles_to_wide_accesses_without_spills(architecture, dtype, gradients
     options = {"s_target": 1, "PITCH": 8256, "BLOCK": kernels.BLOCK, "GRADIENTS": gradients}
     binary = compile_kernel(kernels._cross_entropy, architecture, types, options, kernels.OPTIONS)
     check_binary(binary, architecture, matrix=False)
-    narrow = [x for x in binary.sass.splitlines() if ("LDG" in x or "STG" in x) and ".128" not in x]
+    narrow = [x for x in binary.listing.splitlines() if ("LDG" in x or "STG" in x) and ".128" not in x]
     assert len(narrow) == 3  # target, loss and hits; rows and bias go in 16 bytes
-    assert any("STG" in x and ".128" in x for x in binary.sass.splitlines()) == gradients
+    assert any("STG" in x and ".128" in x for x in binary.listing.splitlines()) == gradients
