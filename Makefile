@@ -1,7 +1,7 @@
 # make train [ARGS="PRESET --data STORE …"]   install what is missing, then pre-train (preset demo without ARGS)
-# make test                                    install what is missing, then the whole test suite and ruff
+# make test                                    install what is missing, then ruff, pyright and the whole test suite
 # make gpu [RESULTS=DIR]                       every kernel test and benchmark on this machine's GPU; installs nothing
-# make soak                                    every bit flipped, kills at random moments, damaged videos: some 3 minutes on 2 cores
+# make soak                                    every bit flipped, kills at random moments, damaged videos: about 3 minutes on 2 cores
 # make sanitize                                the C++ kernels' tests under the address and undefined-behaviour sanitizers
 # make clean                                   remove the environment and what was built
 
@@ -26,11 +26,12 @@ test: $(VENV)/test-$(STAMP)
 	@command -v ffmpeg >/dev/null || sh tests/install_debian.sh
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyright
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 gpu:
 	@$(PYTHON) -c 'import torch, triton, numpy, pytest' 2>/dev/null || \
-		{ echo "make gpu needs a Python with torch, triton, numpy and pytest, $(PYTHON) has not all: make gpu PYTHON=…" >&2; exit 1; }
+		{ echo "make gpu needs torch, triton, numpy and pytest, and $(PYTHON) lacks one of them: make gpu PYTHON=…" >&2; exit 1; }
 	$(PYTHON) benchmarks/gpu.py $(if $(RESULTS),--results "$(RESULTS)")
 
 soak: $(VENV)/test-$(STAMP)

@@ -14,7 +14,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILER = os.environ.get("CXX", "g++")
-TESTS = [f"tests/test_{op}_cpu.py" for op in ("axial_attention", "block_mask", "dropout_add", "info_nce")]
+TESTS = [f"tests/ops/test_{op}_cpu.py" for op in ("axial_attention", "block_mask", "dropout_add", "info_nce")]
 
 
 def build(folder: Path) -> Path:
