@@ -13,16 +13,7 @@ def pytest_addoption(parser):
     parser.addoption("--shard", default="1/1", metavar="I/N", help="only every N-th test from the I-th on")
 
 
-SLOW = (
-    "_triton",
-    "_cuda",
-    "test_long_runs",
-    "test_train_options",
-    "test_run_folders",
-    "test_train_command",
-    "test_benchmarks",
-    "test_predicted",
-)
+SLOW = ("_triton", "_cuda", "_compiled", "test_long_runs", "test_run_folders", "test_train_command", "test_benchmarks")
 
 
 @pytest.hookimpl(trylast=True)  # after -m and -k

@@ -16,7 +16,7 @@ from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
 pytest.importorskip("triton", reason="triton is not installed")
 
 MODEL = ModelConfig(
-    layers=1, width=32, heads=2, grid=(2, 3, 3), dropout=0.0, head_layers=2, head_width=16, head_out=16, vocab_size=20
+    layers=1, width=32, heads=2, grid=(2, 2, 2), dropout=0.0, head_layers=2, head_width=16, head_out=16, vocab_size=20
 )
 COMPILER = "inductor" if NATIVE else "aot_eager"
 VIDEOS = 4 if NATIVE else 2  # of an update; a clip takes the interpreter most of a second, forward and backward

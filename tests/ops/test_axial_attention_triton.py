@@ -1,6 +1,5 @@
 """The Triton kernels of axial_attention: on a GPU, in the interpreter, and compiled for three architectures."""
 
-import itertools
 import re
 from types import SimpleNamespace
 
@@ -8,23 +7,16 @@ import pytest
 import torch
 from attention_calls import nothing_leaves_padding
 
-from divergence import divergent
 from kernel_checks import (
-    ARCHITECTURES,
     DEVICE,
     NATIVE,
-    SHARED_BYTES,
     EagerBytes,
-    check_all,
-    check_binary,
-    compile_attention,
     count_kernel_bytes,
     not_interpreted,
     poison_new_tensors,
     run_in_interpreter,
     runs_in_interpreter,
     runs_kernels,
-    uneven_sums,
 )
 from vimpac.ops import axial_attention, axial_attention_packed, axial_attention_reference, dispatch
 from vimpac.ops.philox import philox, split_words
@@ -33,13 +25,14 @@ pytest.importorskip("triton", reason="triton is not installed")
 
 CASES = [  # grid, axes, heads, head width, cls_in_context, dropout
     ((1, 1, 1), ("T",), 1, 16, True, 0.0),
-    ((5, 4, 6), ("T",), 2, 16, True, 0.6),  # 3 lines a block
+    ((5, 2, 4), ("T",), 2, 16, True, 0.6),  # 3 lines a block
     ((2, 4, 3), ("T", "H", "W"), 3, 16, True, 0.4),  # 8, 4 and 5 lines a block
-    ((1, 16, 16), ("H", "W"), 2, 64, True, 0.1),  # the model's own: 17 keys
-    ((7, 2, 9), ("T", "W"), 2, 20, False, 0.4),  # 7 and 9 keys, head width padded to 32
-    ((10, 3, 3), ("T",), 2, 32, True, 0.1),
+    ((1, 16, 2), ("H",), 1, 64, True, 0.1),  # the model's own: 17 keys
+    ((1, 2, 16), ("W",), 1, 64, True, 0.1),
+    ((7, 1, 9), ("T", "W"), 2, 20, False, 0.4),  # 7 and 9 keys, head width padded to 32
+    ((10, 3, 2), ("T",), 1, 32, True, 0.1),
     ((2, 32, 2), ("H", "T"), 2, 32, True, 0.3),  # [CLS] is key 32: a call of its own
-    ((1, 33, 4), ("W", "H"), 2, 16, True, 0.2),
+    ((1, 33, 2), ("W", "H"), 2, 16, True, 0.2),
     ((2, 64, 3), ("H",), 1, 64, False, 0.2),
     ((2, 32, 3), ("H",), 1, 128, False, 0.2),
     ((1, 64, 2), ("H",), 1, 16, True, 0.2),
@@ -90,7 +83,7 @@ def test_float32_is_the_reference(grid, axes, heads, width, context, p, padded, 
     poison_new_tensors(monkeypatch)
     monkeypatch.setattr(kernels, "BLOCKS", 1 if padded else 16)
     kernels.constants.cache_clear()
-    qkv, cls, pad = inputs(grid, heads, width, torch.float32)
+    qkv, cls, pad = inputs(grid, heads, width, torch.float32, clips=1 if heads == 4 else 2)  # the interpreter is slow
     call = (axes, pad if padded else None, p, 98765432109876, context)
     got = run(axial_attention, qkv, cls, *call, backend="triton")
     expected = run(axial_attention, qkv, cls, *call, backend="reference")
@@ -100,7 +93,7 @@ def test_float32_is_the_reference(grid, axes, heads, width, context, p, padded, 
 
 
 @runs_kernels
-@pytest.mark.parametrize("grid, axes, heads, width, context, p", CASES[1:5])
+@pytest.mark.parametrize("grid, axes, heads, width, context, p", CASES[1:6])
 def test_float16_is_as_exact_as_plain_torch(grid, axes, heads, width, context, p):
     """At most twice the error of the reference's own products in float16, both against float64."""
     qkv, cls, pad = inputs(grid, heads, width, torch.float16)
@@ -265,9 +258,9 @@ def test_words_of_rows_past_two_to_the_32():
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def tensors_moved(axes, backend, dtype, count):
+def tensors_moved(grid, axes, backend, dtype, count):
     """Bytes that forward, and backward, ask of memory, in units of one tensor [B, T, H, W, N, D]."""
-    qkv = torch.randn(1, 5, 16, 16, 3, 2, 64, dtype=dtype)
+    qkv = torch.randn(1, *grid, 3, len(axes), 64, dtype=dtype)
     leaves = [qkv.requires_grad_(), qkv[:, 0, 0, 0].detach().clone().requires_grad_()]
     unit = qkv.numel() // 3 * qkv.element_size()
     p = 0.1 if backend == "triton" else 0.0  # the reference's random numbers would count for themselves
@@ -287,10 +280,10 @@ def total(counter):
 
 
 @runs_in_interpreter
-@pytest.mark.parametrize("axes", [("T",), ("H", "W")])
-def test_moves_each_tensor_once(axes):
+@pytest.mark.parametrize("grid, axes", [((5, 6, 8), ("T",)), ((1, 16, 16), ("H", "W"))])  # 16 blocks a program, as in the model
+def test_moves_each_tensor_once(grid, axes):
     """Forward reads q, k, v and writes out; backward reads q, k, v and a gradient and writes three. [CLS] and parts: 5 %."""
-    forward, backward = tensors_moved(axes, "triton", torch.float16, count_kernel_bytes)
+    forward, backward = tensors_moved(grid, axes, "triton", torch.float16, count_kernel_bytes)
     assert 4 <= forward <= 1.05 * 4
     assert 7 <= backward <= 1.05 * 7
 
@@ -300,7 +293,7 @@ def test_moves_each_tensor_once(axes):
 @pytest.mark.parametrize("backend, least", [("reference", (20, 25)), ("sdpa", (11, 20))])
 def test_plain_torch_moves_several_times_as_much(backend, least, axes):
     """The same count of what torch's ops read and write: the factor that docs/kernels.md expects of a GPU."""
-    forward, backward = tensors_moved(axes, backend, torch.float32, EagerBytes)
+    forward, backward = tensors_moved((5, 16, 16), axes, backend, torch.float32, EagerBytes)
     assert forward > least[0] and backward > least[1]
 
 
@@ -342,94 +335,3 @@ def test_says_where_shared_memory_is_short(monkeypatch, dtype, length, width, ha
     assert [re.search(r"takes (\d+) bytes .* has (\d+)", text).groups() for text in reasons] == (
         [(str(needed), str(has))] if needed else []
     )
-
-
-def check_shared(architecture, dtype, width, length=64, padded=False):
-    """What is said of lines of 33 to 64 tokens, and where there is PAD, holds, and all else fits into the smallest GPU."""
-    from vimpac.ops.axial_attention import TRITON_SHARED, TRITON_SHARED_PADDED
-
-    table = TRITON_SHARED if length > 32 else TRITON_SHARED_PADDED if padded else {}
-    for kernel in ("_forward", "_backward"):
-        binary, _ = compile_attention(architecture, kernel, (2, length, 3), 1, width, ("H",), dtype, padded=padded)
-        assert binary.shared <= table.get((dtype.itemsize, width), 99 << 10)
-
-
-@not_interpreted
-def test_shared_memory_of_long_lines():
-    jobs = [(90, torch.bfloat16, 64), (90, torch.bfloat16, 128), (90, torch.float32, 32)]
-    with_pad = [(90, torch.bfloat16, 64, 64, True), (90, torch.float32, 128, 32, True)]
-    check_all(check_shared, jobs + with_pad)
-
-
-# --- compiled without a GPU -------------------------------------------------------------------------------------------
-
-GRIDS = [(5, 16, 16), (5, 32, 32), (10, 16, 16), (10, 32, 32)]  # Table 2
-HEADS = [(8, 64), (12, 64), (16, 32)]  # Table 3: Small, Base, Large-Half
-
-
-@not_interpreted
-@pytest.mark.parametrize(
-    "third, found",
-    [
-        ("FFMA R4, R2, R3, R5", 1),  # R2 · R3, unrounded, to what another lane made of its own R2 · R3
-        ("FFMA.FTZ R4, -R3.reuse, R2, R5", 1),
-        ("FFMA R4, R2, R6, R5", 0),  # another product
-        ("FADD R4, R0, R5", 0),
-        ("IMAD.MOV.U32 R5, RZ, RZ, R7 ;\n        /*0130*/                   FFMA R4, R2, R3, R5", 0),  # R5 is another number
-        ("IMAD.MOV.U32 R2, RZ, RZ, R7 ;\n        /*0130*/                   FFMA R4, R2, R3, R5", 0),  # so is R2
-    ],
-)
-def test_sums_that_differ_by_lane_are_found(third, found):
-    sass = f"""
-        /*0100*/                   FMUL R0, R2, R3 ;
-        /*0110*/              @!P0 SHFL.BFLY PT, R5, R0, 0x10, 0x1f ;
-        /*0120*/                   {third} ;
-    """
-    assert len(uneven_sums(sass)) == found
-
-
-def check_compiled(architecture, *kind):
-    binary, launch = compile_attention(architecture, *kind, torch.bfloat16)
-    check_binary(binary, architecture, matrix=True)
-    assert not divergent(binary.listing)
-    programs = 8 // launch["num_warps"]  # 8 warps on a multiprocessor at 255 registers: shared memory allows them
-    assert programs * (binary.shared + 1024) <= SHARED_BYTES[architecture]
-
-
-@not_interpreted
-def test_compiles_to_tensor_cores_without_spills():
-    jobs = []
-    for architecture in sorted(
-        ARCHITECTURES, key=lambda x: x != 90
-    ):  # tests/tools/test_predicted.py finds these in Triton's cache
-        heads = HEADS if architecture == 90 else HEADS[::2]  # Base differs from Small in a constant only; minutes
-        kinds = itertools.product(("_forward", "_backward"), GRIDS, heads, (("T",), ("H", "W")))
-        jobs += [(architecture, kernel, grid, *shape, axes) for kernel, grid, shape, axes in kinds]
-    check_all(check_compiled, jobs)
-
-
-def check_padded(kernel, grid, heads, width, axes):
-    """Where there is PAD the code is longer, and 10×32×32 backward may spill as much as before that."""
-    binary, launch = compile_attention(90, kernel, grid, heads, width, axes, torch.bfloat16, padded=True)
-    assert int(binary.usage.split("STACK:")[1].split()[0]) <= (16 if grid == (10, 32, 32) else 0)
-    assert 8 // launch["num_warps"] * (binary.shared + 1024) <= SHARED_BYTES[90]
-
-
-@not_interpreted
-def test_padding_does_not_spill():
-    kinds = itertools.product(("_forward", "_backward"), [(GRIDS[0], *HEADS[0]), (GRIDS[3], *HEADS[2])], (("T",), ("H", "W")))
-    check_all(check_padded, [(kernel, *shape, axes) for kernel, shape, axes in kinds])
-
-
-def check_float32(architecture, kernel, width, axes):
-    """tf32 products, and a little local memory is all that is left of its registers."""
-    binary, _ = compile_attention(architecture, kernel, (5, 16, 16), 512 // width, width, axes, torch.float32)
-    assert ".tf32" in binary.ptx or "kind::tf32" in binary.ptx
-    stack = int(binary.usage.split("STACK:")[1].split()[0])
-    assert stack <= (0 if kernel == "_forward" else 256), f"{stack} bytes of stack"
-    assert binary.shared <= 99 << 10  # what sm_86 and sm_120 have
-
-
-@not_interpreted
-def test_float32_runs_on_tensor_cores():
-    check_all(check_float32, list(itertools.product((90,), ("_forward", "_backward"), (64, 32), (("T",), ("H",)))))
