@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
+from vimpac.layouts import parse_layout
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.positions import AXES, IN_BACKBONE, interpolate_state
 from vimpac.model.state import empty_model, misfit
@@ -29,7 +30,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     """
     released = _without_prefix(state_dict)
     classes = _released_classes(released, config)
-    make = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    make: Maker = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
     empty = empty_model(make, config, len(released))
     names = released_names(empty)
     names |= {ours: parts for ours, parts in released_statistics(empty).items() if parts[0] in released}
@@ -51,6 +52,9 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     model = make(config)
     model.load_state_dict({**model.state_dict(), **state})
     return model.eval()
+
+
+Maker = Callable[[ModelConfig], PretrainModel | ClassificationModel]
 
 
 class ResampledPositionsWarning(UserWarning):
@@ -116,7 +120,7 @@ TIED = {"mlm_head.decoder.weight": "backbone.embedding.weight", "mlm_head.decode
 """What a checkpoint may hold a second time, and which of our tensors it is then the same as."""
 
 
-def released_names(model: nn.Module) -> dict[str, list[str]]:
+def released_names(model: PretrainModel | ClassificationModel) -> dict[str, list[str]]:
     """For each of our tensors, the released tensors whose concatenation it is."""
     names = {
         "backbone.embedding.weight": ["backbone.embedding.weight"],
@@ -129,15 +133,16 @@ def released_names(model: nn.Module) -> dict[str, list[str]]:
     pre = model.config.norm != "post"
     names |= _both("backbone.final_norm", "backbone.ln_post") if pre else _both("backbone.embedding_norm", "backbone.ln_pre")
     output = "" if pre else ".output"
-    for i, layer in enumerate(model.backbone.layers):
+    blocks = parse_layout(model.config.layout, model.config.heads)
+    for i in range(model.config.layers):
         ours, theirs = f"backbone.layers.{i}", f"backbone.transformer.resblocks.{i}"
-        for j, block in enumerate(layer.attention):
+        for j, axes in enumerate(blocks):
             a, b = f"{ours}.attention.{j}", f"{theirs}.attention_blocks.{j}"
             for kind in ("weight", "bias"):  # q of each axis, then k, then v: heads of an axis are neighbours
                 names[f"{a}.qkv.{kind}"] = [
                     f"{b}.attentions.{axis}.attention.{part}.{kind}"
                     for part in ("query", "key", "value")
-                    for axis in range(len(block.axes))
+                    for axis in range(len(axes))
                 ]
             names |= _both(f"{a}.project", f"{b}{output}.dense") | _both(f"{a}.norm", f"{b}{output}.LayerNorm")
         names |= _both(f"{ours}.mlp.expand", f"{theirs}.mlp.c_fc") | _both(f"{ours}.mlp.project", f"{theirs}.mlp.c_proj")
@@ -153,7 +158,7 @@ def released_names(model: nn.Module) -> dict[str, list[str]]:
     return names | {"cls_head.out.weight": [f"cls_head.mlp.linear_{last}.weight"]}
 
 
-def released_statistics(model: nn.Module) -> dict[str, list[str]]:
+def released_statistics(model: PretrainModel | ClassificationModel) -> dict[str, list[str]]:
     """The same for the batch norms' statistics, which a list of parameters does not hold."""
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     norms = range(0 if isinstance(model, ClassificationModel) else len(model.cls_head.hidden))

@@ -6,7 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.model.state import check_state, empty_model
 
+Maker = Callable[[ModelConfig], PretrainModel | ClassificationModel]
 FORMAT = "vimpac-model"
 VERSION = 1
 
@@ -68,7 +69,7 @@ def load(
             "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
         )
     classes = header.get("classes")
-    make = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    make: Maker = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
     config = ModelConfig(**header["config"])
     try:
         model = empty_model(make, config, len(state))

@@ -50,7 +50,7 @@ def test_ours_computes_no_more_products_than_needed(cell, monkeypatch):
     with FlopCounterMode(display=False) as counter:
         trained.loop.module(batch)
     rows = len(batch.rows)
-    assert rows == ROWS and batch.count < ROWS
+    assert rows == ROWS and batch.masked_count < ROWS
     needed = train_step.operations(config, VIDEOS, rows / (clips * 48)) / 3
     scores = 2 * clips**2 * config.head_out  # at most
     assert 0 <= counter.get_total_flops() - needed <= scores

@@ -152,7 +152,7 @@ def test_small_collectives_are_those_of_the_code(four_ranks):
     loss.backward()
     module = SimpleNamespace(objective=SimpleNamespace(mask_task=True))
     task = SimpleNamespace(world=World(0, 4, torch.device("cpu")), module=module)
-    PretrainTask.weighted(task, [SimpleNamespace(count=3, _replace=lambda **_: None)])
+    PretrainTask.weighted(task, [SimpleNamespace(masked_count=3, _replace=lambda **_: None)])
     expected = scaling.small_collectives(config, contrastive=24, group_ranks=4)
     assert Counter(four_ranks) == Counter((kind, size) for kind, size, _ in expected)
     assert {who for kind, _, who in expected if kind == "all_gather"} == {"group"}

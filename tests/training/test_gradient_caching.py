@@ -43,7 +43,7 @@ def test_parts_have_the_same_dropout_in_both_passes(store_folder):
             seed_dropout(CPU, loop.config.seed, 0, i, 0)
             out = step(batch, True)
             states.append(out["cls"])
-            mask_losses.append(out["loss"] * batch.count / sum(b.count for b in batches))
+            mask_losses.append(out["loss"] * batch.masked_count / sum(b.masked_count for b in batches))
         cls = torch.stack(states).unflatten(1, (2, -1)).transpose(0, 1).flatten(0, 2)
         loss = sum(mask_losses) + 0.2 * step.contrast(cls)
         loss.backward()

@@ -23,7 +23,7 @@ def test_loader(ahead):
         return Batch(torch.tensor(first), None, None, None, None, first)
 
     loader = BatchLoader(make, iter(range(5)), CPU, ahead)
-    assert [batch.count for batch in loader] == [0, 1, 2, 3, 4]
+    assert [batch.masked_count for batch in loader] == [0, 1, 2, 3, 4]
     assert [first for first, _ in made] == [0, 1, 2, 3, 4] and loader.waited > 0
     assert all((name == threading.current_thread().name) == (ahead == 0) for _, name in made)
     loader.close()
@@ -52,8 +52,8 @@ def test_the_loaders_thread_makes_no_context_on_another_gpu(monkeypatch):
 def test_fillers_are_rows_of_their_own(store_folder):
     """Rows whose gradients meet are added one after another on a GPU."""
     batch = loop_of(store_folder).make_batch(0)
-    filler = batch.rows[batch.count :]
-    assert len(filler) > 100 and len(filler.unique()) == len(filler) and bool((batch.targets[batch.count :] == -1).all())
+    filler = batch.rows[batch.masked_count :]
+    assert len(filler) > 100 and len(filler.unique()) == len(filler) and bool((batch.targets[batch.masked_count :] == -1).all())
     assert int(filler.max()) < batch.tokens.numel() and len(batch.rows) % ROWS == 0
 
 

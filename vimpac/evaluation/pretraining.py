@@ -69,7 +69,8 @@ def evaluate(
         retrieved += partners_found(features)
         by_histogram += partners_found(torch.cat(counts))
         if objective.contrasts:
-            losses.append(objective.temperature * info_nce(*features.chunk(2), objective.temperature))
+            first, second = features.chunk(2)
+            losses.append(objective.temperature * info_nce(first, second, objective.temperature))
     model.train(training)
     shares = {name: count / max(tokens_seen, 1) if objective.mask_task else None for name, count in hits.items()}
     clips_seen = 2 * videos * batches
@@ -95,9 +96,9 @@ class _Seen(NamedTuple):
 def _look(
     model: PretrainModel, objective: Objective, masked: BlockMask, tokens: Tensor, padded: bool, most_frequent: int
 ) -> _Seen:
-    right, cls = [0, 0, 0], None
-    if objective.reads_masked_clips:
-        cls, hidden = model.backbone(masked.tokens, padded)
+    right = [0, 0, 0]
+    seen = masked.tokens if objective.reads_masked_clips else tokens
+    cls, hidden = model.backbone(seen, padded)
     if objective.mask_task:
         truth = tokens[masked.mask]
         guesses = [
@@ -106,11 +107,11 @@ def _look(
             nearest_visible(tokens, masked.mask, model.config.pad_id),
         ]
         right = [int((guess == truth).sum()) for guess in guesses]
-    if not objective.contrastive_masked:  # as in training
-        cls, _ = model.backbone(tokens, padded)
+    contrasted = masked.tokens if objective.contrastive_masked else tokens
+    if contrasted is not seen:  # as in training, intact clips take a forward pass of their own
+        cls, _ = model.backbone(contrasted, padded)
     features = model.cls_head(cls) if objective.contrasts else cls
-    shown = masked.tokens if objective.contrastive_masked else tokens
-    return _Seen(right, int(masked.mask.sum()), features.float(), histograms(shown, model.config.vocab_size))
+    return _Seen(right, int(masked.mask.sum()), features.float(), histograms(contrasted, model.config.vocab_size))
 
 
 def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
@@ -124,7 +125,8 @@ def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
         if gone.all():
             copies.append(np.full(asked.sum(), pad_id))
             continue
-        nearest = distance_transform_edt(gone, return_distances=False, return_indices=True)  # [3, T, H, W]
+        nearest = distance_transform_edt(gone, return_distances=False, return_indices=True)
+        assert isinstance(nearest, np.ndarray)  # [3, T, H, W]
         copies.append(clip[tuple(nearest[:, asked])])
     return torch.from_numpy(np.concatenate(copies)).to(tokens.device)
 

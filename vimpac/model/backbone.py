@@ -57,7 +57,7 @@ class Backbone(nn.Module):
         nn.init.normal_(self.cls, std=INIT_STD)
         self.positions.reset_parameters(INIT_STD)
         if self.config.norm != "post":
-            blocks = [block for layer in self.layers for block in (*layer.attention, layer.mlp)]
+            blocks = [block for block in self.modules() if isinstance(block, Residual)]
             for block in blocks:
                 nn.init.normal_(block.project.weight, std=INIT_STD / math.sqrt(len(blocks)))
 
@@ -67,7 +67,8 @@ class Backbone(nn.Module):
         padded: False promises that no id is PAD, which saves the attention its masks.
         Raises ValueError when the grid is not the configured one, or for ids that are no integers.
         """
-        return unpack(self.rows(tokens, padded), tokens.shape)[::-1]
+        hidden, cls = unpack(self.rows(tokens, padded), tokens.shape)
+        return cls, hidden
 
     def rows(self, tokens: Tensor, padded: bool = True) -> Tensor:
         """The same as rows [B·T·H·W + B, C], tokens first."""
@@ -127,6 +128,8 @@ class Residual(nn.Module):
     program add to what they normalised, norm(x) + dropout(f(norm(x))), its MLPs to x.
     """
 
+    project: Linear  # the last layer of f
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
@@ -134,12 +137,16 @@ class Residual(nn.Module):
         self.adds_to_normalised = False
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
 
-    def residual(self, x: Tensor, seed: Tensor | None, *arguments) -> Tensor:
+    def residual(self, x: Tensor, seed: Tensor | None, pad: Tensor | None = None) -> Tensor:
         if not self.pre:
-            return remade(self.norm, dropout_add(x, self.transform(x, seed, *arguments), self.dropout_p, seed))
+            return remade(self.norm, dropout_add(x, self.transform(x, seed, pad), self.dropout_p, seed))
         normalised = remade(self.norm, x)
-        y = self.transform(normalised, seed, *arguments)
+        y = self.transform(normalised, seed, pad)
         return dropout_add(normalised if self.adds_to_normalised else x, y, self.dropout_p, seed)
+
+    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
+        """f, without dropout of its result."""
+        raise NotImplementedError
 
     @property
     def dropout_p(self) -> float:
@@ -179,14 +186,14 @@ class MLP(Residual):
     def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
         return self.residual(x, seed)
 
-    def transform(self, x: Tensor, seed: Tensor | None) -> Tensor:
+    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
         return self.project(remade(F.gelu, self.expand(x)))
 
 
 def dropout_seeds(device: torch.device, backbone: Backbone) -> Tensor:
     """Seeds [layers + 1, residual blocks a layer] of one forward pass, drawn from torch's generator on the device; the last
     row is the embedding's. A block's attention and its residual connection share one: they draw other words of it."""
-    blocks = len(backbone.layers[0].attention) + 1
+    blocks = len(parse_layout(backbone.config.layout, backbone.config.heads)) + 1  # attention's, and the MLP
     return torch.randint(2**62, (len(backbone.layers) + 1, blocks), device=device)
 
 

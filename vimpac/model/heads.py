@@ -60,6 +60,7 @@ class ContrastiveHead(nn.Module):
     def forward(self, cls: Tensor) -> Tensor:
         cls = cls.to(self.out.weight.dtype)
         for block in self.hidden:
+            assert isinstance(block, nn.ModuleDict)
             cls = F.relu(block["norm"](block["linear"](cls)))
         return self.out(cls)
 
@@ -70,7 +71,8 @@ class BatchNorm(nn.BatchNorm1d):
     (torch's SyncBatchNorm runs on GPUs only.) Every rank holds the same number of rows. Statistics are at least float32.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, input: Tensor) -> Tensor:
+        x = input
         x32 = x.to(torch.promote_types(x.dtype, torch.float32))
         if not (self.training and dist.is_initialized() and dist.get_world_size() > 1):
             return super().forward(x32).to(x.dtype)
@@ -80,6 +82,8 @@ class BatchNorm(nn.BatchNorm1d):
         mean, square = _AllReduce.apply(torch.stack([mean, var + mean.square()])) / ranks
         var = (square - mean.square()).to(x32.dtype)
         mean = mean.to(x32.dtype)
+        assert self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None
+        assert self.momentum is not None
         with torch.no_grad():
             rows = ranks * len(x)
             self.running_mean.lerp_(mean, self.momentum)
@@ -98,7 +102,7 @@ class _AllReduce(torch.autograd.Function):
         return x
 
     @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
+    def backward(ctx, *grad_outputs):
+        grad = grad_outputs[0].clone()
         dist.all_reduce(grad)
         return grad

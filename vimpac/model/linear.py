@@ -22,10 +22,10 @@ class Linear(nn.Linear):
     Not in evaluation, where the number of rows may change with every batch: oneDNN keeps some memory for each.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self.training and X86 and not torch.compiler.is_compiling() and self._fits(x):
-            return _Convolution.apply(x, self.weight, self.bias)
-        return super().forward(x)
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and X86 and not torch.compiler.is_compiling() and self._fits(input):
+            return _Convolution.apply(input, self.weight, self.bias)
+        return super().forward(input)
 
     def _fits(self, x: Tensor) -> bool:
         rows = x.dim() == 2 and len(x) > 0 and x.is_contiguous()
@@ -48,9 +48,9 @@ class _Convolution(torch.autograd.Function):
         ctx.save_for_backward(x, weight)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx, *grad_outputs):
         x, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad = grad_outputs[0].contiguous()
         of_x = product(grad, weight.t()) if ctx.needs_input_grad[0] else None
         of_weight = grad.t() @ x if ctx.needs_input_grad[1] else None
         return of_x, of_weight, grad.sum(0) if ctx.needs_input_grad[2] else None

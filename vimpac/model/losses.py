@@ -60,4 +60,5 @@ def mask_loss(
 
 def contrastive_loss(model: PretrainModel, cls: Tensor, temperature: float, group: dist.ProcessGroup | None = None) -> Tensor:
     """Eq. 5 on [CLS] states [2n, C], all first clips, then all second clips; negatives from all ranks of the group."""
-    return info_nce(*model.cls_head(cls).chunk(2), temperature, group)
+    first, second = model.cls_head(cls).chunk(2)
+    return info_nce(first, second, temperature, group)

@@ -14,6 +14,10 @@ AXES = ("time", "height", "width")  # parameter names, in the order of the grid
 
 
 class Positions(nn.Module):
+    time: nn.Parameter
+    height: nn.Parameter
+    width: nn.Parameter
+
     def __init__(self, grid: tuple[int, int, int], width: int):
         super().__init__()
         for name, size in zip(AXES, grid, strict=True):

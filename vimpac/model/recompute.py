@@ -72,11 +72,12 @@ class _Recipe:
 
 
 def _pack(x: Tensor) -> Tensor | _Recipe:
-    alive, make = _recipes.get().get(x.data_ptr(), (None, None))
-    original = alive() if alive is not None else None  # dead: its memory may have become another tensor's
-    if original is None or original.numel() != x.numel() or original.dtype != x.dtype or not x.is_contiguous():
+    recipe = (_recipes.get() or {}).get(x.data_ptr())
+    original = None if recipe is None else recipe[0]()  # None: freed, its memory may have become another tensor's
+    same = original is not None and original.numel() == x.numel() and original.dtype == x.dtype and x.is_contiguous()
+    if recipe is None or not same:
         return x.detach()  # x itself may be the output of the op that keeps it: a cycle that only a backward pass would end
-    return _Recipe(make, x.shape)
+    return _Recipe(recipe[1], x.shape)
 
 
 def _unpack(kept: Tensor | _Recipe) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +15,10 @@ from vimpac.meta import without_memory
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)  # a number of batches
+M = TypeVar("M", bound=nn.Module)
 
 
-def empty_model(make: Callable[[ModelConfig], nn.Module], config: ModelConfig, tensors: int) -> nn.Module:
+def empty_model(make: Callable[[ModelConfig], M], config: ModelConfig, tensors: int) -> M:
     """`make(config)` without memory for its parameters. Raises InputError for one that `tensors` tensors cannot fill.
 
     So the numbers of a file's header cost no more than the file's own size.

@@ -28,11 +28,11 @@ class Batch(NamedTuple):
     rows: Tensor | None  # [M] int64: raster indices of the masked positions, then filler
     targets: Tensor | None  # [M] int64: the ids there, then -1
     share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 where it is a whole batch of its own
-    count: int  # masked positions
+    masked_count: int  # masked positions
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
         """f applied to every tensor."""
-        return Batch(*(f(x) if isinstance(x, Tensor) else x for x in self))
+        return self._replace(**{name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)})
 
     @property
     def tensors(self) -> list[Tensor]:

@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._C._distributed_c10d import PrefixStore  # which torch.distributed exports without naming it
 from torch.nn.parallel import DistributedDataParallel
 
 from vimpac.errors import InputError
@@ -68,7 +70,7 @@ def join_world() -> Iterator[World]:
 def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
     """The process group of all ranks. Who has met is there: to connect takes seconds, or fails."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # tensors on the CPU, such as signals, wait for no GPU
-    store = dist.PrefixStore("group", meeting.store)
+    store = PrefixStore("group", meeting.store)
     connecting = timedelta(seconds=CONNECT_SECONDS)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=connecting)
     dist.distributed_c10d._set_pg_timeout(timedelta(minutes=COLLECTIVE_MINUTES[device.type]))
@@ -96,7 +98,8 @@ def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
     devices = [world.device] if world.device.type == "cuda" else None
     named = inspect.signature(DistributedDataParallel.__init__).parameters
     buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # before torch 2.13
-    return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, **{buffers: False})
+    options: dict[str, Any] = {buffers: False}
+    return DistributedDataParallel(module, devices, gradient_as_bucket_view=True, **options)
 
 
 @contextmanager
@@ -118,7 +121,9 @@ def contrastive_group(world: World, ranks: int) -> dist.ProcessGroup | None:
     if ranks == world.size:
         return dist.group.WORLD
     groups = [dist.new_group(list(range(start, start + ranks))) for start in range(0, world.size, ranks)]
-    return groups[world.rank // ranks]
+    own = groups[world.rank // ranks]
+    assert isinstance(own, dist.ProcessGroup)
+    return own
 
 
 def mean_over_ranks(x: Tensor, world: World) -> Tensor:

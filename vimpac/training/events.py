@@ -26,7 +26,7 @@ class EventLog:
         self.file: io.RawIOBase | None = None
         self.failure: str | None = None
         with self._forgiving():
-            from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+            from tensorboard.compat.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
 
             folder.mkdir(parents=True, exist_ok=True)
             self.file = open(self.path, "xb", buffering=0)  # noqa: SIM115, open until the run ends
@@ -39,8 +39,8 @@ class EventLog:
         if self.file is None:
             return
         with self._forgiving():
-            from tensorboard.compat.proto.event_pb2 import Event
-            from tensorboard.compat.proto.summary_pb2 import Summary
+            from tensorboard.compat.proto.event_pb2 import Event  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
+            from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]  # protobuf makes them
 
             now, events = time.time(), []
             for line in lines:
@@ -53,6 +53,7 @@ class EventLog:
     def _append(self, events: Sequence) -> None:
         from tensorboard.summary.writer.record_writer import RecordWriter
 
+        assert self.file is not None
         records = io.BytesIO()
         writer = RecordWriter(records)
         for event in events:

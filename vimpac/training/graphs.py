@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class _Capture:
         self.stream, self.filled = torch.cuda.Stream(), False
         native = torch.cuda.get_allocator_backend() == "native"  # cudaMallocAsync has no pools outside of captures
         self.memory = torch.cuda.MemPool() if native else None
-        self.pool = self.memory.id if native else torch.cuda.graph_pool_handle()
+        self.pool: Any = self.memory.id if self.memory else torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], dict[str, Tensor]]) -> Callable[[], dict[str, Tensor]]:
         self.stream.wait_stream(torch.cuda.current_stream())

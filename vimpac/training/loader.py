@@ -54,10 +54,11 @@ class BatchLoader:
         return batch
 
     def _fill(self) -> None:
+        assert self._thread is not None
         while len(self._waiting) < self.ahead and (first := next(self.firsts, None)) is not None:
             self._waiting.append(self._thread.submit(self._load, first))
 
-    def _load(self, first: int) -> tuple[Batch, torch.cuda.Event | None]:
+    def _load(self, first: int) -> tuple[Batch, torch.Event | None]:
         batch = self.make(first)
         if self._stream is None:
             return batch, None

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.profiler import record_function
 
 from vimpac.checkpoint import list_checkpoints, save_checkpoint
@@ -75,9 +75,7 @@ class Loop:
         self.stop = StopRequest(world, self.look_every)
         self.progress: Progress | None = None  # of the run, told of micro-steps
         self.loader: BatchLoader | None = None
-        self.parallel: nn.Module | None = self.module
-        if world.size > 1:
-            self.parallel = distributed.averaging(self.module, world)
+        self.parallel: Any = self.module if world.size == 1 else distributed.averaging(self.module, world)
         self.graphed = GraphedStep(self.forward_backward, self.module) if config.graphs else None
 
     def train(self, log: MetricsLog, progress: Progress) -> None:

@@ -55,7 +55,7 @@ class MetricsLog:
         speed = len(self.waiting) * batch_size / (now - self.since)
         speeds = {"videos_per_second": speed, "data_wait_share": (waited - self.waited) / (now - self.since)}
         self.since, self.waited = now, waited
-        lines, bad = [], []
+        lines, line, bad = [], {}, []
         for metrics, row in zip(self.waiting, values, strict=True):
             line = {"step": metrics["step"], **{name: None for name in self.names}, **metrics}
             line |= dict(zip(names, row, strict=True)) | speeds

@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import nn
+
+if TYPE_CHECKING:  # it imports all of torch.jit
+    from typing import TypeGuard
+
+    from torch.distributed.optim import ZeroRedundancyOptimizer
 
 
 def adamw(
@@ -61,7 +68,7 @@ def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
             moments["step"] = moments["step"].to(p.device)  # it loads them to the CPU, where the fused op cannot read them
 
 
-def is_sharded(optimizer: torch.optim.Optimizer) -> bool:
+def is_sharded(optimizer: torch.optim.Optimizer) -> TypeGuard[ZeroRedundancyOptimizer]:
     return hasattr(optimizer, "consolidate_state_dict")
 
 

@@ -78,6 +78,7 @@ class PretrainTask:
             loss = self.module.contrast(cls)
             scale = self.module.objective.contrastive_weight * parts / self.plan.micro_steps
             loop.scaler.scale(loss * scale).backward()
+            assert cls.grad is not None
             gradients = cls.grad.unflatten(0, (2, parts, -1)).transpose(0, 1).flatten(1, 2)  # [parts, 2m, C]
         return list(gradients), loss.detach()
 
@@ -87,11 +88,11 @@ class PretrainTask:
         if not self.module.objective.mask_task or ranks * parts == 1:
             return unit
         device = self.world.device  # a fill, not a copy from the host, which would wait
-        total = torch.full((), float(sum(batch.count for batch in unit)), device=device)
+        total = torch.full((), float(sum(batch.masked_count for batch in unit)), device=device)
         total = distributed.sum_over_ranks(total, self.world).clamp_(min=1)
-        return [
-            batch._replace(share=torch.full((), float(ranks * parts * batch.count), device=device) / total) for batch in unit
-        ]
+        counts = [float(ranks * parts * batch.masked_count) for batch in unit]
+        shares = [torch.full((), count, device=device) / total for count in counts]
+        return [batch._replace(share=share) for batch, share in zip(unit, shares, strict=True)]
 
 
 def pretraining_loop(

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch.autograd import DeviceType
+from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]  # as torch's own examples do
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from vimpac.training.distributed import World
@@ -110,7 +110,7 @@ def waits(profiler: profile, device: torch.device) -> list[str]:
     its kernel does on a device.)
     """
     asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
-    events = [event for event in profiler.events() if event.device_type == DeviceType.CPU]
+    events = [event for event in profiler.events() or () if event.device_type == DeviceType.CPU]
     updates = [event.time_range for event in events if event.name == UPDATE]  # not what the profile itself waits for, behind
     return [
         event.name

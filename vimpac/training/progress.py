@@ -154,6 +154,7 @@ class Progress:
         return grid
 
     def _narrow(self, start: list[str], metrics: dict) -> str:
+        line = ""
         for dropped in range(len(DROPPED) + 1):
             shown = {key: form for key, form in NARROW.items() if key not in DROPPED[:dropped]}
             line = "  ".join([*start, *self._fields(metrics, shown)])

@@ -140,4 +140,5 @@ def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) 
 def _difference(name: str, before: object, now: object) -> str:
     if not (isinstance(before, dict) and isinstance(now, dict)):
         return f"{name} was {before}, now {now}"
-    return differences(*({f"{name}.{part}": x for part, x in values.items()} for values in (before, now)))
+    before, now = ({f"{name}.{part}": x for part, x in values.items()} for values in (before, now))
+    return differences(before, now)

@@ -54,10 +54,12 @@ class PretrainStep(nn.Module):
             if objective.reads_masked_clips:
                 masked_cls, hidden = model.backbone(batch.masked, self.padded)
                 cls = masked_cls if objective.contrastive_masked else cls
-            if objective.mask_task:
-                out["mask_loss"], out["mask_accuracy"] = mask_loss(model, hidden, batch.rows, batch.targets, batch.share)
-                loss = loss + out["mask_loss"]
+                if objective.mask_task:
+                    assert batch.rows is not None and batch.targets is not None and batch.share is not None
+                    out["mask_loss"], out["mask_accuracy"] = mask_loss(model, hidden, batch.rows, batch.targets, batch.share)
+                    loss = loss + out["mask_loss"]
             if objective.contrasts and not cached:
+                assert cls is not None
                 out["contrastive_loss"] = self.contrast(cls)
                 loss = loss + objective.contrastive_weight * out["contrastive_loss"]
         out = {"loss": loss, **{name: x.detach() for name, x in out.items()}}
@@ -110,5 +112,5 @@ class _WithAbsentGradients(torch.autograd.Function):
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return grad, *[None] * ctx.parameters
+    def backward(ctx, *grad_outputs):
+        return *grad_outputs, *[None] * ctx.parameters
