@@ -1,3 +1,3 @@
-// What this library was compiled for, so that a GPU without code in it can be told in Python, before a launch.
+// The GPUs that this library was compiled for: Python says before a launch if it has no code for the GPU at hand.
 
 extern "C" __attribute__((visibility("default"))) const char* vimpac_cuda_archs() { return VIMPAC_CUDA_ARCHS; }

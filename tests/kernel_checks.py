@@ -258,7 +258,7 @@ def launches_compile_only(architecture: int = 90):
         yield names
 
 
-# --- bytes asked of memory --------------------------------------------------------------------------------------------
+# --- bytes moved ------------------------------------------------------------------------------------------------------
 
 
 class EagerBytes(TorchDispatchMode):
