@@ -2,8 +2,8 @@
 
 A chunk's logits are a product in the operands' dtype. A program takes one row of them: it adds the bias, finds the largest
 logit and the sum of exponentials, and overwrites the logits with the gradient softmax - one_hot. Two more products then add the
-chunk to the gradients of hidden and weight. The row is read three times, the last two from L1 (8197 bf16 are 16 KB). Finding the
-largest logit first takes no exponential, so each logit takes two, not three.
+chunk to the gradients of hidden and weight. The row is read three times, the last two from L1 (8197 bf16 are 16 KB). Finding
+the largest logit first takes no exponential, so each logit takes two, not three.
 
 Losses and hits are written row by row and summed at the end, without atomics: the same sum every time. Rows that do not count
 (negative target) are zeros instead of being left out, so nothing waits for their number.
