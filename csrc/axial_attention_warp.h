@@ -33,7 +33,7 @@ struct Exp2<float> {
 constexpr int LONGEST_PACKED = 7;  // tokens of lines that share a tile
 constexpr int MOST_PACKED = 4;     // lines of a tile
 
-// All that a launch is told. Strides are counted in pieces of 16 bytes.
+// The arguments of a launch. Strides are counted in pieces of 16 bytes.
 struct Call {
   const char *grad, *qkv, *cls_qkv;  // grad: packed rows [B·T·H·W + B, N, D]
   const uint8_t* pad;                // [B, T, H, W] or null
@@ -191,7 +191,7 @@ DEVICE void drop_broken(Rows<D>& q, const Tile<M>& at, int i) {
   keep(q, !(at.pads() >> (8 * i + row_of_quad()) & not_finite<Half>(q) >> (4 * row_of_quad()) & 1));
 }
 
-// Rows of the tile whose query is at PAD and not finite. Reads them once more, as who keeps them has no register left.
+// Rows of the tile whose query is at PAD and not finite. Reads them once more: no registers are left to keep them.
 template <class Half, int D, int M>
 DEVICE uint32_t broken_queries(const char* q, const Tile<M>& at) {
   uint32_t rows = 0;

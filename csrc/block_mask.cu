@@ -1,15 +1,16 @@
 // The op vimpac::block_mask.cuda: masks of all clips, their tokens and the packed indices in one launch.
 // vimpac/ops/block_mask.py has the definition.
 //
-// A thread block owns a run of consecutive clips. For each it first notes, in shared memory, which blocks of the mask cover each
-// place on T, on H and on W, a bit each: every lane draws one, a ballot makes the word. A token is masked if the words of its
-// three places have a bit in common. Threads take four neighbours at a time: one call of Philox for i.i.d. masks.
+// A thread block owns a run of consecutive clips. For each it first writes to shared memory which blocks of the mask cover each
+// place on T, on H and on W, one bit a block: every lane draws one, and a ballot makes the word. A token is masked if the words
+// of its three places have a bit in common. Threads take four neighbours at a time, since one call of Philox serves four i.i.d.
+// tokens.
 //
-// Then a block must know how many positions the blocks before it have masked, since their indices stand before its own. It
-// publishes its own number and adds up all of theirs, each read as soon as it is there: one step, not a chain. Blocks number
-// themselves as they start, by a counter, so whoever is waited for is already running, however few fit on the device at once.
-// Last, warps pack the mask: a ballot tells every lane its slot. Unmasked positions write their -1 from the end of `indices`
-// backwards, so nobody waits for the total. Sums are of integers, so results do not depend on who comes first.
+// A thread block's indices come after those of the blocks before it, so it must then know how many positions these have masked.
+// It publishes its own number and adds up all of theirs, reading each as soon as it is there: one step, not a chain. Blocks
+// number themselves by a counter as they start. So a block only waits for blocks that already run, even where few fit on the
+// device at once. Last, warps pack the mask: a ballot gives every lane its slot. Unmasked positions write their -1 from the end
+// of `indices` backwards, so no block waits for the total. Sums are of integers, so results do not depend on the order of blocks.
 //
 // Bytes moved: tokens in and out, 1 for the mask written and read (from a cache), 8 an index.
 
@@ -204,7 +205,7 @@ DEVICE Counter load_again(const Counter* from) {  // what another thread block m
 #endif
 }
 
-DEVICE void publish(Counter* to, Counter value) {  // the number is all that is handed over: no order with other memory
+DEVICE void publish(Counter* to, Counter value) {  // only the number is handed over, so no order with other memory is needed
 #ifdef __CUDACC__
   asm volatile("st.relaxed.gpu.global.u64 [%0], %1;" ::"l"(to), "l"(value) : "memory");
 #else
@@ -271,7 +272,7 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
     if (threadIdx.x == 0) warp::store_one(call.counts + clip, count);
     total += count;
   }
-  // 0 = not there yet. Nobody reads the last one's, so nothing would keep its store from landing after the zeros below.
+  // 0 = not there yet. No block reads the last one's, so its store could land after the zeros below.
   if (threadIdx.x == 0 && ticket + 1 < gridDim.x) publish(call.state + ticket, total + 1);
 
   // Masked in this warp's share, before the thread block, and then before the share. Masks are visible since block_sum.
@@ -304,7 +305,7 @@ __global__ void __launch_bounds__(THREADS_AT_MOST, 4) draw(const Call call) {
 
   if (threadIdx.x >= warp::LANES || warp::shfl(finished, 0) != gridDim.x - 1) return;
   __threadfence();
-  __syncwarp();  // a shuffle orders no memory: lane 0's count, which says that all others have read, comes before every lane's zeros
+  __syncwarp();  // a shuffle orders no memory; lane 0's count, by which all others have read, comes before every lane's zeros
   for (int i = warp::lane(); i < STATE; i += warp::LANES) publish(call.state + i, 0);
 }
 

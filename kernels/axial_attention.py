@@ -1,18 +1,18 @@
 """Axial attention with a shared [CLS] in one launch, forward and backward, for lines of 1 to 64 tokens.
 
-A program, usually a single warp, owns one head of one clip and a share of the lines of that head's axis. It walks over them a
-block of LP rows at a time (LP: 16, 32 or 64). A block holds one line, or, for lines of up to 7 tokens, as many as fit in 16
+A program, usually a single warp, owns one head of one clip and a share of the lines of that head's axis. It walks over them one
+block of LP rows at a time (LP: 16, 32 or 64). A block holds one line or, for lines of up to 7 tokens, as many as fit in 16
 rows, kept apart by a block-diagonal mask. Rows are read in place, whatever the strides.
 
 [CLS] costs no row of the block. Its query, key, value and output gradient are rows 0 to 3 of one constant 16-row matrix c, and
-everything that involves them is a narrow matrix product with it: scores on [CLS] are a column of q cᵀ, what [CLS] adds to a
+everything that involves them is a narrow matrix product with it: scores on [CLS] are a column of q cᵀ, and what [CLS] adds to a
 token's output is one more product, weights · c. Sums over lines ([CLS]'s output, its gradients) collect in the rows of one
-16-row accumulator; each program writes its part, and a second kernel adds the parts in a fixed order. No atomics: the same
+16-row accumulator. Each program writes its part, and a second kernel adds the parts in a fixed order, without atomics: the same
 inputs give the same bits, and a clip's bits do not depend on the batch.
 
-What stands at PAD counts as zeros, in backward too, since 0 · NaN would reach other tokens: keys and values, and queries that
-are not finite. That costs instructions (a third to two thirds more), so only clips with PAD in them pay: each program looks
-whether its clip has any, and a clip without runs the same code as a call without `pad`.
+At PAD, keys and values count as zeros, and so do queries that are not finite, forward and backward: 0 · NaN would reach other
+tokens. That costs a third to two thirds more instructions, so only clips with PAD pay for it: each program checks whether its
+clip has any, and a clip without runs the same code as a call without `pad`.
 
 Backward recomputes the probabilities from q and k. Bytes moved: 4 tensors [B, T, H, W, N, D] forward (q, k, v, out), 7 backward
 (q, k, v, grad, and three gradients).
@@ -68,11 +68,11 @@ class Constants(NamedTuple):
 
 @triton.jit
 def _dot(a, b, total=None):
-    """a @ b (+ total). float32 in three tf32 products of high and low parts, small ones first: float32's accuracy.
+    """a @ b (+ total). float32 is three tf32 products of high and low parts, small ones first, with float32's accuracy.
 
-    Tensor cores cut sums off instead of rounding them, so in float32 none runs on over several products. Triton's own products
-    of float32 ("ieee") are no matrix instructions: backward spilled kilobytes a thread, lines of 64 tokens took up to 50 s to
-    compile, and on sm_100 Triton 3.6 made single tf32 products of some.
+    Tensor cores truncate sums instead of rounding them, so in float32 no sum runs over several products. Triton's own float32
+    products ("ieee") use no matrix instructions: backward spilled kilobytes a thread, lines of 64 tokens took up to 50 s to
+    compile, and on sm_100 Triton 3.6 turned some into single tf32 products.
     """
     if a.dtype == tl.float32:
         a_high = ((a.to(tl.uint32, bitcast=True) + 0x1000) & 0xFFFFE000).to(tl.float32, bitcast=True)
@@ -87,8 +87,8 @@ def _dot(a, b, total=None):
 
 @triton.jit
 def _product(a, b):
-    """a · b, rounded, for sums over lanes: the compiler would make a product and its sum with a neighbour's one instruction, in
-    which the lane's own is not rounded, so that lanes that should hold the same sum differ in its last bit."""
+    """a · b, rounded, for sums over lanes. Otherwise the compiler fuses the product with the addition of a neighbour's: the
+    lane's own product is not rounded, and lanes that should hold the same sum differ in its last bit."""
     return tl.fma(a, b, tl.zeros_like(a))
 
 
@@ -100,7 +100,7 @@ def _halves(w):
 
 @triton.jit
 def _words(row, group, is_cls, seed):
-    """Words of keys 32·group … 32·group + 31 of each row, four times [R, 4]: call c's word w at [:, c] of the w-th."""
+    """Words of keys 32·group … 32·group + 31 of each row, four tensors [R, 4]: word w of call c is at [:, c] of the w-th."""
     rows = row[:, None] + tl.zeros((row.shape[0], 4), tl.int64)
     return philox(rows, (4 * group + tl.arange(0, 4))[None, :], is_cls, seed, 7)
 
@@ -140,7 +140,7 @@ def _keep_long(row, is_cls, seed, L: tl.constexpr, LP: tl.constexpr, THRESHOLD: 
 
 @triton.jit
 def _outer_inner_along(AXIS: tl.constexpr, t, h, w):
-    """What belongs to T, H and W, in the order of a line's number, outer and inner, and then of a place on the line."""
+    """One of t, h, w each for the outer and the inner part of a line's number and for the place on the line."""
     if AXIS == 0:
         return h, w, t
     elif AXIS == 1:
@@ -182,8 +182,8 @@ def _distance(line, place, steps, INNER: tl.constexpr, index: tl.constexpr):
 def _keep_short(block, name, seed, steps, LINES: tl.constexpr, N: tl.constexpr, THRESHOLD: tl.constexpr):
     """`_keep_long` for rows of at most 8 keys: the block's 16 rows of tokens and Q of [CLS] in one draw.
 
-    A row is a call of Philox. In the layouts of probabilities a lane would draw three of them, each four times over; here it
-    draws one, and what changes hands is a word of bits: its keys' at the columns of its line, [CLS]'s at 16.
+    A row is one call of Philox. In the layouts of probabilities a lane would make three calls, each in four lanes at once. Here
+    it makes one, and lanes exchange a word of bits: those of its keys at the columns of its line, [CLS]'s at 16.
     """
     L: tl.constexpr = LINES.L
     Q: tl.constexpr = LINES.Q
@@ -258,19 +258,19 @@ def _lines(block, LINES: tl.constexpr):
 
 @triton.jit
 def _zeros_unless(keep, x):
-    """[R, C] without the rows that are not to be kept, whatever they hold."""
+    """[R, C] with zeros in the rows that are not kept, whatever they hold."""
     return tl.where(keep[:, None], x, tl.zeros_like(x))
 
 
 @triton.jit
 def _whole(score_cls, m_key):
-    """Which queries count as they stand: all but those at PAD that are not finite, whose product with [CLS]'s key is not."""
+    """Which queries count: all but those at PAD that are not finite, as their product with [CLS]'s key shows."""
     return m_key | (tl.abs(score_cls) < float("inf"))
 
 
 @triton.jit
 def _softmax(scores, score_cls, m_line, CONTEXT: tl.constexpr):
-    """exp2(scores) [R, LP] and exp2(score_cls) [R], each row divided by their sum; 0 where there is nothing to sum."""
+    """exp2(scores) [R, LP] and exp2(score_cls) [R], each row divided by its sum; 0 where there is nothing to sum."""
     top = tl.max(scores, 1)
     top = tl.maximum(top, score_cls) if CONTEXT else tl.where(top == float("-inf"), 0.0, top)
     probs = tl.exp2(scores - top[:, None])
@@ -697,11 +697,11 @@ def lines_of_block(length):
 def launch_shape(forward, const, itemsize):
     """num_warps and num_stages.
 
-    Chosen by what the compiled code promises (tools/predicted.py); not measured on a GPU yet. With so many registers a
-    multiprocessor has room for 8 to 16 warps, too few to hide one another's loads: with three stages the next two blocks' are
-    under way. Forward a warp holds 1024 elements of a block, backward 512, and longer blocks have fewer stages: with more,
-    some versions of Triton spill. Left to itself, ptxas spills a few bytes to run 12 warps instead of 8: maxnreg forbids it
-    where that was seen. float32 takes four times the registers: even with more warps backward spills 96 to 264 bytes.
+    Chosen by what tools/predicted.py computes from the compiled code; not measured on a GPU yet. With so many registers a
+    multiprocessor has room for 8 to 16 warps, too few to hide one another's loads, so with three stages the loads of the next
+    two blocks are under way. A warp holds 1024 elements of a block forward and 512 backward. Longer blocks have fewer stages:
+    with more, some versions of Triton spill. By default ptxas spills a few bytes to run 12 warps instead of 8; maxnreg forbids
+    it where that was seen. float32 takes four times the registers: even with more warps, backward spills 96 to 264 bytes.
     """
     rows = max(lines.LP for lines in const.GROUPS)
     elements = rows * const.BD

@@ -1,12 +1,12 @@
 """Masks of all clips, their tokens and the packed indices in one launch; vimpac/ops/block_mask.py has the definition.
 
 A program owns a run of consecutive clips. It draws their masks and writes tokens, mask and counts, a tile of rows (t, h) of W
-tokens at a time; then it must know how many positions the programs before it have masked, since their indices stand before its
-own. It publishes its own number and adds up all of theirs, each read as soon as it is there: one step, not a chain. Unmasked
-positions write their -1 from the end of `indices` backwards, so nobody waits for the total.
+tokens at a time. Its indices come after those of the programs before it, so it must then know how many positions these have
+masked. It publishes its own number and adds up all of theirs, reading each as soon as it is there: one step, not a chain.
+Unmasked positions write their -1 from the end of `indices` backwards, so no program waits for the total.
 
-Programs number themselves as they start, by a counter: whoever is waited for is already running, however few fit on the device
-at once. Sums are of integers, so results do not depend on who comes first.
+Programs number themselves by a counter as they start. So a program only waits for programs that already run, even where few fit
+on the device at once. Sums are of integers, so results do not depend on the order of programs.
 
 Bytes moved: tokens in and out, 1 for the mask written and read, 8 an index.
 """
@@ -26,8 +26,8 @@ from vimpac.kernels.philox import philox
 PROGRAMS = 1024  # at most, a power of two: each reads the numbers of all before it, 4 MB from L2 altogether
 TILE = 1024  # tokens of a tile
 OPTIONS = {"num_warps": 4, "maxnreg": 128, **FUSED}
-# Nothing spills and 4 programs fit on a multiprocessor: 512 clips run at once on 132 of them. With tiles of 2048 noise took 210
-# registers; left to itself the compiler spilled a little to reach 96. Not measured on a GPU yet.
+# Nothing spills, and 4 programs fit on a multiprocessor: 512 clips run at once on 132 of them. With tiles of 2048, noise took
+# 210 registers; without maxnreg the compiler spilled a little to reach 96. Not measured on a GPU yet.
 STATES: dict[tuple[torch.device, int], torch.Tensor] = {}  # a device's stream → the programs' numbers and two counters
 
 
@@ -57,7 +57,7 @@ def _inside(place, length_word, start_word, SIZE: tl.constexpr, LONGEST: tl.cons
 
 @triton.jit
 def _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST: tl.constexpr):
-    """Whether a block covers the token, [rows, places on W]: blocks are bits of a row's and of a column's word."""
+    """Whether a block covers the token, [rows, places on W]. A block is a bit of a row's word and of a column's."""
     GRID: tl.constexpr = CONST.GRID
     LONGEST: tl.constexpr = CONST.LONGEST
     NB: tl.constexpr = CONST.NB
@@ -234,10 +234,10 @@ def constants(grid, n_blocks, independent, noisy, vocab_size):
 
 
 def _state(device):
-    """The zeros that a launch needs and leaves behind: one buffer a stream, on which launches follow one another.
+    """The zeros that a launch needs and leaves behind: one buffer for each stream, whose launches follow one another.
 
-    A graph that is captured gets its own, so that its memory is never used outside of it. A lasting buffer is made by a thread
-    of its own: in the caller's, torch.compile's CUDA graphs may be taking all allocations from a pool that they will reuse.
+    A captured graph gets its own buffer, so that its memory is never used outside of it. A lasting buffer is allocated by a new
+    thread: in the caller's, torch.compile's CUDA graphs may take all allocations from a pool that they reuse later.
     """
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         return _zeros(device)

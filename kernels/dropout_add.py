@@ -1,10 +1,10 @@
 """x + dropout(y) and the gradient of y; vimpac/ops/dropout_add.py has the definition.
 
-A program has some groups of 64 consecutive elements. A group's 16 counters give four words each, word w those of elements
-16w … 16w + 15: so no word is made in vain, and each piece of 16 elements is loaded and stored in 16-byte parts.
+A program takes several groups of 64 consecutive elements. Each of a group's 16 counters gives four words; word w is for
+elements 16w … 16w + 15. So no word is wasted, and each piece of 16 elements is loaded and stored in 16-byte parts.
 
-Bytes moved: x, y and the sum; backward the gradient in and out. Seven rounds of Philox serve four elements, where a generator
-of one word an element makes ten rounds for each.
+Bytes moved: x, y and the sum; backward the gradient in and out. Seven rounds of Philox serve four elements. A generator of one
+word an element makes ten rounds for each.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton.language as tl
 from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
-GROUPS, WARPS = 64, 4  # 32 elements a thread: 16-byte accesses in half precision, too. Not measured on a GPU yet
+GROUPS, WARPS = 64, 4  # 32 elements a thread: 16-byte accesses even in half precision. Not measured on a GPU yet
 
 
 @triton.jit(do_not_specialize=["elements"], do_not_specialize_on_alignment=["seed"])

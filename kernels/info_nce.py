@@ -1,21 +1,21 @@
 """InfoNCE on packed features: no score leaves a tile, forward or backward.
 
-features [N, d] are the videos' features, in bfloat16 as they came or in float32, first views of a rank, then its second views,
-rank after rank; inverse [N] holds 1 / length. This process scores the rows offset…offset + rows against all N columns.
-Scores are (x_i·x_j) / (length_i length_j γ): products of the features themselves, which the tensor cores take in
-bfloat16 as they are, and in float32 as three tf32 products (float32's accuracy; one where torch allows tf32 in its own).
+features [N, d] are the videos' features, in bfloat16 if they came so, else in float32: a rank's first views, then its second
+views, rank after rank. inverse [N] holds 1 / length. This process scores the rows offset…offset + rows against all N columns.
+Scores are (x_i·x_j) / (length_i length_j γ), products of the features themselves. Tensor cores take bfloat16 as it is, and
+float32 as three tf32 products with float32's accuracy (one product where torch allows tf32).
 
 Forward keeps a running maximum and sum a row (online logsumexp). Scores are symmetric, so a row's gradient needs no second pass
 over columns and no gradient of the columns: with p_ij = exp(s_ij - lse_i), g_r rank r's upstream gradient,
 
     d loss / d unit_i = Σ_{j ≠ i} (g_i p_ij + g_j p_ji - 2 g_i [j is i's partner]) unit_j / (m γ)
 
-Where rows alone would not fill the GPU, the columns are split over programs too, whose partial sums are added in a fixed order
-by the kernel that follows. No float is added by atomics: the same inputs give the same bits. Memory beyond the features and
-their gradient: 2 floats a row, and the partial sums.
+Where rows alone would not fill the GPU, several programs share a row's columns, and the kernel that follows adds their partial
+sums in a fixed order. No float is added by atomics: the same inputs give the same bits. Memory beyond the features and their
+gradient: 2 floats a row, and the partial sums.
 
-Tensor cores do not round their sums but cut them off, so an error grows with every step, always towards zero. In float32 no sum
-runs on for long: scores are added up every BK of d, gradients every 2048 columns, by ordinary additions.
+Tensor cores truncate their sums instead of rounding them, so the error grows with every step, always towards zero. In float32
+sums are short: scores are added up every BK of d, gradients every 2048 columns, by ordinary additions.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ BACKWARD = {
     (10, 2): Launch(64, 64, 64, 8, 2, 1),
 }
 MAX_SPLITS = 16
-COLUMNS = 2048  # that one sum on tensor cores runs over, float32 backward: they cut off, 1e-7 a step at worst, in one direction
+COLUMNS = 2048  # of one float32 sum on tensor cores, backward: truncation costs at worst 1e-7 a step, in one direction
 ROWS_PER_PROGRAM = 8  # of the kernels that only read and write
 ROWS_COMBINED = 64  # by a program: 1024 videos have 400 KB of parts, at 64 bytes a clock 4 µs of one multiprocessor alone
 LOG2_E = tl.constexpr(1.4426950408889634)
@@ -144,7 +144,7 @@ def _products(p_i, p_j, m_i, m_j, TILE: tl.constexpr):
         m_k = o_k < D - k
         b_i = tl.load(p_i + o_i[:, None] + (k + o_k)[None, :], mask=m_i[:, None] & m_k[None, :], other=0.0)
         b_j = tl.load(p_j + o_j[None, :] + (k + o_k)[:, None], mask=m_j[None, :] & m_k[:, None], other=0.0)
-        if b_i.dtype == tl.float32:  # tensor cores cut sums off, always towards zero: none runs on for long
+        if b_i.dtype == tl.float32:  # tensor cores truncate sums, so they are short
             products += _dot(b_i, b_j, tl.zeros((BM, BN), tl.float32), TILE.TF32)
         else:
             products = _dot(b_i, b_j, products, TILE.TF32)
@@ -200,7 +200,7 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows", "splits"])
 def _combine(part, sums, count, lse, loss, rows, splits, R: tl.constexpr, SPLITS: tl.constexpr, BS: tl.constexpr):
-    """Logsumexp of R rows a program, and its sum of their losses; whichever program ends last adds these up, in their order."""
+    """Logsumexp of R rows a program, and its sum of their losses; the program that ends last adds these up, in their order."""
     s = tl.arange(0, SPLITS)
     size = splits.to(tl.int64) * rows
     r = tl.program_id(0) * R + tl.arange(0, R)
@@ -386,7 +386,7 @@ def backward(grad, features, inverse, lse, offset, rows, temperature):
 
 
 def forward_learned(features, inverse, learned, offset, rows):
-    """γ goes into the features' lengths: no one waits for a number."""
+    """γ goes into the features' lengths, so that the CPU need not read it."""
     return forward(features, inverse * learned.rsqrt(), offset, rows, 1.0)
 
 
@@ -449,7 +449,7 @@ def options(launch):
 
 
 def registers(launch):
-    """What holds ptxas to the table's resident programs: under Triton 3.7 it took 141 where 128 let two run."""
+    """The limit that lets the table's resident programs fit: under Triton 3.7 ptxas took 141 where two need 128."""
     most = 65536 // (32 * launch.num_warps * launch.resident)
     return {"maxnreg": most} if most < 255 else {}
 

@@ -1,12 +1,12 @@
 """Cross-entropy of a chunk of logits in one launch; products by cuBLAS. vimpac/ops/masked_cross_entropy.py has the definition.
 
-A chunk's logits are a product in the operands' dtype. A program takes one row of them: adds the bias, finds the largest logit
-and the sum of exponentials, and puts the gradient softmax - one_hot in the logits' place. Two more products then add the chunk
-to the gradients of hidden and weight. The row is read three times, the last two from L1 (8197 bf16 are 16 KB): finding the
-largest logit first costs no exponential, so each logit takes two, not three.
+A chunk's logits are a product in the operands' dtype. A program takes one row of them: it adds the bias, finds the largest
+logit and the sum of exponentials, and overwrites the logits with the gradient softmax - one_hot. Two more products then add the
+chunk to the gradients of hidden and weight. The row is read three times, the last two from L1 (8197 bf16 are 16 KB). Finding
+the largest logit first takes no exponential, so each logit takes two, not three.
 
-Losses and hits are written row by row and summed at the end: no atomics, the same sum every time. No sync: rows that do not
-count (negative target) are zeros, not left out.
+Losses and hits are written row by row and summed at the end, without atomics: the same sum every time. Rows that do not count
+(negative target) are zeros instead of being left out, so nothing waits for their number.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import triton.language as tl
 
 from vimpac.kernels.fusion import FUSED
 
-# Logits at once: with the weight (12.6 MB of bf16 at [8197, 768]) they stay in an H100's 50 MB of L2 until the products read
-# them. In bf16 that is 2048 rows of 8197: 528 tiles of 128×256, 4 on each of 132 multiprocessors. Not measured on a GPU yet.
+# Bytes of logits at once. With the weight (12.6 MB of bf16 at [8197, 768]) they stay in an H100's 50 MB of L2 until the
+# products read them. In bf16 that is 2048 rows of 8197: 528 tiles of 128×256, 4 on each of 132 multiprocessors. Not measured
+# on a GPU yet.
 CHUNK_BYTES = 36 << 20
 CHUNK_STEP = 256  # rows, whole tiles of a product
 ROW_STEP = 64  # columns a row is padded to: 16-byte loads and tensor cores need rows that start on 16 bytes, 8197 is odd

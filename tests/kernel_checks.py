@@ -192,7 +192,7 @@ def uneven_sums(sass: str) -> list[str]:
 def resident_programs(binary: Binary, architecture: int, warps: int) -> int:
     """Programs that a multiprocessor holds at a time, by 65,536 registers, which a warp takes in eights a lane, and by shared
     memory, of which each program costs another KiB (CUDA programming guide)."""
-    registers = 8 * math.ceil(int(re.search(r"REG:(\d+)", binary.usage)[1]) / 8)
+    registers = 8 * math.ceil(int(re.findall(r"REG:(\d+)", binary.usage)[0]) / 8)
     by_shared = (SHARED_BYTES[architecture] + 1024) // (binary.shared + 1024)
     return min(65536 // (32 * warps * registers), by_shared)
 
@@ -258,7 +258,7 @@ def launches_compile_only(architecture: int = 90):
         yield names
 
 
-# --- bytes asked of memory --------------------------------------------------------------------------------------------
+# --- bytes moved ------------------------------------------------------------------------------------------------------
 
 
 class EagerBytes(TorchDispatchMode):

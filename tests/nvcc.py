@@ -77,9 +77,10 @@ def kernels(report: str) -> list[dict]:
     """A report's kernels: name (mangled), architecture, registers, stack, spilled (bytes)."""
     found = []
     for part in report.split("Compiling entry function")[1:]:
-        name, architecture = re.search(r"'(\S+)' for 'sm_(\w+)'", part).groups()
-        stack, stores, loads = map(int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part).groups())
-        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        ((name, architecture),) = re.findall(r"'(\S+)' for 'sm_(\w+)'", part)
+        frame = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+)", part)[0]
+        stack, stores, loads = map(int, frame)
+        registers = int(re.findall(r"Used (\d+) registers", part)[0])
         found.append(dict(name=name, architecture=architecture, registers=registers, stack=stack, spilled=stores + loads))
     return found
 

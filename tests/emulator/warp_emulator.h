@@ -120,7 +120,7 @@ struct Buffer {
   bool writable;
 };
 inline std::vector<Buffer> buffers;
-inline uint64_t bytes_loaded, bytes_stored;  // asked of global memory since `forget_buffers`
+inline uint64_t bytes_loaded, bytes_stored;  // of global memory since `forget_buffers`
 
 inline void forget_buffers() {
   buffers.clear();

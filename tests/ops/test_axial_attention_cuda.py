@@ -351,7 +351,7 @@ def test_gpu_empty_batches():
 
 @needs_gpu
 def test_gpu_views_that_start_anywhere():
-    """Between two pieces of 16 bytes, too."""
+    """Even between two pieces of 16 bytes."""
     whole = torch.randn(62 * 3 * 4 * 32 + 1, device="cuda", dtype=torch.bfloat16)
     grad = torch.randn(62 * 4 * 32 + 1, device="cuda", dtype=torch.bfloat16)
 

@@ -296,7 +296,7 @@ def test_cuda_graph_draws_anew():
 
 @needs_gpu
 def test_reduce_overhead_and_its_pool():
-    """torch.compile's own CUDA graphs, which check that nobody keeps memory of their pool."""
+    """torch.compile's own CUDA graphs, which check that no tensor keeps memory of their pool."""
     compiled = torch.compile(lambda *call: block_mask(*call, backend="cuda"), fullgraph=True, mode="reduce-overhead")
     tokens, ids = clips(40, (5, 16, 16), "cuda"), torch.arange(40, device="cuda")
     for value in (1, 2, 3, 4):

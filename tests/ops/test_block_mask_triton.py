@@ -173,7 +173,7 @@ def test_cuda_graph_draws_anew(kernels):
 @pytest.mark.gpu
 @needs_a_gpu
 def test_reduce_overhead_and_its_pool(kernels):
-    """torch.compile's own CUDA graphs, which check that nobody keeps memory of their pool."""
+    """torch.compile's own CUDA graphs, which check that no tensor keeps memory of their pool."""
     compiled = torch.compile(lambda *call: block_mask(*call, backend="triton"), fullgraph=True, mode="reduce-overhead")
     tokens, ids = clips(40, (5, 16, 16), DEVICE), torch.arange(40, device=DEVICE)
     for value in (1, 2, 3, 4):

@@ -87,8 +87,8 @@ def test_strides_and_offsets():
 
 @runs_in_interpreter
 def test_counters_past_32_bits(monkeypatch):
-    """Element 2^34 has counter 2^32, whose carry is the second word. Seen with the program of that element's group alone, which
-    is made to stand at the beginning of the tensors."""
+    """Element 2^34 has counter 2^32, whose carry is the second word. Only the program of that element's group runs, moved to
+    the beginning of the tensors."""
     from triton.runtime.interpreter import InterpreterBuilder
 
     from vimpac.kernels import dropout_add as kernels
