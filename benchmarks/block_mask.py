@@ -20,10 +20,10 @@ from torch import Tensor
 import harness
 import naive
 from harness import Benchmark, Case, Impl
+from vimpac.config import MASK_OFFSET
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import block_mask, block_mask_reference
 from vimpac.ops.block_mask import expected_block_ratio
-from vimpac.special_ids import MASK_OFFSET
 
 SEED, VOCABULARY = 3, 8192
 CLIPS = 512

@@ -43,12 +43,12 @@ import torch
 import harness
 import timing
 from harness import Benchmark, Case, Impl
+from vimpac.config import PAD_OFFSET
 from vimpac.data.clips import ClipPairs
 from vimpac.data.format import StoreSettings, TokenizerInfo
 from vimpac.data.store import StoreWriter, TokenStore, finish_store
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import block_mask, block_mask_reference
-from vimpac.special_ids import PAD_OFFSET
 
 SEED, VOCABULARY = 3, 8192
 VIDEOS_A_BATCH = 128

@@ -37,9 +37,8 @@ import report
 import timing
 from harness import Benchmark, Case, Impl
 from training import BOUNDS, TINY, Cell, Stores, Trained
-from vimpac.config import ModelConfig
+from vimpac.config import SPECIAL_IDS, ModelConfig
 from vimpac.layouts import axis_dimensions, parse_layout
-from vimpac.model.backbone import SPECIAL_IDS
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops.block_mask import expected_block_ratio
 from vimpac.training import profile

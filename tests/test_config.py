@@ -77,6 +77,7 @@ def test_bad_model(options, message):
         ({"seed": 2**63 - 1}, "seed must be"),
         ({"warmup": 1.0}, r"warmup must be in \[0, 1\)"),
         ({"held_out": 0.0}, "held_out must be above 0"),
+        ({"steps": 9, "epochs": 10.0, "schedule_epochs": 5.0}, "with --steps their ratio counts, so give both"),
         ({"held_out": 2.5}, "held_out must be a share below 1, or a number of videos, got 2.5"),
         ({"mask": "iid", "mask_ratio": 0.0}, "mask_ratio must be above 0"),
         ({"betas": (0.9, 1.0)}, "betas"),

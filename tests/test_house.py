@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # From the ground up. A file may import its own floor and those below it, and no two files import each other.
 FLOORS = (
-    ("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.special_ids", "vimpac.dropout_rate", "vimpac.meta"),
+    ("vimpac", "vimpac.errors", "vimpac.layouts", "vimpac.dropout_rate", "vimpac.meta"),
     ("vimpac.config",),
     ("vimpac.files", "vimpac.processes", "vimpac.console"),
     ("vimpac.data", "vimpac.figures"),

@@ -90,6 +90,11 @@ def test_released_positions_of_another_grid_are_interpolated():
     assert_close(larger.backbone.positions.width, model.backbone.positions.width)
 
 
+def test_an_empty_checkpoint():
+    with pytest.raises(InputError, match=r"layers=1, layout='T,H.W' and head_layers=3 take 5 tensors or more, it holds 0"):
+        from_authors({}, CONFIG)
+
+
 def test_checkpoint_that_does_not_fit():
     state = released(PretrainModel(CONFIG))
     with pytest.raises(InputError, match=r"missing \['backbone.transformer.resblocks.1"):

@@ -14,6 +14,8 @@ MOST_PIXELS = 100_000_000  # of a generated video
 # What float32 holds, with room on both sides: eps of less would be 0, a learning rate of more infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
 WIDEST = 2**20
+# The ids after a vocabulary of V codes, numbered as in the released weights: V + 1, V + 4. csrc/block_mask.h repeats them.
+SPECIAL_IDS, PAD_OFFSET, MASK_OFFSET = 5, 1, 4
 
 
 @dataclass(frozen=True)
@@ -153,11 +155,11 @@ class ModelConfig:
 
     @property
     def pad_id(self) -> int:
-        return self.vocab_size + 1
+        return self.vocab_size + PAD_OFFSET
 
     @property
     def mask_id(self) -> int:
-        return self.vocab_size + 4
+        return self.vocab_size + MASK_OFFSET
 
     @classmethod
     def small(cls, **options) -> ModelConfig:
@@ -250,7 +252,7 @@ class TrainConfig:
     """Largest distance of a video's two clips in seconds (Table 10); None = anywhere."""
 
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32. (A CPU with AMX is faster in bf16, too.)"""
+    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32. (A CPU with AMX is also faster in bf16.)"""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of embedding, layers and token head; auto = on a CUDA device that can."""
     graphs: bool = False
@@ -265,7 +267,7 @@ class TrainConfig:
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
     log_every: int = 10
-    """Updates between two looks at the metrics, with several GPUs at signals too (each update gets its line all the same)."""
+    """Updates between two looks at the metrics, and with several GPUs at signals. Each update gets its line anyway."""
     save_every: int = 500
     """Updates between checkpoints."""
     keep_checkpoints: int = 2
@@ -311,7 +313,8 @@ class TrainConfig:
         )
         schedule = self.schedule_epochs
         fits = schedule is None or self.epochs <= schedule < math.inf
-        _require(fits, "schedule_epochs", schedule, f"at least epochs={self.epochs}, and finite")
+        ratio = "" if self.steps is None else " (with --steps their ratio counts, so give both)"
+        _require(fits, "schedule_epochs", schedule, f"at least epochs={self.epochs}, and finite{ratio}")
         _require((schedule or 1) <= 1e6, "schedule_epochs", schedule, "at most 1e+06")
         _require(
             self.alpha == 0 or self.contrastive_videos >= 2,

@@ -265,5 +265,17 @@ def test_resume_with_what_auto_stands_for(main, damaged_run, store_folder):
 
 
 def test_resume_without_a_run_starts_one(main, output, store_folder):
-    assert main(arguments(store_folder, output, resume=True, steps=1))[0] == 0
+    status, said = main(arguments(store_folder, output, resume=True, steps=1))
+    assert status == 0 and f"{output} holds no run to resume: a new one begins\n" in said
     assert [line["step"] for line in metrics(output)] == [1, 1]
+    status, said = main(arguments(store_folder, output, resume=True, steps=1))
+    assert status == 0 and "no run to resume" not in said
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "curves.png"])
+def test_a_folder_where_the_run_writes_a_file(main, damaged_run, store_folder, name):
+    """Said at the start, not after the last update."""
+    (damaged_run / name).unlink(missing_ok=True)
+    (damaged_run / name).mkdir()
+    words = arguments(store_folder, damaged_run, resume=True)
+    refused(main, words, damaged_run, f"{damaged_run / name} is a folder, where the run writes a file: move it")

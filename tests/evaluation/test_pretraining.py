@@ -19,6 +19,7 @@ from vimpac.evaluation.pretraining import (
     partners_found,
 )
 from vimpac.model import backbone
+from vimpac.ops import info_nce_reference
 
 PAD = VOCABULARY + 1
 
@@ -127,10 +128,11 @@ def test_most_frequent_token_is_never_pad(store_folder):
 
 def test_evaluate_counts(pairs):
     """Shares and retrieval of one evaluation, recomputed from the step's masks and the model's plain outputs."""
-    step = make_step().eval()
+    step = make_step(temperature=0.3).eval()
     result = evaluate(step, pairs, batches=3, videos=4, micro_batch=1, most_frequent=2)
     hits = np.zeros(3, int)
     masked = found = 0
+    losses = []
     for i in range(3):
         batch = pairs.batch(4 * i, 4)
         tokens, ids = torch.from_numpy(batch.tokens), torch.from_numpy(batch.sample_ids) + HELD_OUT_IDS
@@ -138,7 +140,10 @@ def test_evaluate_counts(pairs):
         with torch.no_grad():
             cls, hidden = step.model.backbone(masks.tokens)
             guess = step.model.token_head(hidden).argmax(-1)[masks.mask]
-            found += partners_found(step.model.cls_head(cls))
+            z = step.model.cls_head(cls)
+            found += partners_found(z)
+            z1, z2 = torch.nn.functional.normalize(z, dim=-1).chunk(2)
+            losses.append(0.3 * info_nce_reference(z1, z2, z1, z2, 0, 0.3))
         truth = tokens[masks.mask]
         copies = nearest_visible(tokens, masks.mask, PAD)
         hits += np.array([int((x == truth).sum()) for x in (guess, torch.full_like(truth, 2), copies)])
@@ -146,6 +151,7 @@ def test_evaluate_counts(pairs):
     names = ("mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy")
     assert [result[name] for name in names] == (hits / masked).tolist() and hits.min() > 0
     assert result["masked_tokens"] == masked and result["retrieval_clips"] == 24
+    assert result["cl_loss"] == pytest.approx(float(sum(losses) / 3), rel=1e-5)  # float32 sums in another order
     assert result["retrieval_accuracy"] == found / 24 and result["retrieval_chance"] == 1 / 7 and 0 < found < 24
 
 
@@ -153,7 +159,9 @@ def test_one_video_has_no_retrieval(pairs):
     """A clip's only candidate would be its partner."""
     result = evaluate(make_step(), pairs, 2, 1, 1, 0)
     assert result["mask_accuracy"] is not None and result["retrieval_clips"] == 4
-    assert all(result[name] is None for name in ("retrieval_accuracy", "histogram_retrieval_accuracy", "retrieval_chance"))
+    assert all(
+        result[name] is None for name in ("cl_loss", "retrieval_accuracy", "histogram_retrieval_accuracy", "retrieval_chance")
+    )
 
 
 def test_no_answer_is_shown(pairs, monkeypatch):

@@ -9,7 +9,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from extension import needs_compiler, needs_cpu
 from vimpac.config import ModelConfig
 from vimpac.model.backbone import Backbone
-from vimpac.model.recompute import recomputing, remade
+from vimpac.model.recompute import recomputed, recomputing
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 MODEL = {"layers": 2, "width": 32, "heads": 4, "grid": (3, 4, 4), "vocab_size": 20, "head_width": 8, "dropout": 0.1}
@@ -89,7 +89,7 @@ def test_the_gradient_is_made_from_what_is_remade():
 
     x, w = torch.randn(5, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     with recomputing():
-        y = F.linear(remade(double, x), w)
+        y = F.linear(recomputed(double, x), w)
     assert calls == [True]
     y.square().sum().backward()
     assert calls == [True, False]
@@ -99,13 +99,13 @@ def test_the_gradient_is_made_from_what_is_remade():
 def test_a_view_of_it():
     x, w = torch.randn(4, 2, 3, requires_grad=True), torch.randn(5, 6, requires_grad=True)
     with recomputing():
-        y = F.linear(remade(torch.exp, x).flatten(1), w)
+        y = F.linear(recomputed(torch.exp, x).flatten(1), w)
     y.sum().backward()
     torch.testing.assert_close(w.grad, x.detach().exp().flatten(1).sum(0).expand(5, -1))
 
 
 def test_another_tensor_in_the_same_memory():
-    """A remade tensor that nobody kept is gone; what lies where it lay is kept as it is."""
+    """A recomputed tensor may be freed; another tensor at its address is stored as it is."""
     x, memory = torch.randn(64, requires_grad=True), torch.empty(64)
 
     class Exp(torch.autograd.Function):
@@ -118,7 +118,7 @@ def test_another_tensor_in_the_same_memory():
             return grad
 
     with recomputing():
-        gone = remade(Exp.apply, x)
+        gone = recomputed(Exp.apply, x)
         assert gone.data_ptr() == memory.data_ptr()
         del gone
         other = memory.view(64).fill_(3.0)
@@ -129,7 +129,7 @@ def test_another_tensor_in_the_same_memory():
 def test_a_part_of_it_is_kept():
     x = torch.randn(6, 4, requires_grad=True)
     with recomputing():
-        y = remade(torch.exp, x)
+        y = recomputed(torch.exp, x)
         z = y[:3] * y[:3]  # starts at the same address
     z.sum().backward()
     torch.testing.assert_close(x.grad[:3], 2 * (2 * x.detach()[:3]).exp())
@@ -145,11 +145,11 @@ def test_off():
         return x * 2
 
     x, linear = torch.randn(2, 3, requires_grad=True), nn.Linear(3, 3)
-    linear(remade(double, x)).sum().backward()
+    linear(recomputed(double, x)).sum().backward()
     with recomputing(enabled=False):
-        linear(remade(double, x)).sum().backward()
+        linear(recomputed(double, x)).sum().backward()
     with torch.no_grad(), recomputing():
-        linear(remade(double, x))
+        linear(recomputed(double, x))
     assert len(calls) == 3
 
 

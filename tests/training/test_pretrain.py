@@ -199,6 +199,21 @@ def one_line(step=1, **values):
     return {"step": step, "learning_rate": 0.1, "grad_norm": torch.tensor(1.0), "loss": torch.tensor(2.0)} | values
 
 
+# --- the paper's CL-Loss --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("options", [{}, {"micro_batch": 2}, {"alpha": 0.5, "temperature": 0.3}], ids=str)
+def test_cl_loss_is_the_temperature_times_the_contrastive_loss(store_folder, tmp_path, undrawn, options):
+    """γ · L_cl, whatever α is and however the batch is split; on held-out clips as well, and null without the task."""
+    pretrain(tiny_config(data=str(store_folder), output=str(tmp_path / "run"), steps=2, **options))
+    *lines, final = metrics(tmp_path / "run")
+    gamma = options.get("temperature", 0.2)
+    assert [line["cl_loss"] for line in lines] == pytest.approx([gamma * line["contrastive_loss"] for line in lines], rel=1e-6)
+    assert 0 < final["cl_loss"] < 2 * gamma * np.log(8)  # chance is γ · log of the 7 or 8 clips that one is told from
+    pretrain(tiny_config(data=str(store_folder), output=str(tmp_path / "alone"), steps=1, alpha=0.0))
+    assert all(line["cl_loss"] is None for line in metrics(tmp_path / "alone"))
+
+
 # --- losses that are not finite -------------------------------------------------------------------------------------------
 
 

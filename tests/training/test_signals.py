@@ -25,20 +25,6 @@ from vimpac.training.signals import StopRequest, handling_signals
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = World(0, 1, torch.device("cpu"))
-LINE = {
-    "step",
-    "loss",
-    "mask_loss",
-    "contrastive_loss",
-    "cl_loss",
-    "mask_accuracy",
-    "learning_rate",
-    "grad_norm",
-    "videos_per_second",
-    "data_wait_share",
-}
-FINAL = {"mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy", "retrieval_accuracy", "retrieval_chance"}
-FINAL |= {"histogram_retrieval_accuracy", "cl_loss"}
 
 
 @pytest.mark.parametrize("update", [1, 3, 5])
@@ -53,6 +39,22 @@ def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, updat
     run(arguments(store_folder, folder, save_every=2, resume=True), tmp_path / "log")
     assert metrics(folder) == metrics(finished_run)
     assert model_bytes(folder) == model_bytes(finished_run)
+
+
+def test_a_terminal_that_hangs_up(monkeypatch):
+    """SIGHUP ends a run as SIGTERM does, unless it is ignored, as under nohup."""
+    seen = []
+    for before, noticed in ((signal.SIG_DFL, [signal.SIGHUP]), (signal.SIG_IGN, [])):
+        kept = signal.signal(signal.SIGHUP, before)
+        try:
+            with handling_signals(lambda number, _: seen.append(number)):
+                if noticed:
+                    signal.raise_signal(signal.SIGHUP)
+                assert (signal.getsignal(signal.SIGHUP) == signal.SIG_IGN) == (before == signal.SIG_IGN)
+            assert seen == noticed and signal.getsignal(signal.SIGHUP) == before
+        finally:
+            signal.signal(signal.SIGHUP, kept)
+        seen.clear()
 
 
 @pytest.mark.parametrize("ranks, ends", [(1, 2), (2, 3)])

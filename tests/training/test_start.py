@@ -16,26 +16,10 @@ from runs import (
 )
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
-from vimpac.training.distributed import World
 from vimpac.training.pretrain import pretrain
 from vimpac.training.start import interpolate_moments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-CPU = World(0, 1, torch.device("cpu"))
-LINE = {
-    "step",
-    "loss",
-    "mask_loss",
-    "contrastive_loss",
-    "cl_loss",
-    "mask_accuracy",
-    "learning_rate",
-    "grad_norm",
-    "videos_per_second",
-    "data_wait_share",
-}
-FINAL = {"mask_accuracy", "most_frequent_accuracy", "nearest_copy_accuracy", "retrieval_accuracy", "retrieval_chance"}
-FINAL |= {"histogram_retrieval_accuracy", "cl_loss"}
 
 
 @pytest.fixture(scope="module")

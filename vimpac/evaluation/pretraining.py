@@ -69,8 +69,7 @@ def evaluate(
         retrieved += partners_found(features)
         by_histogram += partners_found(torch.cat(counts))
         if objective.contrasts:
-            first, second = features.chunk(2)
-            losses.append(objective.temperature * info_nce(first, second, objective.temperature))
+            losses.append(scaled_contrastive_loss(features, objective.temperature))
     model.train(training)
     shares = {name: count / max(tokens_seen, 1) if objective.mask_task else None for name, count in hits.items()}
     clips_seen = 2 * videos * batches
@@ -82,6 +81,12 @@ def evaluate(
         "masked_tokens": tokens_seen,
         "retrieval_clips": clips_seen,
     }
+
+
+def scaled_contrastive_loss(features: Tensor, temperature: float) -> Tensor:
+    """γ · L_cl (Eq. 5) of features [2n, head_out]: first clips, then second clips."""
+    first, second = features.chunk(2)
+    return temperature * info_nce(first, second, temperature)
 
 
 class _Seen(NamedTuple):

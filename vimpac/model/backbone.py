@@ -13,16 +13,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vimpac.config import ModelConfig
+from vimpac.config import SPECIAL_IDS, ModelConfig
 from vimpac.layouts import parse_layout
 from vimpac.model.linear import Linear
 from vimpac.model.positions import Positions
-from vimpac.model.recompute import recomputing, remade
+from vimpac.model.recompute import recomputed, recomputing
 from vimpac.ops import axial_attention_packed, dropout, dropout_add
 from vimpac.ops.axial_attention import draws_from_generator
 from vimpac.ops.lines import unpack
 
-SPECIAL_IDS = 5
 NORM_EPS = 1e-12  # BERT's
 INIT_STD = 0.02
 
@@ -139,8 +138,8 @@ class Residual(nn.Module):
 
     def residual(self, x: Tensor, seed: Tensor | None, pad: Tensor | None = None) -> Tensor:
         if not self.pre:
-            return remade(self.norm, dropout_add(x, self.transform(x, seed, pad), self.dropout_p, seed))
-        normalised = remade(self.norm, x)
+            return recomputed(self.norm, dropout_add(x, self.transform(x, seed, pad), self.dropout_p, seed))
+        normalised = recomputed(self.norm, x)
         y = self.transform(normalised, seed, pad)
         return dropout_add(normalised if self.adds_to_normalised else x, y, self.dropout_p, seed)
 
@@ -171,7 +170,7 @@ class AttentionBlock(Residual):
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [R, 3, N, D]
         arguments = (qkv, self.grid, self.axes, pad, self.dropout_p, seed, self.cls_in_context)
         same_again = self.dropout_p == 0 or not draws_from_generator(self.axes, (1, *self.grid))
-        out = remade(axial_attention_packed, *arguments) if same_again else axial_attention_packed(*arguments)
+        out = recomputed(axial_attention_packed, *arguments) if same_again else axial_attention_packed(*arguments)
         return self.project(out.flatten(1))
 
 
@@ -187,7 +186,7 @@ class MLP(Residual):
         return self.residual(x, seed)
 
     def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
-        return self.project(remade(F.gelu, self.expand(x)))
+        return self.project(recomputed(F.gelu, self.expand(x)))
 
 
 def dropout_seeds(device: torch.device, backbone: Backbone) -> Tensor:

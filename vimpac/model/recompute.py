@@ -1,22 +1,22 @@
-"""Selective activation checkpointing: what is cheap to compute again is not kept for the backward pass.
+"""Selective activation checkpointing: what is cheap to recompute is not stored for the backward pass.
 
-A transformer layer keeps, for each row of width C: the inputs of its norms (1 C each), q, k and v (3 C a block) and what goes
-into GELU (4 C). What comes out of norms, GELU and attention goes into a linear layer, which would keep it too (1, 4 and 1 C);
-here autograd keeps how to make it again instead: one pointwise or attention kernel each, no matrix product.
+A transformer layer stores, for each row of width C: the inputs of its norms (1 C each), q, k and v (3 C a block) and the
+input of GELU (4 C). The outputs of norms, GELU and attention are inputs of a linear layer, which would store them as well (1,
+4 and 1 C). Here autograd stores how to recompute them instead: one pointwise or attention kernel each, no matrix product.
 
     with recomputing():
-        x = remade(norm, s)         # norm(s); whoever wants to keep x for its backward pass keeps `s` and `norm` instead
+        x = recomputed(norm, s)     # norm(s); an op that saves x for its backward pass stores `s` and `norm` instead
         y = linear(x)
 
-Under autocast a linear layer keeps its input's copy in half precision instead, which is not made again: that takes the place
-of half the memory saved.
+Under autocast a linear layer stores its input's copy in half precision, which is not recomputed. That costs half of the
+memory saved.
 
-Unlike torch.utils.checkpoint there is no region to run again: each tensor is made again on its own, when it is asked for.
+Unlike torch.utils.checkpoint there is no region to run again: each tensor is recomputed on its own, when backward needs it.
 
-In compiled code `remade` is a plain call: what to keep is the choice of torch's partitioner, a minimum cut of the graph. Left
-to itself it keeps what its rules of thumb call expensive to have twice, outputs of norms and GELU among them. What is compiled
-inside `recomputing` is cut without those rules: elementwise results are made again, inside the kernels that use them;
-products, attention and random numbers are kept.
+In compiled code `recomputed` is a plain call. What to store is the choice of torch's partitioner, a minimum cut of the graph.
+Its default heuristics store what they consider expensive, outputs of norms and GELU among them. What is compiled inside
+`recomputing` is cut without those heuristics: elementwise results are recomputed inside the kernels that use them; products,
+attention and random numbers are stored.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ import torch._functorch.config as partitioner
 from torch import Tensor
 
 _recipes: ContextVar[dict[int, tuple[weakref.ref, Callable[[], Tensor]]] | None] = ContextVar("recipes", default=None)
-# The rules of thumb by which the partitioner keeps elementwise results: where they are used far from where they were made, or
-# by a matrix product of the backward pass. Those that a torch does not know are left out.
+# The heuristics by which the partitioner stores elementwise results: if they are used far from where they were computed, or by
+# a matrix product of the backward pass. Heuristics that a version of torch does not have are left out.
 RULES = ("ban_recompute_used_far_apart", "ban_recompute_materialized_backward")
 NO_RULES = {name: False for name in RULES if hasattr(partitioner, name)}
 
 
 @contextmanager
 def recomputing(enabled: bool = True) -> Iterator[None]:
-    """Inside, tensors from `remade` are not kept for backward, nor elementwise results of what is compiled for the first time.
+    """Inside, tensors from `recomputed` are not stored for backward, nor elementwise results of what is compiled there first.
 
-    Does nothing without gradients, or in what is being compiled itself.
+    Does nothing without gradients, or while compiling.
     """
     if not enabled or torch.compiler.is_compiling() or not torch.is_grad_enabled():
         yield
@@ -54,8 +54,8 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
         _recipes.reset(token)
 
 
-def remade(function: Callable[..., Tensor], *arguments) -> Tensor:
-    """function(*arguments), which must give the same bits when it is called again."""
+def recomputed(function: Callable[..., Tensor], *arguments) -> Tensor:
+    """function(*arguments), which must give the same bits on every call."""
     out = function(*arguments)
     recipes = None if torch.compiler.is_compiling() else _recipes.get()
     if recipes is not None and out.requires_grad:
@@ -65,7 +65,7 @@ def remade(function: Callable[..., Tensor], *arguments) -> Tensor:
 
 
 class _Recipe:
-    """How to make a tensor of this shape again."""
+    """How to recompute a tensor of this shape."""
 
     def __init__(self, make: Callable[[], Tensor], shape: torch.Size):
         self.make, self.shape = make, shape

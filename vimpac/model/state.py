@@ -25,9 +25,8 @@ def empty_model(make: Callable[[ModelConfig], M], config: ModelConfig, tensors: 
     """
     blocks = config.layers * len(parse_layout(config.layout, config.heads)) + config.head_layers
     if blocks > tensors:
-        raise InputError(
-            f"layers={config.layers}, layout={config.layout[:60]!r} and head_layers={config.head_layers} need more"
-        )
+        shape = f"layers={config.layers}, layout={config.layout[:60]!r} and head_layers={config.head_layers}"
+        raise InputError(f"{shape} take {blocks} tensors or more, it holds {tensors}")
     try:
         with without_memory():
             return make(config)

@@ -22,10 +22,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vimpac.config import ModelConfig
+from vimpac.config import MASK_OFFSET, PAD_OFFSET, ModelConfig
 from vimpac.ops import dispatch
 from vimpac.ops.philox import below, philox, seed_tensor, split_words
-from vimpac.special_ids import MASK_OFFSET, PAD_OFFSET
 
 BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word

@@ -53,6 +53,7 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
     schedule = plan_steps(config.steps, config.epochs, config.schedule_epochs, config.batch_size, videos)
     calls, memory = check_machine(config, plan, world)
     run, description = Path(config.output), describe(config, store)
+    resumes = (run / "config.json").exists()
     checkpoint = open_run(run, description, config.resume, store, world.device)
     compiled, why_not = resolve_compile(config.compile, world.device)
     # Build the model and its loop.
@@ -64,6 +65,7 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
     log = MetricsLog(run, world, loop.step, METRICS)
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
         for note in (
+            f"{run} holds no run to resume: a new one begins" if config.resume and not resumes else None,
             few_videos(videos, config.contrastive_videos),
             plain_ops(calls, world.device),
             None if checkpoint else log.recomputed(),

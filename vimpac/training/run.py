@@ -29,6 +29,8 @@ from vimpac.training.device import resolve_precision
 from vimpac.training.distributed import World
 from vimpac.training.metrics import read_lines
 
+WRITTEN_LAST = ("model.safetensors", "curves.png", "profile.json")
+
 # What changes neither samples nor masks, nor losses beyond rounding and the draws of dropout. (A micro-batch of several
 # contrastive groups is also what batch norm spans, and what the mask loss is a mean over the masked tokens of; restarts with
 # another number of processes may need another one.)
@@ -49,6 +51,9 @@ def describe(config: Any, store: TokenStore) -> dict:
 def open_run(run: Path, description: dict, resume: bool, store: TokenStore, device: torch.device) -> dict | None:
     """The checkpoint to resume from, if there is one. Writes nothing; raises InputError when this run may not go there."""
     path = run / "config.json"
+    for name in WRITTEN_LAST:
+        if (run / name).is_dir():
+            raise InputError(f"{run / name} is a folder, where the run writes a file: move it, or give another --output")
     if path.exists():
         if not resume:
             raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: a run ends after an update, with a checkpoint."""
+"""SIGTERM, SIGHUP and Ctrl-C: a run ends after an update, with a checkpoint."""
 
 from __future__ import annotations
 
@@ -53,8 +53,12 @@ class StopRequest:
 
 @contextmanager
 def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Have `handler` called on SIGTERM and SIGINT, instead of the process ending there."""
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT)}
+    """Have `handler` called on SIGTERM, SIGHUP and SIGINT, instead of the process ending there.
+
+    SIGHUP stays ignored where it is, as under nohup.
+    """
+    hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
+    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
     try:
         yield
     finally:
