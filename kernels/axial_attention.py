@@ -28,6 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.dropout_rate import dropout_scale, dropout_threshold
 from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
@@ -646,7 +647,6 @@ def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
     """shape [T, H, W, 3, N, D], strides of T, H, W."""
     grid, (N, D) = tuple(shape[:3]), shape[4:]
     groups = groups_of(grid, axes)
-    threshold = min(round(dropout_p * 65536), 65535)
     extent = sum((size - 1) * stride for size, stride in zip(grid, strides, strict=True))
     return Constants(
         GROUPS=groups,
@@ -658,8 +658,8 @@ def constants(shape, strides, axes, padded, dropout_p, cls_in_context):
         SPLITS=triton.cdiv(max(triton.cdiv(lines.S, lines.PACK) for lines in groups), BLOCKS),
         SCALE=D**-0.5,
         LOG2=D**-0.5 * 1.4426950408889634,
-        THRESHOLD=threshold,
-        KEPT=65536 / (65536 - threshold),
+        THRESHOLD=dropout_threshold(dropout_p, 16),
+        KEPT=dropout_scale(dropout_p, 16),
         CONTEXT=cls_in_context,
         PAD=padded,
         WIDE=max(3 * math.prod(grid) * N * D, extent) >= 2**31,

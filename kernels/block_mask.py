@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.config import MASK_OFFSET, PAD_OFFSET
 from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
@@ -28,6 +29,7 @@ TILE = 1024  # tokens of a tile
 OPTIONS = {"num_warps": 4, "maxnreg": 128, **FUSED}
 # Nothing spills, and 4 programs fit on a multiprocessor: 512 clips run at once on 132 of them. With tiles of 2048, noise took
 # 210 registers; without maxnreg the compiler spilled a little to reach 96. Not measured on a GPU yet.
+PAD, MASK = tl.constexpr(PAD_OFFSET), tl.constexpr(MASK_OFFSET)  # added to the number of codes
 STATES: dict[tuple[torch.device, int], torch.Tensor] = {}  # a device's stream → the programs' numbers and two counters
 
 
@@ -127,8 +129,8 @@ def _mask_clip(
             masked = _independent(i, sample, seed, threshold)
         else:
             masked = _in_blocks(o_r, o_w, sample, seed, n_blocks, CONST)
-        masked &= m & (ids != VOCAB + 1)  # PAD
-        ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + 4, VOCAB, CONST.NOISY), ids)
+        masked &= m & (ids != VOCAB + PAD)
+        ids = tl.where(masked, _replacement(ids, i, sample, seed, VOCAB + MASK, VOCAB, CONST.NOISY), ids)
         tl.store(new + i, ids, mask=m)
         tl.store(mask + i, masked, mask=m)
         count += tl.sum(tl.sum(masked.to(tl.int32), 1), 0)

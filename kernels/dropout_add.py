@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 
+from vimpac.dropout_rate import dropout_scale, dropout_threshold
 from vimpac.kernels.fusion import FUSED
 from vimpac.kernels.philox import philox
 
@@ -68,6 +69,5 @@ def _launch(x, y, p, seed, out):
 
 def constants(p, add, elements):
     """What the kernel is compiled for."""
-    threshold = min(round(p * 2**32), 2**32 - 1)
-    rate = {"THRESHOLD": threshold, "SCALE": 2**32 / (2**32 - threshold)}
+    rate = {"THRESHOLD": dropout_threshold(p, 32), "SCALE": dropout_scale(p, 32)}
     return {**rate, "ADD": add, "WHOLE": elements % 16 == 0, "GROUPS": GROUPS}

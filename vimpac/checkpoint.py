@@ -46,7 +46,7 @@ def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
     with replacing(path) as temporary, temporary.open("w+b") as file:
         try:
             torch.save({"format": FORMAT, "version": VERSION, **state}, file)
-        except RuntimeError as error:  # after a failed write torch closes its archive, and says only that this fails, too
+        except RuntimeError as error:  # after a failed write torch closes its archive, and reports only that the close failed
             if isinstance(error.__context__, OSError):
                 raise error.__context__ from None
             raise
@@ -105,7 +105,7 @@ def _seal(file: BinaryIO) -> None:
 
 
 def _crc(file: BinaryIO, size: int) -> int:
-    """Of the first `size` bytes from where the file stands."""
+    """Of the next `size` bytes of the file."""
     crc = 0
     while chunk := file.read(min(size, 1 << 22)):
         crc = zlib.crc32(chunk, crc)

@@ -82,7 +82,7 @@ def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _released_classes(released: Mapping[str, Tensor], config: ModelConfig) -> int | None:
-    """Rows of the classifier, where there is one. Its weights must have them all: a file must not claim billions."""
+    """Rows of the classifier, None without one. Its weights must have as many: a file must not claim billions."""
     bias, weight = (released.get(f"cls_fc.{kind}") for kind in ("bias", "weight"))
     if bias is None:
         return None

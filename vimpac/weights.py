@@ -35,7 +35,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
     """Write weights and config as one safetensors file, atomically.
 
     tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
-    Raises OSError, as of a full disk; a file that was there is then whole.
+    Raises OSError, as of a full disk; an earlier file then stays whole.
     """
     header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
     if isinstance(model, ClassificationModel):

@@ -1,4 +1,4 @@
-"""Both pre-training tasks on held-out videos, beside what needs no model (section H.2)."""
+"""Both pre-training tasks on held-out videos, and predictors that need no model (section H.2)."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
 
 def histograms(tokens: Tensor, vocab_size: int) -> Tensor:
     """How often each id below vocab_size occurs in each clip: [B, T, H, W] → [B, vocab_size] float32."""
-    ids = tokens.flatten(1).long().clamp(max=vocab_size)  # special ids in a column of their own, which goes
+    ids = tokens.flatten(1).long().clamp(max=vocab_size)  # special ids get a column of their own, which is dropped
     counts = torch.zeros(len(ids), vocab_size + 1, device=ids.device)
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))[:, :vocab_size]
 

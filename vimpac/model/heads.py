@@ -42,7 +42,7 @@ class TokenHead(nn.Module):
 class ContrastiveHead(nn.Module):
     """[CLS] [B, C] → features [B, head_out] float32 (Eq. 18): linear, batch norm, ReLU, …, last linear without bias.
 
-    In float32 under autocast, too: clips' states differ little, and batch norm magnifies what a linear layer in half precision
+    In float32 even under autocast: clips' states differ little, and batch norm magnifies what a linear layer in half precision
     rounds. With a fresh model without dropout, bfloat16 in this head alone moved the loss by 7 to 10 %, in the whole backbone
     by 1 % (the demo's model, on a CPU). And a clip whose features are all but zero has a gradient beyond float16's range.
     """
@@ -78,7 +78,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x32).to(x.dtype)
         ranks = dist.get_world_size()
         var, mean = (moment.double() for moment in torch.var_mean(x32, 0, correction=0))
-        # Sent together. In float64, since the mean's square, which may be much the larger, is taken off again.
+        # Sent together. In float64, since the square of the mean, which may be much larger, is subtracted again.
         mean, square = _AllReduce.apply(torch.stack([mean, var + mean.square()])) / ranks
         var = (square - mean.square()).to(x32.dtype)
         mean = mean.to(x32.dtype)

@@ -22,7 +22,7 @@ from vimpac.processes.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, i
 from vimpac.processes.ranks import Place, read_place
 
 COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
-"""How long a collective waits for a peer that is there, as for the first one to write a checkpoint: torch's own limits."""
+"""How long a collective waits for a connected peer, such as the first rank while it writes a checkpoint: torch's defaults."""
 AGAIN = "start again with --resume (torchrun --max-restarts does it by itself)"
 
 
@@ -68,7 +68,7 @@ def join_world() -> Iterator[World]:
 
 
 def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
-    """The process group of all ranks. Who has met is there: to connect takes seconds, or fails."""
+    """Starts the process group of all ranks. They have met, so connecting takes seconds, or fails."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # tensors on the CPU, such as signals, wait for no GPU
     store = PrefixStore("group", meeting.store)
     connecting = timedelta(seconds=CONNECT_SECONDS)
@@ -79,8 +79,8 @@ def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
 def leave_world() -> None:
     """End the process group, if there is one. Nothing may still refer to a DistributedDataParallel.
 
-    Its reducer refers to the group. Were it the last to do so, it would wait for gloo's threads while it holds the
-    interpreter's lock, which such a thread may need to end: one in ten runs of two processes hung there.
+    Its reducer refers to the group. If that is the last reference, its destructor waits for gloo's threads while it holds the
+    interpreter's lock, which such a thread may need to end. One in ten runs of two processes hung there.
     """
     if dist.is_initialized():
         gc.collect()
@@ -90,9 +90,8 @@ def leave_world() -> None:
 def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
     """The module with its gradients averaged over ranks, bucket by bucket while backward still runs.
 
-    Buffers are not sent around: every rank computes the same batch norm statistics. Inside, torch.compile would split graphs
-    where buckets end, for gradients to leave earlier; each layer is a graph of its own here, and one that is whole in one
-    place and split in another may draw its dropout in another order: it does not.
+    Buffers are not synchronised: every rank computes the same batch norm statistics. torch.compile must not split graphs where
+    buckets end: each layer is a graph of its own, and a split one may draw its dropout in another order.
     """
     torch._dynamo.config.optimize_ddp = False
     devices = [world.device] if world.device.type == "cuda" else None

@@ -66,7 +66,7 @@ class GraphedStep:
 
 
 class _Capture:
-    """Captures functions' kernels into one pool, on one side stream: memory of a pool is used again on its stream only."""
+    """Captures functions' kernels into one pool, on one side stream: memory of a pool is reused on its stream only."""
 
     def __init__(self):
         self.stream, self.filled = torch.cuda.Stream(), False
@@ -93,7 +93,7 @@ class _Capture:
 
     @contextmanager
     def pooled(self) -> Iterator[None]:
-        """Inside, once there is a graph, memory comes from the pool: runs outside of it would need as much again, since graphs
+        """Inside, once there is a graph, memory comes from the pool: other runs would need as much again, since graphs
         give nothing back.
 
         What such a run keeps is overwritten by earlier graphs' replays. The first runs are not inside, so that what is made
@@ -102,7 +102,7 @@ class _Capture:
         if self.memory is None or not self.filled:
             yield
             return
-        torch.cuda.empty_cache()  # what waits to be used again would not be given up when the pool has to grow
+        torch.cuda.empty_cache()  # cached blocks would not be released when the pool has to grow
         # A pool serves one thread, and backward has one of its own: here it runs in this one.
         with torch.cuda.use_mem_pool(self.memory), torch.autograd.set_multithreading_enabled(False):
             yield

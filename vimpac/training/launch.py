@@ -49,10 +49,10 @@ def _status(error) -> int:
     """Of a ChildFailedError."""
     ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
     killed = [(rank, code) for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM]
-    if not killed:  # SIGTERM is torchrun's own, to those that a failure leaves behind
+    if not killed:  # torchrun itself sends SIGTERM to the processes that are left after a failure
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
-    rank, code = killed[0]  # who ended because it was gone has explained that
+    rank, code = killed[0]  # processes that ended because of its loss have explained that
     print(f"rank {rank} was killed by {_cause(-code)}", file=sys.stderr)
     return 128 - code
 

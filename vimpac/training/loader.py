@@ -1,4 +1,4 @@
-"""Batches in the order in which they are needed, made before they are: on a GPU by a thread that also copies them there."""
+"""Batches in order, prepared ahead of time: on a GPU by a thread that also copies them to the device."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class BatchLoader:
             return batch, self._stream.record_event()
 
     def close(self) -> None:
-        """Ends the thread; batches that nobody took are dropped."""
+        """Ends the thread and drops the batches that were not used."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._waiting.clear()

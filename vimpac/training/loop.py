@@ -73,7 +73,7 @@ class Loop:
         # Looking at the metrics makes a GPU, and all hosts, wait.
         self.look_every = config.log_every if world.device.type == "cuda" else 1
         self.stop = StopRequest(world, self.look_every)
-        self.progress: Progress | None = None  # of the run, told of micro-steps
+        self.progress: Progress | None = None  # shows micro-steps that take long
         self.loader: BatchLoader | None = None
         self.parallel: Any = self.module if world.size == 1 else distributed.averaging(self.module, world)
         self.graphed = GraphedStep(self.forward_backward, self.module) if config.graphs else None

@@ -131,7 +131,7 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, if it is there. One that is cut short or damaged is left out: it is UTF-8, an object, and
+    """The lines of a metrics.jsonl, if it exists. A line that is cut short or damaged is left out: it is UTF-8, an object, and
     has a step, or it is no line."""
     if not path.exists():
         return []

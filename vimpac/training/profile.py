@@ -17,7 +17,7 @@ from vimpac.training.progress import Progress
 WARM_UP, UPDATES = 3, 3  # updates before the profile, updates in it
 UPDATE = "update"
 PARTS = ("data", "first pass", "forward", "backward", "optimizer")
-# What makes the host wait for the device: calls of the CUDA runtime or, where there is none, the ops that would make them.
+# What makes the host wait for the device: calls of the CUDA runtime or, on a CPU, the ops that would make them.
 WAITS_CUDA = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"})
 NOT_WAITING = ("data", "aten::_fused_adamw_")
 WAITS_CPU = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim"})
@@ -104,14 +104,16 @@ def table(profiler: profile, updates: int, device: torch.device, operations: int
 
 
 def waits(profiler: profile, device: torch.device) -> list[str]:
-    """What made the host wait for the device during a profile, outside of the making of batches, which is the host's own.
+    """What made the host wait for the device during a profile, except while it prepared batches, which is the host's own work.
 
     On a CPU: the ops that would wait if their tensors were on a device. (AdamW's fused op reads its step count there, which
     its kernel does on a device.)
     """
     asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
     events = [event for event in profiler.events() or () if event.device_type == DeviceType.CPU]
-    updates = [event.time_range for event in events if event.name == UPDATE]  # not what the profile itself waits for, behind
+    updates = [
+        event.time_range for event in events if event.name == UPDATE
+    ]  # without what the profile itself waits for at its end
     return [
         event.name
         for event in events

@@ -183,7 +183,7 @@ def _format(value) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"  # hours of a long run, too: days would take the metrics' place
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"  # hours even of a long run: days would take the metrics' place
 
 
 def _table(rows: list[tuple[str, str]]):

@@ -40,7 +40,7 @@ class StopRequest:
                 apart = self.look_every if self.world.size > 1 else 1
                 when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
                 again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                with suppress(OSError):  # nobody may be reading any more: the checkpoint is written all the same
+                with suppress(OSError):  # the reader may have ended; the checkpoint is written anyway
                     os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self.time > 2:
             raise KeyboardInterrupt

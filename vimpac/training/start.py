@@ -63,8 +63,7 @@ def shape_of(config: ModelConfig) -> dict:
 def restore(checkpoint: dict, run: Path, module: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
     """Load this run's own checkpoint and return its step. Raises InputError for one that does not fit.
 
-    The number of ranks may differ: the run goes on with the same samples and masks, and with the same number of ranks with the
-    same dropout.
+    The number of ranks may differ. Samples and masks stay the same; dropout does as well where the number of ranks does.
     """
     shapes = {name: p.shape for name, p in module.named_parameters()}
     try:
