@@ -58,3 +58,9 @@ def test_what_a_document_names_exists(document):
 )
 def test_what_is_missing_is_named(text, named):
     assert missing(text) == named
+
+
+@pytest.mark.parametrize("document, most", [("README.md", 150), ("docs/scaling.md", 120)])
+def test_documents_stay_short(document, most):
+    lines = len((ROOT / document).read_text(encoding="utf-8").splitlines())
+    assert lines <= most, f"{document} has {lines} lines, at most {most}: move what few need to docs/"
