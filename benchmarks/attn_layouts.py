@@ -1,4 +1,4 @@
-"""Table 13: the training step of every attention layout, ours beside naive.py, eager and compiled, and the paper's numbers.
+"""Table 13: the training step of every attention layout, ours against naive.py, eager and compiled, and the paper's numbers.
 
 Small at 5×16×16 on random ids, dropout 0.1, post- and pre-norm. forward: batch, backbone, heads and both losses;
 forward+backward; step: those, clipping and AdamW. samples/s are videos, two clips each, in whole steps; peak memory is beyond

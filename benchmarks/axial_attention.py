@@ -1,4 +1,4 @@
-"""Axial attention with a shared [CLS], forward, backward and both: ours beside what torch and xformers offer for it.
+"""Axial attention with a shared [CLS], forward, backward and both: ours against what torch and xformers offer for it.
 
 On a GPU Small at 5×16×16 and Large-Half at 5×16×16, 5×32×32, 10×32×32, along T and along H|W, bfloat16, dropout 0.1 and a batch
 whose four tensors (q, k, v, out) take 2 GB. On a CPU Small and Large-Half at 5×16×16 along T, H and W, float32, 8 clips and no

@@ -1,4 +1,4 @@
-"""Block masks of 512 clips, from ids to masked ids, mask, packed indices and counts: ours beside a Python loop.
+"""Block masks of 512 clips, from ids to masked ids, mask, packed indices and counts: ours against a Python loop.
 
 5×16×16 and 10×32×32 tokens, as many blocks as the paper takes for them (Table 2), int64 ids. Ours must equal the reference on
 the CPU in every element ("error" is the share that does not). The loop over clips and blocks, random integers and slices in

@@ -1,4 +1,4 @@
-"""Pairs of clips a second, from the store on disk to the training step, on one core: ours beside what one would first write.
+"""Pairs of clips a second, from the store on disk to the training step, on one core: ours against what one would first write.
 
 A store of random ids in a temporary folder, as `vimpac tokenize` would leave it: videos of 20 to 120 frames, 2 a second, of
 16×16 or (256 px) 32×32 tokens. A batch is two clips of each of 128 videos, int64 ids, as the step takes them:

@@ -1,4 +1,4 @@
-"""InfoNCE over two views of n videos, forward and forward + backward: ours beside the dense loss and inf-cl.
+"""InfoNCE over two views of n videos, forward and forward + backward: ours against the dense loss and inf-cl.
 
 n = 1024, the paper's largest contrastive batch, and 65,536, where one dense score matrix takes 64 GiB (on a CPU 4096); d = 256;
 float32 and, on a GPU, bfloat16. In float32 ours takes three TF32 products for one, inf-cl a single one: "ours (TF32)", a GPU's

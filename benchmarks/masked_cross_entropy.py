@@ -1,4 +1,4 @@
-"""The token head's product and cross-entropy without all logits in memory, forward and forward + backward: ours beside peers.
+"""The token head's product and cross-entropy without all logits in memory, forward and forward + backward: ours against peers.
 
 M = 12,288 masked tokens (64 videos of Small) of C = 512 and 1024 against V = 8197 ids; bfloat16 on a GPU, on a CPU float32 and
 M = 1024. "plain" is what a model does: logits in the dtype of the states, cross-entropy in float32. Half of the targets have

@@ -1,4 +1,4 @@
-"""The whole training step: videos a second, share of the matrix peak, memory and waits, ours beside naive.py and the paper.
+"""The whole training step: videos a second, share of the matrix peak, memory and waits, ours against naive.py and the paper.
 
 A step is an update as pre-training makes it, in one micro-step: clip pairs from a store, block masks, dropout 0.1, both losses,
 backward, clipping, AdamW (training.py builds both sides). Presets are Small at Table 14's resolutions, Table 6's sizes at 5×128
