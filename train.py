@@ -10,7 +10,7 @@ from vimpac.commands import train as command
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Returns the exit status of `command.main`."""
+    """Run the command and return its exit status."""
     return command.main(sys.argv[1:] if arguments is None else arguments, "train.py")
 
 

@@ -92,7 +92,7 @@ def test_is_on_disk_before_it_has_its_name(tmp_path, monkeypatch):
 def test_cut_short(tmp_path, share):
     path = save_checkpoint(tmp_path, state(1), keep=1)
     path.write_bytes(path.read_bytes()[: int(share * path.stat().st_size)])
-    with pytest.raises(InputError, match=r"cannot read checkpoint .*step-00000001.pt .*cut short or damaged; copy it again"):
+    with pytest.raises(InputError, match=r"cannot read checkpoint .*step-00000001.pt .*truncated, damaged or not a checkpoint"):
         load_checkpoint(path)
 
 
@@ -174,7 +174,7 @@ def test_an_entry_marked_as_a_folder(tmp_path, earlier):
         with path.open("r+b") as file:
             file.seek(0, 2)
             checkpoint._seal(file)
-    with pytest.raises(InputError, match=r"archive/data/0 is no plain file of the archive"):
+    with pytest.raises(InputError, match=r"archive/data/0 is not a plain file in the archive"):
         load_checkpoint(path)
 
 
@@ -192,7 +192,7 @@ def test_a_part_is_missing(tmp_path, part):
     """A run that went on without it would not be the same run."""
     path = save_checkpoint(tmp_path, state(1), keep=1)
     torch.save({name: x for name, x in torch.load(path).items() if name != part}, path)
-    with pytest.raises(InputError, match=rf"step-00000001.pt lacks {part}, so a run cannot go on from it"):
+    with pytest.raises(InputError, match=rf"step-00000001.pt lacks {part}, so a run cannot resume from it"):
         load_checkpoint(path)
 
 

@@ -91,7 +91,7 @@ def test_released_positions_of_another_grid_are_interpolated():
 
 
 def test_an_empty_checkpoint():
-    with pytest.raises(InputError, match=r"layers=1, layout='T,H.W' and head_layers=3 take 5 tensors or more, it holds 0"):
+    with pytest.raises(InputError, match=r"layers=1, layout='T,H.W' and head_layers=3 has at least 5 tensors, got 0"):
         from_authors({}, CONFIG)
 
 

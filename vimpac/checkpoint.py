@@ -1,9 +1,9 @@
-"""Checkpoints: one file a step with everything that the rest of the run depends on, written whole or not at all.
+"""Checkpoints: one file per saved step with everything needed to continue a run, written atomically.
 
 A file holds {format, version, step, config, tokenizer, world_size, model, optimizer, scaler}: tensors and plain values, read
-back with weights_only=True. It is torch.save's zip archive, whose comment is a CRC-32 of all that stands before it. The state
-of the sampler and of every generator is the step: what a sample is, its mask and a micro-step's dropout are functions of the
-run's seed and their number. So a checkpoint fits any number of processes.
+back with weights_only=True. It is torch.save's zip archive; the archive's comment is a CRC-32 of everything before it. Samplers
+and random generators have no state of their own: samples, masks and dropout are functions of the run's seed and of the number
+of the sample or micro-step. So a checkpoint fits any number of processes.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _DIGITS = 8
 
 
 def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
-    """Write RUN/checkpoints/step-########.pt and remove all but the newest `keep`. Raises OSError, as of a full disk."""
+    """Write RUN/checkpoints/step-########.pt and remove all but the newest `keep`. Raises OSError, e.g. for a full disk."""
     folder = run / FOLDER
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step-{state['step']:08d}.pt"
@@ -53,7 +53,7 @@ def save_checkpoint(run: Path, state: dict, keep: int) -> Path:
         _seal(file)
     for old in list_checkpoints(run)[:-keep]:
         old.unlink()
-    for leftover in folder.glob("*" + TEMPORARY):  # of a run that was killed while it wrote
+    for leftover in folder.glob("*" + TEMPORARY):  # of a run that was killed while writing
         leftover.unlink()
     return path
 
@@ -64,7 +64,7 @@ def list_checkpoints(run: Path) -> list[Path]:
 
 
 def load_checkpoint(path: Path) -> dict:
-    """Read a checkpoint, onto the CPU. Raises InputError for a file that is missing, cut short, damaged or foreign."""
+    """Read a checkpoint onto the CPU. Raises InputError for a file that is missing, truncated, damaged or not a checkpoint."""
     try:
         check_regular(path)
     except InputError as error:
@@ -75,8 +75,8 @@ def load_checkpoint(path: Path) -> dict:
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise InputError(
-            f"cannot read checkpoint {path} ({reason}): it is another program's, or was cut short or damaged; copy it again, "
-            "or delete it to resume from the one before"
+            f"cannot read checkpoint {path} ({reason}): it is truncated, damaged or not a checkpoint; copy it again, or delete "
+            "it to resume from the previous one"
         ) from None
     kind = (state.get("format"), state.get("version")) if isinstance(state, dict) else (None, None)
     if kind != (FORMAT, VERSION):
@@ -85,17 +85,17 @@ def load_checkpoint(path: Path) -> dict:
             "use the program that wrote it"
         )
     if missing := sorted(PARTS.keys() - state.keys()):
-        raise InputError(f"{path} lacks {', '.join(missing)}, so a run cannot go on from it: delete it, or start anew")
+        raise InputError(f"{path} lacks {', '.join(missing)}, so a run cannot resume from it: delete it, or start a new run")
     wrong = [name for name, kind in PARTS.items() if not isinstance(state[name], kind)]
     if wrong or not 0 <= state["step"] < 2**63:
         name = wrong[0] if wrong else "step"
         found = repr(state[name])[:60]
-        raise InputError(f"{path} holds {found} as its {name}, so a run cannot go on from it: delete it, or start anew")
+        raise InputError(f"{path} holds {found} as its {name}, so a run cannot resume from it: delete it, or start a new run")
     return state
 
 
 def _seal(file: BinaryIO) -> None:
-    """Makes the checksum of the archive that torch.save has just written into `file` its comment."""
+    """Appends the checksum of the archive that torch.save has just written to `file`, as the archive's comment."""
     size = file.tell()
     file.seek(size - 2)  # an archive ends with the length of its comment, 0
     file.write((len(_COMMENT) + _DIGITS).to_bytes(2, "little") + _COMMENT)
@@ -105,7 +105,7 @@ def _seal(file: BinaryIO) -> None:
 
 
 def _crc(file: BinaryIO, size: int) -> int:
-    """Of the next `size` bytes of the file."""
+    """CRC-32 of the next `size` bytes of the file."""
     crc = 0
     while chunk := file.read(min(size, 1 << 22)):
         crc = zlib.crc32(chunk, crc)
@@ -114,9 +114,9 @@ def _crc(file: BinaryIO, size: int) -> int:
 
 
 def _check_archive(path: Path) -> None:
-    """What torch.load passes over: checksums, and entries marked as folders, which it leaves as uninitialised memory.
+    """Checks what torch.load does not. Raises BadZipFile.
 
-    Raises BadZipFile.
+    That is checksums, and entries marked as folders: torch.load would leave their tensors uninitialised.
     """
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
@@ -124,15 +124,15 @@ def _check_archive(path: Path) -> None:
         with zipfile.ZipFile(file) as archive:
             for entry in archive.infolist():
                 if entry.is_dir() or entry.external_attr & 0x10 or entry.compress_type != zipfile.ZIP_STORED:
-                    raise zipfile.BadZipFile(f"{entry.filename} is no plain file of the archive")
+                    raise zipfile.BadZipFile(f"{entry.filename} is not a plain file in the archive")
                 if entry.file_size > size:
-                    raise zipfile.BadZipFile(f"{entry.filename} is said to have {entry.file_size} bytes, the whole has {size}")
+                    raise zipfile.BadZipFile(f"{entry.filename} claims {entry.file_size} bytes, the whole file has {size}")
             if not sealed and (bad := archive.testzip()):
                 raise zipfile.BadZipFile(f"checksum of {bad} is wrong")
 
 
 def _is_sealed(file: BinaryIO, size: int) -> bool:
-    """Compares the file's checksum. False for an archive without any comment: of an earlier version."""
+    """Checks the file's checksum. Returns False for an archive without a comment, as earlier versions wrote."""
     file.seek(max(0, size - 64))
     end = file.read()
     if sealed := re.search(rb"%b([0-9a-f]{%d})\Z" % (_COMMENT, _DIGITS), end):
@@ -145,7 +145,7 @@ def _is_sealed(file: BinaryIO, size: int) -> bool:
 
 
 def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
-    """Raises InputError when a run's ids are not the store's."""
+    """Raises InputError unless a run was trained on ids of the store's tokenizer."""
     try:
         typed(TokenizerInfo, saved, "tokenizer")
     except InputError as error:
@@ -159,7 +159,7 @@ def check_tokenizer(saved: dict, store: TokenStore, where: Path) -> None:
 
 
 def check_weights(checkpoint: dict) -> nn.Module:
-    """The model that a checkpoint describes, empty. Raises InputError, a reason, unless its weights are of such a model."""
+    """The model that a checkpoint describes, without its weights. Raises InputError with the reason if they do not fit it."""
     config = typed(ModelConfig, checkpoint["config"].get("model"), "model")
     model = empty_model(PretrainModel, config, len(checkpoint["model"]))
     check_state(checkpoint["model"], model.state_dict())
@@ -167,9 +167,9 @@ def check_weights(checkpoint: dict) -> nn.Module:
 
 
 def check_moments(saved: dict, groups: list[list[str]], shapes: Mapping[str, tuple[int, ...]]) -> None:
-    """Raises InputError, a reason, unless an optimizer's saved state is AdamW's of these parameters.
+    """Raises InputError with the reason unless a saved optimizer state is AdamW's for these parameters.
 
-    load_state_dict compares only how many there are: other shapes would end in an update that reads beyond a tensor's end.
+    load_state_dict compares only the number of parameters; with other shapes an update would read past a tensor's end.
     groups: the parameters' names, group by group.
     """
     try:
@@ -178,8 +178,9 @@ def check_moments(saved: dict, groups: list[list[str]], shapes: Mapping[str, tup
         states = dict(saved["state"])
         if names != groups or len(ids) != sum(map(len, groups)) or not set(states) <= set(ids):
             raise InputError("its optimizer's moments are not of this model's parameters")
-        of = dict(zip(ids, (name for group in groups for name in group), strict=True))
-        wrong = [f"{of[i]} {reason}" for i, moments in states.items() if (reason := _misfit(moments, shapes[of[i]]))]
+        name_of = dict(zip(ids, (name for group in groups for name in group), strict=True))
+        reasons = {name_of[i]: _misfit(moments, shapes[name_of[i]]) for i, moments in states.items()}
+        wrong = [f"{name} {reason}" for name, reason in reasons.items() if reason]
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -197,7 +198,7 @@ def _misfit(moments: dict, shape: tuple[int, ...]) -> str | None:
 
 
 def check_scaler(saved: dict, own: dict) -> None:
-    """Raises InputError, a reason, unless a gradient scaler's saved state has the fields of this one's, as positive numbers."""
+    """Raises InputError with the reason unless a saved gradient scaler's state has the fields of `own`, as positive numbers."""
     numbers = all(type(x) in (int, float) and 0 <= x < math.inf for x in saved.values())
     if own and (saved.keys() != own.keys() or not numbers or saved["scale"] == 0):
         raise InputError(f"its gradient scaler's state is {str(saved)[:120]}")

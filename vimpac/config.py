@@ -9,12 +9,12 @@ from typing import Literal
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 
-MOST_VIDEOS = 1_000_000  # that are generated
+MOST_VIDEOS = 1_000_000
 MOST_PIXELS = 100_000_000  # of a generated video
-# What float32 holds, with room on both sides: eps of less would be 0, a learning rate of more infinite.
+# The range of float32 with a margin: a smaller eps would become 0, a larger learning rate infinite.
 SMALLEST, LARGEST = 1e-30, 1e30
 WIDEST = 2**20
-# The ids after a vocabulary of V codes, numbered as in the released weights: V + 1, V + 4. csrc/block_mask.h repeats them.
+# Special ids follow the V codes, as in the released weights: PAD is V + 1, MASK is V + 4. csrc/block_mask.h repeats them.
 SPECIAL_IDS, PAD_OFFSET, MASK_OFFSET = 5, 1, 4
 
 
@@ -27,7 +27,7 @@ class TokenizeConfig:
     tokenizer_path: str | None = None
     """An already fitted tokenizer: a .safetensors file, or a store whose tokenizer to reuse. Required for dalle."""
     codes: int = 512
-    """Vocabulary size of a newly fitted patch-vq, 2 to 8192; fewer come out where the patches are too alike."""
+    """Vocabulary size of a newly fitted patch-vq, 2 to 8192; fewer if the patches are too much alike."""
     frame_size: int = 128
     """Side of the square frames in pixels, a multiple of 8, at most 4096."""
     fps: float = 2.0
@@ -115,7 +115,7 @@ class ModelConfig:
     dropout: float = 0.1
     """Dropout of embeddings, attention probabilities and block outputs."""
     cls_in_context: bool = True
-    """True: on each line [CLS] is a key and a query beside the tokens. False: tokens attend to tokens only, as does [CLS]."""
+    """True: each line of tokens has [CLS] as one more key and query. False: tokens and [CLS] attend to tokens only."""
     head_layers: int = 3
     """Linear layers of the contrastive head."""
     head_width: int = 4096
@@ -194,7 +194,7 @@ class TrainConfig:
     output: str = "runs/pretrain"
     """Run folder: config.json, metrics.jsonl, checkpoints, model.safetensors, curves.png."""
     resume: bool = False
-    """Go on from the last checkpoint in the run folder."""
+    """Continue from the last checkpoint in the run folder."""
     continue_from: str | None = None
     """Run folder of an earlier stage: take its weights, Adam moments and step; positions are interpolated."""
     init_from: str | None = None
@@ -204,20 +204,20 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     """Shape of the model (Tables 3, 13, 14). The vocabulary size is taken from the store."""
     fit_frame_size: bool = False
-    """Take the grid's height and width from the store, not refuse another frame size. demo: off where --model.grid is given."""
+    """Take the grid's height and width from the store instead of refusing another frame size. demo: off with --model.grid."""
 
     steps: int | None = None
-    """Updates until the run ends; None = epochs."""
+    """Updates until the run ends; None = as many as epochs takes."""
     epochs: float = 10.0
-    """Passes over the training videos until the run ends, where steps is None."""
+    """Passes over the training videos until the run ends, if steps is None."""
     schedule_epochs: float | None = None
-    """Passes (or, with --steps, the same multiple of steps) until the learning rate is 0; None = the run's own end."""
+    """Passes until the learning rate is 0; None = epochs. With --steps: steps · schedule_epochs / epochs updates."""
     batch_size: int = 1024
-    """Videos an update, over all processes and accumulated micro-steps."""
+    """Videos per update, over all processes and accumulated micro-steps."""
     contrastive_videos: int = 128
     """n of Eq. 5: videos contrasted with each other, 2 or more; n - 1 of them are negatives (Table 11)."""
     micro_batch: int | None = None
-    """Videos a forward pass in each process; None = contrastive_videos / processes. Fewer takes gradient caching."""
+    """Videos per forward pass in each process; None = contrastive_videos / processes. Fewer needs gradient caching."""
 
     learning_rate: float = 1e-3
     """Peak learning rate."""
@@ -241,13 +241,13 @@ class TrainConfig:
     mask: Literal["block", "iid"] = "block"
     """Blocks (Eq. 3) or independent tokens (Eq. 2)."""
     n_blocks: int | None = None
-    """Blocks a clip; None = the number whose expected ratio is closest to 15 % (Table 2)."""
+    """Blocks per clip; None = the number whose expected ratio is closest to 15 % (Table 2)."""
     mask_ratio: float = 0.145
     """Share of masked tokens of an iid mask (Tables 8, 15)."""
     noisy_mask: bool = False
     """BERT's 80/10/10 replacement instead of MASK everywhere (section G.3)."""
     contrastive_masked: bool = True
-    """Contrast the masked clips of mask-then-predict; --no-contrastive-masked runs intact clips as well (Table 12)."""
+    """Contrast the masked clips of mask-then-predict; --no-contrastive-masked contrasts intact clips instead (Table 12)."""
     d_max: float | None = None
     """Largest distance of a video's two clips in seconds (Table 10); None = anywhere."""
 
@@ -256,9 +256,9 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of embedding, layers and token head; auto = on a CUDA device that can."""
     graphs: bool = False
-    """Replay the micro-step as a CUDA graph: for steps so short that launching kernels is what takes their time."""
+    """Replay the micro-step as a CUDA graph: for steps so short that launching kernels takes most of their time."""
     activation_checkpointing: Literal["none", "selective", "full"] = "selective"
-    """What backward recomputes: nothing; what is cheap beside the matrix products; every layer (a third slower)."""
+    """What backward recomputes: nothing; whatever is cheap compared with matrix products; every layer (a third slower)."""
     shard_optimizer: bool = False
     """ZeRO-1: each process keeps and updates its part of AdamW's state, instead of all of it."""
 
@@ -267,7 +267,7 @@ class TrainConfig:
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
     log_every: int = 10
-    """Updates between two looks at the metrics, and with several GPUs at signals. Each update gets its line anyway."""
+    """Updates between reading the metrics (with several GPUs also checking for signals). Each update gets a line anyway."""
     save_every: int = 500
     """Updates between checkpoints."""
     keep_checkpoints: int = 2
@@ -277,7 +277,7 @@ class TrainConfig:
 
     def __post_init__(self):
         for name in ("data", "output", "continue_from", "init_from"):
-            _require(getattr(self, name) != "", name, "''", "a path (is a variable of the shell unset?)")
+            _require(getattr(self, name) != "", name, "''", "a path (is a shell variable unset?)")
         for name in ("batch_size", "contrastive_videos", "micro_batch", "eval_batches"):
             if getattr(self, name) is not None:
                 _counts(name, getattr(self, name), MOST_VIDEOS)
@@ -313,20 +313,20 @@ class TrainConfig:
         )
         schedule = self.schedule_epochs
         fits = schedule is None or self.epochs <= schedule < math.inf
-        ratio = "" if self.steps is None else " (with --steps their ratio counts, so give both)"
+        ratio = "" if self.steps is None else " (with --steps only the ratio of the two counts: give both)"
         _require(fits, "schedule_epochs", schedule, f"at least epochs={self.epochs}, and finite{ratio}")
         _require((schedule or 1) <= 1e6, "schedule_epochs", schedule, "at most 1e+06")
         _require(
             self.alpha == 0 or self.contrastive_videos >= 2,
             "contrastive_videos",
             self.contrastive_videos,
-            f"at least 2 with alpha={self.alpha}, since a video is told from the others (--alpha 0 contrasts nothing)",
+            f"at least 2 with alpha={self.alpha}, since each video is contrasted with the others (or --alpha 0)",
         )
         _require(
             self.init_from is None or self.continue_from is None,
             "init_from",
             self.init_from,
-            f"left out with continue_from={self.continue_from}, which has weights of its own (or add --continue-from None)",
+            f"left out with continue_from={self.continue_from}, which brings its own weights (or add --continue-from None)",
         )
         _require(
             self.mask_task or self.alpha > 0,

@@ -1,4 +1,4 @@
-"""Weights in and out under one name: `load` and `save` of `vimpac.weights`, `from_authors` of `vimpac.released`."""
+"""Reading and writing weights: `load` and `save` of `vimpac.weights`, `from_authors` of `vimpac.released`."""
 
 from vimpac.released import from_authors
 from vimpac.weights import load, save

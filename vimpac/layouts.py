@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from vimpac.errors import InputError
 
-DIMENSIONS = {"T": 1, "H": 2, "W": 3}  # where each axis lies in [B, T, H, W, ...]
+DIMENSIONS = {"T": 1, "H": 2, "W": 3}  # the dimension of each axis in [B, T, H, W, ...]
 GRAMMAR = """\
 a layout is blocks separated by ',' (run one after another); a block is axes separated by '|' (its heads are split evenly
 over them); an axis is T, H or W, or several joined by 'x'. Examples: T,H|W   T,H,W   T|H|W   H|W,T   T,HxW   TxHxW"""

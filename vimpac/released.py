@@ -1,4 +1,4 @@
-"""Weights of the released program as a model: its names, its order of parts, its position tables."""
+"""Loads weights of the released program: maps its parameter names and shapes to this model's."""
 
 from __future__ import annotations
 
@@ -22,11 +22,10 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
 
     state_dict: a released checkpoint's tensors (load the file with torch.load(..., weights_only=True)); a leading "module."
     is accepted. A pre-training checkpoint gives a PretrainModel, a fine-tuned one (`cls_fc`) a ClassificationModel.
-    Positions of another grid are interpolated to config.grid, with a ResampledPositionsWarning. Batch-norm statistics that it
-    lacks keep their start values: then
-    cls_head's features are meaningful in training mode only.
+    Positions of another grid are interpolated to config.grid, with a ResampledPositionsWarning. Batch-norm statistics missing
+    from the checkpoint keep their initial values; cls_head's features are then meaningful in training mode only.
     Raises InputError, and nothing else, for a mapping that does not fit the config: other names, shapes or types, values that
-    are not finite. Nothing is allocated before that is checked.
+    are not finite. Nothing is allocated before these checks.
     """
     released = _without_prefix(state_dict)
     classes = _released_classes(released, config)
@@ -58,7 +57,7 @@ Maker = Callable[[ModelConfig], PretrainModel | ClassificationModel]
 
 
 class ResampledPositionsWarning(UserWarning):
-    """The position tables of a released checkpoint belong to another grid than the model's."""
+    """The position tables of a released checkpoint are for another grid than the model's."""
 
 
 def _warn_of_resampling(state: Mapping[str, Tensor], grid: tuple[int, int, int]) -> None:
@@ -72,17 +71,17 @@ def _warn_of_resampling(state: Mapping[str, Tensor], grid: tuple[int, int, int])
 def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise InputError(
-            f"a checkpoint must be tensors by their names, got a {type(state_dict).__name__}; its weights may lie under one of "
-            "its keys"
+            f"a checkpoint must map names to tensors, got a {type(state_dict).__name__}; the weights may be under one of its "
+            "keys"
         )
     released = {name.removeprefix("module."): x for name, x in state_dict.items()}
     if len(released) < len(state_dict):
-        raise InputError('checkpoint holds a tensor twice, with "module." before its name and without')
+        raise InputError('checkpoint holds the same name twice, with and without the prefix "module."')
     return released
 
 
 def _released_classes(released: Mapping[str, Tensor], config: ModelConfig) -> int | None:
-    """Rows of the classifier, None without one. Its weights must have as many: a file must not claim billions."""
+    """Rows of the classifier, None without one. Its weight must have as many rows, so that no file can claim billions."""
     bias, weight = (released.get(f"cls_fc.{kind}") for kind in ("bias", "weight"))
     if bias is None:
         return None
@@ -94,7 +93,7 @@ def _released_classes(released: Mapping[str, Tensor], config: ModelConfig) -> in
 
 
 def _check_released(released: Mapping[str, Tensor], names: Mapping[str, list[str]], own: Mapping[str, Tensor]) -> None:
-    """Raises InputError unless every released tensor is what its part of ours takes, before they are put together."""
+    """Raises InputError unless every released tensor fits its part of our tensor. Runs before the parts are concatenated."""
     reasons = {
         name: _misfit_part(ours, released[name], own[ours], len(parts)) for ours, parts in names.items() for name in parts
     }
@@ -105,7 +104,7 @@ def _check_released(released: Mapping[str, Tensor], names: Mapping[str, list[str
 
 
 def _misfit_part(ours: str, x: Tensor, like: Tensor, parts: int) -> str | None:
-    """Why x cannot be one of the equal parts of our tensor `like`, or None: it can."""
+    """The reason why x cannot be one of the equal parts of our tensor `like`; None if it can."""
     shape = (like.shape[0] // parts, *like.shape[1:]) if like.ndim else like.shape
     if reason := misfit(x, like.dtype, None):
         return reason
@@ -117,11 +116,11 @@ def _misfit_part(ours: str, x: Tensor, like: Tensor, parts: int) -> str | None:
 
 
 TIED = {"mlm_head.decoder.weight": "backbone.embedding.weight", "mlm_head.decoder.bias": "token_head.bias"}
-"""What a checkpoint may hold a second time, and which of our tensors it is then the same as."""
+"""Tensors that a released checkpoint may hold a second time → our tensor with the same values."""
 
 
 def released_names(model: PretrainModel | ClassificationModel) -> dict[str, list[str]]:
-    """For each of our tensors, the released tensors whose concatenation it is."""
+    """For each of our tensors, the released tensors that are concatenated to it."""
     names = {
         "backbone.embedding.weight": ["backbone.embedding.weight"],
         "backbone.cls": ["backbone.cls_param"],
@@ -159,7 +158,7 @@ def released_names(model: PretrainModel | ClassificationModel) -> dict[str, list
 
 
 def released_statistics(model: PretrainModel | ClassificationModel) -> dict[str, list[str]]:
-    """The same for the batch norms' statistics, which a list of parameters does not hold."""
+    """The same for the batch norms' statistics, which are buffers and may be missing from a checkpoint."""
     statistics = ("running_mean", "running_var", "num_batches_tracked")
     norms = range(0 if isinstance(model, ClassificationModel) else len(model.cls_head.hidden))
     return {f"cls_head.hidden.{i}.norm.{name}": [f"cls_head.mlp.bn_{i}.{name}"] for i in norms for name in statistics}

@@ -1,4 +1,4 @@
-"""A model's weights in one file: safetensors with the configuration inside, and checkpoints of a run."""
+"""A model's weights in one file: safetensors with the configuration in its header, or a checkpoint of a run."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
     """Write weights and config as one safetensors file, atomically.
 
     tokenizer: name, vocab_size, stride and digest of the tokenizer whose ids the model was trained on.
-    Raises OSError, as of a full disk; an earlier file then stays whole.
+    Raises OSError, for example for a full disk; an earlier file then stays as it is.
     """
     header = {"config": dataclasses.asdict(model.config), "tokenizer": dict(tokenizer) if tokenizer else None}
     if isinstance(model, ClassificationModel):
@@ -55,9 +55,9 @@ def save(model: PretrainModel | ClassificationModel, path: str | Path, tokenizer
 def load(
     path: str | Path, grid: tuple[int, int, int] | None = None, tokenizer_digest: str | None = None
 ) -> PretrainModel | ClassificationModel:
-    """Read what `save` wrote, or a checkpoint of a run (RUN/checkpoints/step-….pt, as of one that has not ended): a model in
-    float32, on the CPU, in evaluation mode (no dropout).
+    """Read a model that `save` wrote, or that of a checkpoint (RUN/checkpoints/step-….pt), for example of an unfinished run.
 
+    The model is in float32, on the CPU and in evaluation mode (no dropout).
     grid: T, H, W to interpolate the positions to. tokenizer_digest: refuse a model trained on another tokenizer's ids.
     Raises InputError for a missing or broken file, another format or version, or another tokenizer.
     """
@@ -76,7 +76,7 @@ def load(
         check_state(state, model.state_dict())
     except InputError as error:
         reason = str(error)[:500]
-        raise InputError(f"{path} does not fit the model that it describes: {reason}; it was damaged, copy it again") from None
+        raise InputError(f"{path} does not fit the model that it describes: {reason}; it is damaged, copy it again") from None
     if grid is not None:
         config = dataclasses.replace(config, grid=tuple(grid))
         state = interpolate_state(state, config.grid, IN_BACKBONE)
@@ -90,7 +90,7 @@ def load(
 def read_model_file(path: str | Path) -> tuple[dict, dict[str, Tensor]]:
     """Header {"config", "tokenizer", "classes"?} and state dict of a model file. Raises InputError as `load`.
 
-    The header's types and ranges are checked here, the state dict against it by `load`.
+    Checks the header's types and ranges; `load` checks that the state dict fits the header.
     """
     path = Path(path)
     if path.suffix == ".pt":

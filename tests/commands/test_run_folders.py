@@ -206,7 +206,7 @@ def test_checkpoint_cut_short(main, damaged_run, store_folder):
     path = list_checkpoints(damaged_run)[-1]
     os.truncate(path, path.stat().st_size // 2)
     words = arguments(store_folder, damaged_run, resume=True)
-    refused(main, words, damaged_run, f"cannot read checkpoint {path}", "cut short or damaged", "delete it to resume from")
+    refused(main, words, damaged_run, f"cannot read checkpoint {path}", "truncated, damaged", "delete it to resume from")
     path.unlink()  # the way out
     assert main(words)[0] == 0 and metrics(damaged_run)[-1]["final"]
 
@@ -255,7 +255,7 @@ def test_before_its_first_checkpoint_a_run_begins_again(main, damaged_run, store
     path = damaged_run / "metrics.jsonl"
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:2]))
     status, said = main(arguments(store_folder, damaged_run, resume=True))
-    assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are computed again\n" in said
+    assert status == 0 and f"{damaged_run} has no checkpoint yet: its 2 updates are recomputed\n" in said
     assert [line["step"] for line in metrics(damaged_run)] == [1, 2, 3, 4, 5, 6, 6]
 
 
@@ -266,15 +266,15 @@ def test_resume_with_what_auto_stands_for(main, damaged_run, store_folder):
 
 def test_resume_without_a_run_starts_one(main, output, store_folder):
     status, said = main(arguments(store_folder, output, resume=True, steps=1))
-    assert status == 0 and f"{output} holds no run to resume: a new one begins\n" in said
+    assert status == 0 and f"{output} holds no run to resume: a new run starts\n" in said
     assert [line["step"] for line in metrics(output)] == [1, 1]
     status, said = main(arguments(store_folder, output, resume=True, steps=1))
     assert status == 0 and "no run to resume" not in said
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "curves.png"])
+@pytest.mark.parametrize("name", ["model.safetensors", "curves.png", "profile.json"])
 def test_a_folder_where_the_run_writes_a_file(main, damaged_run, store_folder, name):
-    """Said at the start, not after the last update."""
+    """Refused at the start, not after the last update."""
     (damaged_run / name).unlink(missing_ok=True)
     (damaged_run / name).mkdir()
     words = arguments(store_folder, damaged_run, resume=True)

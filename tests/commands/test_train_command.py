@@ -37,7 +37,7 @@ def test_help_lists_every_field():
 
 
 def test_help_says_how_alpha_is_multiplied():
-    """Eq. 6: the temperature is a factor, too."""
+    """Eq. 6: the temperature is also a factor."""
     shown = " ".join(python(str(ROOT / "train.py"), "small", "--help").stdout.replace("│", " ").split())
     assert "the loss is mask + alpha · temperature · contrastive" in shown
 
@@ -54,8 +54,7 @@ def test_the_command(store_folder, output, tmp_path):
     result = python(str(ROOT / "train.py"), *words, cwd=tmp_path)
     assert result.returncode == 1 and result.stdout == ""
     assert (
-        result.stderr
-        == f"train.py: error: run folder {output} exists: add --resume to go on with it, or give another --output\n"
+        result.stderr == f"train.py: error: run folder {output} exists: add --resume to continue it, or give another --output\n"
     )
 
 
@@ -69,7 +68,7 @@ def test_profile(store_folder, output, tmp_path):
     parts = next(i for i, line in enumerate(lines) if line.startswith("part "))
     assert [line.split()[0] for line in lines[parts + 1 : parts + 5]] == ["data", "forward", "backward", "optimizer"]
     assert all(float(line.split()[1]) > 0 for line in lines[parts + 1 : parts + 5])
-    assert "the host waited for the device 0 times an update" in lines
+    assert "the host waited for the device 0 times per update" in lines
     operation = "aten::bmm" if CPU_ERROR else "axial_attention"  # without the library the definition runs
     assert any(operation in line for line in lines)
 
@@ -135,7 +134,7 @@ def test_torchrun_is_no_cause_itself(monkeypatch, capsys, tmp_path, codes, statu
 
     def fail(_):
         failures = {rank: ProcessFailure(rank, 100 + rank, code, str(tmp_path / "none")) for rank, code in enumerate(codes)}
-        for failure in failures.values():  # who explained an error did so first
+        for failure in failures.values():  # a process that explained its error did so first
             failure.timestamp = 1 if failure.exitcode > 0 else 2
         raise ChildFailedError("script.py", failures)
 
@@ -152,7 +151,7 @@ def test_torchrun_threads(monkeypatch, processes, given, threads):
     """What the user chose stays; one process takes all cores, as without torchrun."""
     monkeypatch.setenv("OMP_NUM_THREADS", "")  # given back after the test
     monkeypatch.delenv("OMP_NUM_THREADS") if given is None else monkeypatch.setenv("OMP_NUM_THREADS", given)
-    monkeypatch.setenv(LAUNCHER, "")  # given back, too
+    monkeypatch.setenv(LAUNCHER, "")  # so that monkeypatch restores it
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(16))
     monkeypatch.setattr("vimpac.processes.limits.cores_allowed", lambda: None)
     monkeypatch.setattr("torch._utils.cpu_count", lambda: 16, raising=False)  # what torchrun asks; before torch 2.13 the next

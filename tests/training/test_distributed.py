@@ -289,7 +289,7 @@ def test_folders_that_are_not_shared(store_folder, whole, tmp_path):
     hook = on_rank(1, on_call("vimpac.training.run:list_checkpoints", 1, "nothing"))
     before = metrics(whole)
     output = run(words, tmp_path / "log", 2, hook, code=1)
-    assert "processes would go on from different steps [6, 0]" in output and metrics(whole) == before
+    assert "processes would continue from different steps [6, 0]" in output and metrics(whole) == before
 
 
 def test_a_folder_that_another_run_holds(store_folder, whole, tmp_path):
@@ -302,7 +302,7 @@ def test_a_folder_that_another_run_holds(store_folder, whole, tmp_path):
 
 
 def test_a_folder_that_cannot_be_made(store_folder, tmp_path):
-    """An error of the system ends all processes, too."""
+    """An OSError on the first rank ends all processes."""
     (tmp_path / "file").touch()
     output = run(arguments(store_folder, tmp_path / "file" / "run"), tmp_path / "log", 2, code=1)
     assert (

@@ -33,7 +33,7 @@ def test_sigterm_writes_a_checkpoint(finished_run, store_folder, tmp_path, updat
     hook = on_call("vimpac.training.loop:Loop.update", update, "terminate")
     output = run(arguments(store_folder, folder, save_every=100), tmp_path / "log", hook=hook, code=143)
     path = folder / "checkpoints" / f"step-{update:08d}.pt"
-    assert f"train.py: stopped by SIGTERM; {path} is written, go on with --resume\n" in output
+    assert f"train.py: stopped by SIGTERM; {path} is written, continue with --resume\n" in output
     assert "Traceback" not in output and list_checkpoints(folder) == [path]
     assert not (folder / "model.safetensors").exists()
     run(arguments(store_folder, folder, save_every=2, resume=True), tmp_path / "log")
@@ -105,7 +105,7 @@ def test_ctrl_c_twice(store_folder, tmp_path, capfd):
         loop.stop.handle(signal.SIGINT, None)
 
 
-@pytest.mark.parametrize("ranks, when", [(1, "after this update"), (2, "within 10 updates, when all processes look for it")])
+@pytest.mark.parametrize("ranks, when", [(1, "after this update"), (2, "within 10 updates, when all processes check for it")])
 def test_a_signal_says_when_it_is_heeded(store_folder, tmp_path, capfd, ranks, when):
     loop = make_loop(store_folder, tmp_path)
     loop.stop = StopRequest(World(0, ranks, CPU.device), 10)  # as on GPUs

@@ -1,4 +1,4 @@
-"""Both pre-training tasks on held-out videos, and predictors that need no model (section H.2)."""
+"""Evaluates both pre-training tasks on held-out videos, next to predictors without a model (section H.2)."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from vimpac.model.losses import Objective
 from vimpac.model.masking import Masking
 from vimpac.ops import BlockMask, info_nce
 
-HELD_OUT_IDS = 1 << 62  # added to held-out sample ids, so that their masks are not those of training samples
+HELD_OUT_IDS = 1 << 62  # added to held-out sample ids, so that their masks differ from those of training samples
 
 
 @torch.inference_mode()
@@ -35,17 +35,19 @@ def evaluate(
 ) -> dict:
     """Accuracy on masked tokens and of finding a clip's partner, over `batches` batches of `videos` videos.
 
-    objective, masking: those of training; every masked token is hidden, where noisy masks (section G.3) leave some visible.
-    micro_batch: videos a forward pass. most_frequent: the token that the first trivial predictor always answers.
+    objective, masking: those of training, except that noisy masks (section G.3) hide every masked token here.
+    micro_batch: videos per forward pass. most_frequent: the token that the first trivial predictor always answers.
     padded: whether clips may hold PAD. autocast: dtype of mixed precision, None = float32.
 
-    Returns mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy (a copy of the nearest visible token): shares of
-    masked tokens, None without the mask task; cl_loss: γ · L_cl (Eq. 5) of a batch's videos, the paper's CL-Loss, None
-    without the contrastive task; retrieval_accuracy: share of clips whose nearest neighbour among the batch's other clips (by
-    cosine of the contrastive features, or of [CLS] without the contrastive task) is the other clip of the same video,
-    histogram_retrieval_accuracy (by cosine of how often each token occurs in what the model sees) and retrieval_chance;
-    these and cl_loss are None for one video, whose clips have no other candidate; masked_tokens and retrieval_clips that these
-    are shares of.
+    Returns
+        mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy: shares of right answers on masked tokens, by the model, by
+            the most frequent token and by a copy of the nearest visible token. None without the mask task.
+        cl_loss: γ · L_cl (Eq. 5) of a batch's videos, the paper's CL-Loss. None without the contrastive task.
+        retrieval_accuracy: share of clips whose nearest neighbour among the batch's other clips is the other clip of the same
+            video, by cosine of the contrastive features (of [CLS] without the contrastive task).
+        histogram_retrieval_accuracy: the same by cosine of the histograms of the tokens that the model sees.
+        retrieval_chance: the same by chance. These three and cl_loss are None for one video, which has no other candidate.
+        masked_tokens, retrieval_clips: the numbers of which these are shares.
     """
     device = next(model.parameters()).device
     training = model.training
@@ -90,9 +92,9 @@ def scaled_contrastive_loss(features: Tensor, temperature: float) -> Tensor:
 
 
 class _Seen(NamedTuple):
-    """What a forward pass over some clips tells: right answers of the model and of the two trivial predictors."""
+    """Results of a forward pass over some clips."""
 
-    right: list[int]
+    right: list[int]  # right answers of the model and of the two trivial predictors
     masked: int  # tokens
     features: Tensor  # [B, head_out] float32, or [CLS] [B, C] without the contrastive task
     histogram: Tensor  # [B, V]
@@ -113,38 +115,38 @@ def _look(
         ]
         right = [int((guess == truth).sum()) for guess in guesses]
     contrasted = masked.tokens if objective.contrastive_masked else tokens
-    if contrasted is not seen:  # as in training, intact clips take a forward pass of their own
+    if contrasted is not seen:  # as in training, intact clips need a separate forward pass
         cls, _ = model.backbone(contrasted, padded)
     features = model.cls_head(cls) if objective.contrasts else cls
     return _Seen(right, int(masked.mask.sum()), features.float(), histograms(contrasted, model.config.vocab_size))
 
 
 def nearest_visible(tokens: Tensor, mask: Tensor, pad_id: int) -> Tensor:
-    """For each masked token (in the order of tokens[mask]), the nearest visible one of its clip, in time and space.
+    """For each masked token, in the order of tokens[mask], the nearest visible token of its clip in time and space.
 
-    tokens [B, T, H, W], mask [B, T, H, W] bool → [masked]. A clip without any visible token gives PAD.
+    tokens [B, T, H, W], mask [B, T, H, W] bool → [masked]. PAD in a clip without visible tokens.
     """
     hidden = (mask | (tokens == pad_id)).cpu().numpy()
     copies = []
-    for clip, gone, asked in zip(tokens.cpu().numpy(), hidden, mask.cpu().numpy(), strict=True):
-        if gone.all():
-            copies.append(np.full(asked.sum(), pad_id))
+    for clip, clip_hidden, clip_mask in zip(tokens.cpu().numpy(), hidden, mask.cpu().numpy(), strict=True):
+        if clip_hidden.all():
+            copies.append(np.full(clip_mask.sum(), pad_id))
             continue
-        nearest = distance_transform_edt(gone, return_distances=False, return_indices=True)
+        nearest = distance_transform_edt(clip_hidden, return_distances=False, return_indices=True)
         assert isinstance(nearest, np.ndarray)  # [3, T, H, W]
-        copies.append(clip[tuple(nearest[:, asked])])
+        copies.append(clip[tuple(nearest[:, clip_mask])])
     return torch.from_numpy(np.concatenate(copies)).to(tokens.device)
 
 
 def histograms(tokens: Tensor, vocab_size: int) -> Tensor:
     """How often each id below vocab_size occurs in each clip: [B, T, H, W] → [B, vocab_size] float32."""
-    ids = tokens.flatten(1).long().clamp(max=vocab_size)  # special ids get a column of their own, which is dropped
+    ids = tokens.flatten(1).long().clamp(max=vocab_size)  # special ids share an extra column, which is dropped
     counts = torch.zeros(len(ids), vocab_size + 1, device=ids.device)
     return counts.scatter_add_(1, ids, torch.ones_like(ids, dtype=counts.dtype))[:, :vocab_size]
 
 
 def partners_found(features: Tensor) -> int:
-    """How many of 2n clips (first clips, then second clips) have their partner as nearest neighbour by cosine."""
+    """How many of 2n clips (first clips, then second clips) have their partner as their nearest neighbour by cosine."""
     z = F.normalize(features, dim=-1)
     scores = (z @ z.T).fill_diagonal_(-torch.inf)
     partner = torch.arange(len(z), device=z.device).roll(len(z) // 2)
@@ -152,6 +154,6 @@ def partners_found(features: Tensor) -> int:
 
 
 def most_frequent_token(pairs: ClipPairs, vocab_size: int, videos: int = 1024) -> int:
-    """The commonest id in the clips of the first samples, at most `videos` of them."""
+    """The most frequent id in the clips of the first samples, of at most `videos` videos."""
     tokens = pairs.batch(0, min(videos, pairs.epoch_samples)).tokens
     return int(np.bincount(tokens[tokens < vocab_size], minlength=vocab_size).argmax())

@@ -1,7 +1,7 @@
 """The spatio-temporal transformer (section A.1): tokens [B, T, H, W] → [CLS] [B, C], hidden [B, T, H, W, C].
 
-Inside, the states are one matrix of rows [R, C], R = B·T·H·W + B: the tokens in raster order, then the [CLS] rows. Every
-linear layer and norm sees that matrix; attention reads and writes it in place.
+Inside, the states are one matrix of rows [R, C], R = B·T·H·W + B: the tokens in raster order, then the [CLS] rows. Linear
+layers, norms and attention all read and write that matrix directly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ INIT_STD = 0.02
 
 
 class Backbone(nn.Module):
-    """Embedding, layers. Parameters are initialised by `reset_parameters`:
+    """Embedding and layers. `reset_parameters` initialises the parameters:
 
     | parameter                            | initial value                                                   |
     |--------------------------------------|-----------------------------------------------------------------|
@@ -45,7 +45,7 @@ class Backbone(nn.Module):
         self.embedding = nn.Embedding(config.vocab_size + SPECIAL_IDS, config.width)
         self.cls = nn.Parameter(torch.empty(config.width))
         self.positions = Positions(config.grid, config.width)
-        pre = config.norm != "post"  # what enters each block is normalised then, and what leaves the last one
+        pre = config.norm != "post"  # norms on the inputs of blocks, and on the output of the last
         self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS) if pre else nn.Identity()
@@ -63,14 +63,14 @@ class Backbone(nn.Module):
     def forward(self, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
         """Token ids [B, T, H, W] of any integer dtype, below vocab_size + 5 → [CLS] [B, C] and hidden states [B, T, H, W, C].
 
-        padded: False promises that no id is PAD, which saves the attention its masks.
-        Raises ValueError when the grid is not the configured one, or for ids that are no integers.
+        padded: False promises that no id is PAD, so that attention needs no masks.
+        Raises ValueError when the grid is not the configured one, or for ids that are not integers.
         """
         hidden, cls = unpack(self.rows(tokens, padded), tokens.shape)
         return cls, hidden
 
     def rows(self, tokens: Tensor, padded: bool = True) -> Tensor:
-        """The same as rows [B·T·H·W + B, C], tokens first."""
+        """The states of `forward` as one matrix [B·T·H·W + B, C], tokens first."""
         if tuple(tokens.shape[1:]) != self.config.grid:
             raise ValueError(
                 f"tokens must be [B, T, H, W] with T, H, W = {self.config.grid}, got shape {tuple(tokens.shape)}; "
@@ -81,27 +81,27 @@ class Backbone(nn.Module):
         tokens = tokens.long()
         pad = tokens == self.config.pad_id if padded else None
         seeds = dropout_seeds(tokens.device, self) if self.training and self.config.dropout > 0 else None
-        # Not in what is compiled: both terms would get one and the same tensor as gradient, and accumulation add to it twice.
+        # Not in the compiled part: there both terms would share one gradient tensor, and accumulation would add to it twice.
         cls = self.cls + self.positions.cls
         x = self.embed(tokens, cls, None if seeds is None else seeds[-1, 0])
         full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         with recomputing(self.activation_checkpointing == "selective"):
             for i, layer in enumerate(self.layers):
                 arguments = (x, pad, None if seeds is None else seeds[i])
-                if full:  # the generator's state is kept where it is drawn from, which a CUDA graph does not allow
+                if full:  # saves the generator's state only if dropout draws from it, since a CUDA graph does not allow that
                     x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=seeds is not None)
                 else:
                     x = layer(*arguments)
         return self.final_norm(x)
 
     def compile_parts(self) -> None:
-        """torch.compile of the embedding and of each layer."""
+        """Compile the embedding and each layer."""
         self.embed = torch.compile(self.embed, dynamic=False)
         for layer in self.layers:
             layer.compile(dynamic=False)
 
     def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> Tensor:
-        """Eq. 7, for tokens and [CLS] [C]: rows [R, C]. seed: of dropout, None = none."""
+        """Eq. 7 for tokens and [CLS] [C]: rows [R, C]. seed: of dropout, None = no dropout."""
         x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
         x = self.embedding_norm(torch.cat([x.flatten(0, 3), cls.expand(tokens.shape[0], -1)]))
         return x if seed is None else dropout(x, self.config.dropout, seed)
@@ -123,8 +123,11 @@ class Layer(nn.Module):
 
 
 class Residual(nn.Module):
-    """x → norm(x + dropout(f(x))) (post, Eq. 10), x + dropout(f(norm(x))) (pre-vit), or pre: attention blocks of the released
-    program add to what they normalised, norm(x) + dropout(f(norm(x))), its MLPs to x.
+    """A block f with its norm, dropout and residual connection.
+
+    post (Eq. 10):  norm(x + dropout(f(x)))
+    pre-vit:        x + dropout(f(norm(x)))
+    pre:            as pre-vit for MLPs; attention adds to its normalised input: norm(x) + dropout(f(norm(x))), as released
     """
 
     project: Linear  # the last layer of f
@@ -144,7 +147,7 @@ class Residual(nn.Module):
         return dropout_add(normalised if self.adds_to_normalised else x, y, self.dropout_p, seed)
 
     def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
-        """f, without dropout of its result."""
+        """f, without the dropout of its output."""
         raise NotImplementedError
 
     @property
@@ -169,13 +172,13 @@ class AttentionBlock(Residual):
     def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [R, 3, N, D]
         arguments = (qkv, self.grid, self.axes, pad, self.dropout_p, seed, self.cls_in_context)
-        same_again = self.dropout_p == 0 or not draws_from_generator(self.axes, (1, *self.grid))
-        out = recomputed(axial_attention_packed, *arguments) if same_again else axial_attention_packed(*arguments)
+        repeatable = self.dropout_p == 0 or not draws_from_generator(self.axes, (1, *self.grid))
+        out = recomputed(axial_attention_packed, *arguments) if repeatable else axial_attention_packed(*arguments)
         return self.project(out.flatten(1))
 
 
 class MLP(Residual):
-    """Two linear layers with GELU between."""
+    """Two linear layers with GELU between them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
@@ -190,8 +193,11 @@ class MLP(Residual):
 
 
 def dropout_seeds(device: torch.device, backbone: Backbone) -> Tensor:
-    """Seeds [layers + 1, residual blocks a layer] of one forward pass, drawn from torch's generator on the device; the last
-    row is the embedding's. A block's attention and its residual connection share one: they draw other words of it."""
+    """Dropout seeds [layers + 1, residual blocks per layer] of one forward pass, drawn from torch's generator on the device.
+
+    The last row is for the embedding. A block's attention and its residual connection share a seed, but use different random
+    words of it.
+    """
     blocks = len(parse_layout(backbone.config.layout, backbone.config.heads)) + 1  # attention's, and the MLP
     return torch.randint(2**62, (len(backbone.layers) + 1, blocks), device=device)
 

@@ -42,9 +42,10 @@ class TokenHead(nn.Module):
 class ContrastiveHead(nn.Module):
     """[CLS] [B, C] → features [B, head_out] float32 (Eq. 18): linear, batch norm, ReLU, …, last linear without bias.
 
-    In float32 even under autocast: clips' states differ little, and batch norm magnifies what a linear layer in half precision
-    rounds. With a fresh model without dropout, bfloat16 in this head alone moved the loss by 7 to 10 %, in the whole backbone
-    by 1 % (the demo's model, on a CPU). And a clip whose features are all but zero has a gradient beyond float16's range.
+    In float32 even under autocast: the states of different clips are similar, and batch norm magnifies the rounding errors of a
+    half-precision linear layer. At initialisation and without dropout, bfloat16 in this head alone changed the loss by 7 to
+    10 %, in the whole backbone by 1 % (the demo's model, on a CPU). A clip with features near zero has a gradient beyond
+    float16's range.
     """
 
     def __init__(self, width: int, layers: int, hidden: int, out: int):
@@ -66,9 +67,9 @@ class ContrastiveHead(nn.Module):
 
 
 class BatchNorm(nn.BatchNorm1d):
-    """Batch norm whose statistics span the ranks of the default process group while training, on any device.
+    """Batch norm whose training statistics span all ranks of the default process group, on any device.
 
-    (torch's SyncBatchNorm runs on GPUs only.) Every rank holds the same number of rows. Statistics are at least float32.
+    (torch's SyncBatchNorm runs on GPUs only.) Every rank must have the same number of rows. Statistics are at least float32.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -78,7 +79,7 @@ class BatchNorm(nn.BatchNorm1d):
             return super().forward(x32).to(x.dtype)
         ranks = dist.get_world_size()
         var, mean = (moment.double() for moment in torch.var_mean(x32, 0, correction=0))
-        # Sent together. In float64, since the square of the mean, which may be much larger, is subtracted again.
+        # One message, in float64: the variance is a small difference of large numbers if the mean is large.
         mean, square = _AllReduce.apply(torch.stack([mean, var + mean.square()])) / ranks
         var = (square - mean.square()).to(x32.dtype)
         mean = mean.to(x32.dtype)

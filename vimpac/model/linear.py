@@ -1,8 +1,8 @@
-"""A linear layer that trains as fast on a CPU as its matrix products can.
+"""A linear layer that trains faster on x86 CPUs.
 
-On an x86 CPU torch multiplies float32 matrices with MKL and convolves with oneDNN. A 1×1 convolution is the same product: on
-two threads of an AMD EPYC oneDNN makes those of the forward pass and of x's gradient 10 to 20 % faster (docs/performance.md).
-The weight's gradient sums over the rows, where MKL is at least as fast.
+There torch multiplies float32 matrices with MKL and convolves with oneDNN. A 1×1 convolution is the same product. On two
+threads of an AMD EPYC, oneDNN is 10 to 20 % faster for the forward pass and for the gradient of x (docs/performance.md). For
+the weight's gradient, a sum over the rows, MKL is at least as fast.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ X86 = platform.machine().lower() in ("x86_64", "amd64")
 
 
 class Linear(nn.Linear):
-    """nn.Linear; a float32 one in training on an x86 CPU goes through oneDNN.
+    """nn.Linear that uses oneDNN for float32 training on an x86 CPU.
 
-    Not in evaluation, where the number of rows may change with every batch: oneDNN keeps some memory for each.
+    Not in evaluation, where the number of rows may change with every batch: oneDNN keeps some memory for each number.
     """
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,7 +1,6 @@
 """The losses of both pre-training tasks (Eq. 1, 5, 6), written with the ops.
 
-Each spans the ranks of a process group so that the mean over ranks, which is what DistributedDataParallel averages, is the loss
-of the whole batch.
+Each is defined so that its mean over the ranks, as DistributedDataParallel averages gradients, is the loss of the whole batch.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ class Objective:
     alpha: float
     temperature: float
     contrastive_masked: bool
-    """Contrast the masked clips; otherwise intact ones, which take a forward pass of their own."""
+    """Contrast the masked clips; otherwise the intact ones, which takes a separate forward pass."""
 
     @classmethod
     def from_config(cls, config: TrainConfig) -> Objective:
@@ -40,7 +39,7 @@ class Objective:
 
     @property
     def contrastive_weight(self) -> float:
-        """What Eq. 6 multiplies the contrastive loss by."""
+        """The factor of the contrastive loss in Eq. 6."""
         return self.alpha * self.temperature
 
 

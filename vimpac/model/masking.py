@@ -1,4 +1,4 @@
-"""Which tokens of a clip the model does not see: a run's masks, as a function of its seed and the clips' sample ids."""
+"""Which tokens of a clip are hidden from the model, as a function of the run's seed and the clip's sample id."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_BLOCKS = 64
 
 @dataclass(frozen=True)
 class Masking:
-    """How the masks of a run are drawn: blocks (Eq. 3) where `ratio` is None, else independent tokens (Eq. 2)."""
+    """How the masks of a run are drawn: blocks (Eq. 3) if `ratio` is None, else independent tokens (Eq. 2)."""
 
     grid: tuple[int, int, int]
     vocab_size: int
@@ -33,7 +33,7 @@ class Masking:
         return cls(grid, config.model.vocab_size, config.seed, n_blocks, ratio, config.noisy_mask)
 
     def draw(self, tokens: Tensor, sample_ids: Tensor, backend: str | None = None) -> BlockMask:
-        """The masks of clips [B, T, H, W] with sample ids [B]: the same bits on every device and for any split of a batch."""
+        """The masks of clips [B, T, H, W] with sample ids [B]: the same bits on every device and however a batch is split."""
         return block_mask(tokens, sample_ids, self.seed, self.n_blocks, self.ratio, self.noisy, self.vocab_size, backend)
 
     @property

@@ -26,9 +26,9 @@ class PretrainModel(nn.Module):
         self.cls_head = ContrastiveHead(config.width, config.head_layers, config.head_width, config.head_out)
 
     def compile_parts(self) -> None:
-        """torch.compile of the embedding, each layer and the token head, one by one: equal layers compile once.
+        """Compile the embedding, each layer and the token head separately, so that equal layers compile once.
 
-        Names of parameters stay. The token head takes any number of rows without compiling again.
+        Parameter names stay the same. The token head takes any number of rows without recompiling.
         """
         self.backbone.compile_parts()
         self.token_head.transform = torch.compile(self.token_head.transform, dynamic=True)

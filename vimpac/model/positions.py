@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-IN_BACKBONE = "backbone.positions."  # what names of these parameters begin with in a whole model
+IN_BACKBONE = "backbone.positions."  # prefix of these parameters' names in a whole model
 AXES = ("time", "height", "width")  # parameter names, in the order of the grid
 
 
@@ -25,7 +25,7 @@ class Positions(nn.Module):
         self.cls = nn.Parameter(torch.empty(width))
 
     def reset_parameters(self, std: float) -> None:
-        """The sum of the three axes has standard deviation `std`, and so has [CLS]'s."""
+        """Initialise so that the sum over the three axes, and [CLS]'s position, have standard deviation `std`."""
         for name in AXES:
             nn.init.normal_(getattr(self, name), std=std / math.sqrt(3))
         nn.init.normal_(self.cls, std=std)
@@ -36,7 +36,7 @@ class Positions(nn.Module):
 
 
 def interpolate(table: Tensor, size: int) -> Tensor:
-    """Resample positions [n, C] linearly along their axis to [size, C]; the same size gives the same values."""
+    """Resample positions [n, C] linearly along their axis to [size, C]. With n = size the values stay the same."""
     if table.shape[0] == size:
         return table
     return F.interpolate(table.T[None].float(), size=size, mode="linear", align_corners=False)[0].T.to(table.dtype)

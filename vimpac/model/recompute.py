@@ -1,22 +1,22 @@
 """Selective activation checkpointing: what is cheap to recompute is not stored for the backward pass.
 
-A transformer layer stores, for each row of width C: the inputs of its norms (1 C each), q, k and v (3 C a block) and the
-input of GELU (4 C). The outputs of norms, GELU and attention are inputs of a linear layer, which would store them as well (1,
-4 and 1 C). Here autograd stores how to recompute them instead: one pointwise or attention kernel each, no matrix product.
+A transformer layer stores, for each row of width C: the inputs of its norms (1 C each), q, k and v (3 C per block) and the
+input of GELU (4 C). The outputs of norms, GELU and attention are inputs of a linear layer, which would also store them (1, 4
+and 1 C). Here autograd stores how to recompute them instead: one pointwise or attention kernel each, no matrix product.
 
     with recomputing():
         x = recomputed(norm, s)     # norm(s); an op that saves x for its backward pass stores `s` and `norm` instead
         y = linear(x)
 
-Under autocast a linear layer stores its input's copy in half precision, which is not recomputed. That costs half of the
+Under autocast a linear layer stores a half-precision copy of its input, which is not recomputed. That costs half of the
 memory saved.
 
-Unlike torch.utils.checkpoint there is no region to run again: each tensor is recomputed on its own, when backward needs it.
+torch.utils.checkpoint runs a whole region a second time. Here each tensor is recomputed separately, when backward needs it.
 
-In compiled code `recomputed` is a plain call. What to store is the choice of torch's partitioner, a minimum cut of the graph.
-Its default heuristics store what they consider expensive, outputs of norms and GELU among them. What is compiled inside
-`recomputing` is cut without those heuristics: elementwise results are recomputed inside the kernels that use them; products,
-attention and random numbers are stored.
+In compiled code `recomputed` is a plain call. There torch's partitioner decides what to store, by a minimum cut of the graph.
+Its default heuristics store what they consider expensive, including the outputs of norms and GELU. `recomputing` turns those
+heuristics off for code that is compiled inside it: elementwise results are recomputed inside the kernels that use them;
+products, attention and random numbers are stored.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from torch import Tensor
 
 _recipes: ContextVar[dict[int, tuple[weakref.ref, Callable[[], Tensor]]] | None] = ContextVar("recipes", default=None)
 # The heuristics by which the partitioner stores elementwise results: if they are used far from where they were computed, or by
-# a matrix product of the backward pass. Heuristics that a version of torch does not have are left out.
-RULES = ("ban_recompute_used_far_apart", "ban_recompute_materialized_backward")
-NO_RULES = {name: False for name in RULES if hasattr(partitioner, name)}
+# a matrix product of the backward pass. Not every version of torch has both.
+HEURISTICS = ("ban_recompute_used_far_apart", "ban_recompute_materialized_backward")
+WITHOUT_HEURISTICS = {name: False for name in HEURISTICS if hasattr(partitioner, name)}
 
 
 @contextmanager
 def recomputing(enabled: bool = True) -> Iterator[None]:
-    """Inside, tensors from `recomputed` are not stored for backward, nor elementwise results of what is compiled there first.
+    """Inside, backward stores neither tensors from `recomputed` nor elementwise results of code that is first compiled there.
 
     Does nothing without gradients, or while compiling.
     """
@@ -48,14 +48,14 @@ def recomputing(enabled: bool = True) -> Iterator[None]:
         return
     token = _recipes.set({})
     try:
-        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack), partitioner.patch(NO_RULES):
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack), partitioner.patch(WITHOUT_HEURISTICS):
             yield
     finally:
         _recipes.reset(token)
 
 
 def recomputed(function: Callable[..., Tensor], *arguments) -> Tensor:
-    """function(*arguments), which must give the same bits on every call."""
+    """function(*arguments), recomputed in backward instead of stored. It must give the same bits on every call."""
     out = function(*arguments)
     recipes = None if torch.compiler.is_compiling() else _recipes.get()
     if recipes is not None and out.requires_grad:
@@ -73,10 +73,10 @@ class _Recipe:
 
 def _pack(x: Tensor) -> Tensor | _Recipe:
     recipe = (_recipes.get() or {}).get(x.data_ptr())
-    original = None if recipe is None else recipe[0]()  # None: freed, its memory may have become another tensor's
+    original = None if recipe is None else recipe[0]()  # None if freed: another tensor may be at its address now
     same = original is not None and original.numel() == x.numel() and original.dtype == x.dtype and x.is_contiguous()
     if recipe is None or not same:
-        return x.detach()  # x itself may be the output of the op that keeps it: a cycle that only a backward pass would end
+        return x.detach()  # x may be the output of the op that saves it: a reference cycle until a backward pass
     return _Recipe(recipe[1], x.shape)
 
 

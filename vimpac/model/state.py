@@ -1,4 +1,4 @@
-"""What a state dict must hold to become a model, checked before anything is allocated by what a file says."""
+"""Checks that a state dict fits a model, before anything is allocated by the sizes that a file claims."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ from vimpac.layouts import parse_layout
 from vimpac.meta import without_memory
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-INTEGERS = (torch.int64, torch.int32)  # a number of batches
+INTEGERS = (torch.int64, torch.int32)  # batch norm's num_batches_tracked
 M = TypeVar("M", bound=nn.Module)
 
 
 def empty_model(make: Callable[[ModelConfig], M], config: ModelConfig, tensors: int) -> M:
-    """`make(config)` without memory for its parameters. Raises InputError for one that `tensors` tensors cannot fill.
+    """`make(config)` without memory for its parameters. Raises InputError if the model has more than `tensors` tensors.
 
-    So the numbers of a file's header cost no more than the file's own size.
+    So a file whose header claims a huge model costs no more than the file's own size.
     """
     blocks = config.layers * len(parse_layout(config.layout, config.heads)) + config.head_layers
     if blocks > tensors:
         shape = f"layers={config.layers}, layout={config.layout[:60]!r} and head_layers={config.head_layers}"
-        raise InputError(f"{shape} take {blocks} tensors or more, it holds {tensors}")
+        raise InputError(f"a model with {shape} has at least {blocks} tensors, got {tensors}")
     try:
         with without_memory():
             return make(config)
-    except RuntimeError as error:  # the product of two sizes leaves 64 bits
+    except RuntimeError as error:  # the product of two sizes overflows 64 bits
         raise InputError(f"no model has the sizes of {config}: {str(error).splitlines()[0]}") from None
 
 
 def check_state(state: Mapping[Any, Any], own: Mapping[str, Tensor]) -> None:
-    """Raises InputError unless `state` fills `own`, a model's state dict: the same names, tensors that `misfit` passes."""
+    """Raises InputError unless `state` fits `own`, a model's state dict: the same names, and no tensor is a `misfit`."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
     if missing or unknown:
         names = f"missing {missing[:5]}, unexpected {[name[:80] for name in unknown[:5]]}"
@@ -46,9 +46,9 @@ def check_state(state: Mapping[Any, Any], own: Mapping[str, Tensor]) -> None:
 
 
 def misfit(x: Any, dtype: torch.dtype, shape: tuple[int, ...] | None) -> str | None:
-    """Why x cannot be the values of a tensor of this kind and shape (None: any), or None: it can.
+    """The reason why x cannot be loaded into a tensor of this dtype and shape (None = any); None if it can.
 
-    It must be a plain tensor in memory with all its values, floating-point ones finite: one NaN makes every output NaN.
+    x must be a plain tensor in memory. Floating-point values must be finite: one NaN makes every output NaN.
     """
     if type(x) not in (Tensor, nn.Parameter):
         return f"is a {type(x).__name__}, expected a tensor"

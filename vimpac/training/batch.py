@@ -1,7 +1,7 @@
-"""What a forward pass reads: clips, their masks, and which rows the token head works on. Made on the CPU, ahead of the GPU.
+"""What a forward pass reads: clips, their masks, and the rows for the token head. Prepared on the CPU, ahead of the GPU.
 
-Masks are functions of (seed, sample id), the same bits on every device, so they are drawn where the number of masked tokens is
-needed: on the host. A step then never asks the device for anything.
+Masks are functions of (seed, sample id), the same bits on every device. They are drawn on the host, since the host needs the
+number of masked tokens. So no step waits for an answer from the device.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vimpac.ops import BlockMask
 
-# The token head runs on a multiple of this: oneDNN keeps megabytes for every shape it meets, and shapes would not end.
+# The token head's number of rows is a multiple of this: oneDNN keeps megabytes for every shape, so there must be few shapes.
 ROWS = 256
 
 
@@ -27,7 +27,7 @@ class Batch(NamedTuple):
     masked: Tensor | None  # [2n, T, H, W]: with MASK (or noise) at masked positions
     rows: Tensor | None  # [M] int64: raster indices of the masked positions, then filler
     targets: Tensor | None  # [M] int64: the ids there, then -1
-    share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 where it is a whole batch of its own
+    share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 unless it is part of a larger batch
     masked_count: int  # masked positions
 
     def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
@@ -40,13 +40,13 @@ class Batch(NamedTuple):
 
 
 def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:
-    """A batch of masked clips. multiple: M is rounded up to it. Reads the number of masked positions: call it on the host."""
+    """A batch of masked clips. multiple: M is rounded up to it. For CPU tensors: it reads the number of masked positions."""
     count = int(masked.counts.sum())
     length = math.ceil(count / multiple) * multiple
     indices = masked.indices[:length]
-    indices = F.pad(indices, (0, length - len(indices)), value=-1)  # where the multiple is beyond the last token
+    indices = F.pad(indices, (0, length - len(indices)), value=-1)  # if M exceeds the number of tokens
     filler = indices < 0
-    # Each filler is a row of its own: on a GPU the gradients of equal rows are added one after another.
+    # Each filler reads a different row: on a GPU, gradients of the same row are added one after another.
     rows = torch.where(filler, torch.arange(length, device=indices.device) % tokens.numel(), indices)
     targets = tokens.flatten()[rows].long().masked_fill(filler, -1)
     return Batch(tokens, masked.tokens, rows, targets, torch.ones((), device=tokens.device), count)

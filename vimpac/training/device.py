@@ -1,4 +1,4 @@
-"""What a run asks of its device: precision, compilation, kernels, CUDA graphs, generators. What it cannot give is refused."""
+"""What a run needs of its device: precision, compilation, kernels, CUDA graphs, generators. Refuses what it cannot do."""
 
 from __future__ import annotations
 
@@ -30,16 +30,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
 
 
 def op_calls_of(model: ModelConfig, precision: str, device: torch.device) -> list[Call]:
-    """What training asks of the ops on this device. Its masks are drawn on the host, whatever backend is named."""
+    """The op calls of training on this device. Without masks, which are always drawn on the host."""
     dtype = autocast_dtype(precision, device) or torch.float32
     return [call for call in sample_calls(model, device, dtype).values() if call[0] != "block_mask"]
 
 
 def check_backends(calls: list[Call]) -> None:
-    """Raises InputError where VIMPAC_BACKEND or VIMPAC_CPU_ISA names what does not exist, or what cannot run the model here."""
+    """Raises InputError if VIMPAC_BACKEND or VIMPAC_CPU_ISA names something unknown, or something that cannot run here."""
     try:
         check_environment()
-        if not os.environ.get("VIMPAC_BACKEND"):  # without a name each op takes one that can
+        if not os.environ.get("VIMPAC_BACKEND"):  # each op then takes a backend that can run
             return
         for op, preference, call in calls:
             choose(op, None, preference, *call)
@@ -48,20 +48,20 @@ def check_backends(calls: list[Call]) -> None:
 
 
 def plain_ops(calls: list[Call], device: torch.device) -> str | None:
-    """A sentence on the ops that run as their definitions here for want of a kernel, and why; None where there are none."""
+    """A sentence on the ops that have no kernel here and run as plain PyTorch, and why; None if there are none."""
     found: dict[str, list[str]] = {}  # reasons → ops
     for op, preference, call in calls:
         if named_by_environment(op) is None and pick(op, None, preference, *call)[0] == "reference":
             reasons = "; ".join(why_not(op, "triton" if device.type == "cuda" else "cpu", *call))
             found.setdefault(reasons, []).append(op)
     if found:
-        MISSING.update(LIBRARIES)  # said here, so that the ops do not warn of it as well
+        MISSING.update(LIBRARIES)  # reported here, so that the ops do not also warn
     slow = "run as plain PyTorch, several times slower than their kernels"
     return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
 
 def check_graphs(config: TrainConfig, plan: BatchPlan, world: World) -> None:
-    """Raises InputError where --graphs does not go together with the other options, the device or the processes."""
+    """Raises InputError if --graphs cannot be used with the other options, the device or the number of processes."""
     if not config.graphs:
         return
     if world.device.type != "cuda":
@@ -82,17 +82,17 @@ def check_graphs(config: TrainConfig, plan: BatchPlan, world: World) -> None:
 
 
 def resolve_compile(choice: str, device: torch.device) -> tuple[bool, str | None]:
-    """Whether to compile, and why not where "auto" would have. Raises InputError where "on" cannot be had."""
+    """Whether to compile, and why not if "auto" would have. Raises InputError if "on" does not work here."""
     if choice == "off" or (choice == "auto" and device.type != "cuda"):
         return False, None
     reason = why_not_compile(device)
     if reason is not None and choice == "on":
-        raise InputError(f"--compile on: torch.compile does not work here ({reason}): mend that, or --compile off")
+        raise InputError(f"--compile on: torch.compile does not work here ({reason}): fix that, or --compile off")
     return reason is None, reason
 
 
 def why_not_compile(device: torch.device) -> str | None:
-    """Compiles a small function; the reason where that fails, None where it works."""
+    """Compiles a small function. Returns the reason if that fails, None if it works."""
     try:
         torch.compile(lambda x: x * 2 + 1, dynamic=False)(torch.ones(8, device=device))
     except Exception as error:  # a missing compiler, header, driver or triton: nearly anything
@@ -103,8 +103,8 @@ def why_not_compile(device: torch.device) -> str | None:
 def seed_dropout(device: torch.device, seed: int, step: int, micro_step: int, rank: int) -> None:
     """Seed torch's generator of `device` as a function of the run's seed, the update, the micro-step and the rank.
 
-    A resumed run needs no generator states, and a batch that goes forward twice has the same dropout both times. On a CUDA
-    device the seed is two numbers on the host: nothing waits.
+    So a resumed run needs no generator states, and with gradient caching both forward passes of a batch have the same dropout.
+    On a CUDA device this sets two numbers on the host: nothing waits.
     """
     words = np.random.SeedSequence([seed % 2**64, step, micro_step, rank]).generate_state(2, np.uint32)
     generator_of(device).manual_seed(int(words[0]) | int(words[1]) << 32)

@@ -1,4 +1,4 @@
-"""One or many processes, as torchrun's environment variables say: NCCL on GPUs, gloo on CPUs."""
+"""Training in one or many processes, according to torchrun's environment variables: NCCL on GPUs, gloo on CPUs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._C._distributed_c10d import PrefixStore  # which torch.distributed exports without naming it
+from torch._C._distributed_c10d import PrefixStore  # torch.distributed has it, but not in __all__
 from torch.nn.parallel import DistributedDataParallel
 
 from vimpac.errors import InputError
@@ -22,13 +22,13 @@ from vimpac.processes.meeting import CONNECT_SECONDS, GONE, Meeting, PeerLost, i
 from vimpac.processes.ranks import Place, read_place
 
 COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
-"""How long a collective waits for a connected peer, such as the first rank while it writes a checkpoint: torch's defaults."""
+"""How long a collective waits for a connected peer, for example while the first rank writes a checkpoint: torch's defaults."""
 AGAIN = "start again with --resume (torchrun --max-restarts does it by itself)"
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among all: rank of size, its device, and where it waits for the others without a time-out."""
+    """This process's rank, the number of processes, its device, and where processes wait for each other without a time-out."""
 
     rank: int
     size: int
@@ -42,7 +42,7 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Start the process group when there is more than one process, end it afterwards."""
+    """Start the process group if there is more than one process, and end it afterwards."""
     place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -68,8 +68,8 @@ def join_world() -> Iterator[World]:
 
 
 def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
-    """Starts the process group of all ranks. They have met, so connecting takes seconds, or fails."""
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # tensors on the CPU, such as signals, wait for no GPU
+    """Start the process group of all ranks. All of them are running by now, so connecting takes seconds or fails."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"  # CPU tensors, such as flags for signals, need no GPU
     store = PrefixStore("group", meeting.store)
     connecting = timedelta(seconds=CONNECT_SECONDS)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.size, timeout=connecting)
@@ -77,10 +77,10 @@ def start_group(place: Place, device: torch.device, meeting: Meeting) -> None:
 
 
 def leave_world() -> None:
-    """End the process group, if there is one. Nothing may still refer to a DistributedDataParallel.
+    """End the process group, if there is one. No reference to a DistributedDataParallel may be left.
 
     Its reducer refers to the group. If that is the last reference, its destructor waits for gloo's threads while it holds the
-    interpreter's lock, which such a thread may need to end. One in ten runs of two processes hung there.
+    interpreter's lock, which such a thread may need in order to end. One in ten runs of two processes hung there.
     """
     if dist.is_initialized():
         gc.collect()
@@ -90,8 +90,8 @@ def leave_world() -> None:
 def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
     """The module with its gradients averaged over ranks, bucket by bucket while backward still runs.
 
-    Buffers are not synchronised: every rank computes the same batch norm statistics. torch.compile must not split graphs where
-    buckets end: each layer is a graph of its own, and a split one may draw its dropout in another order.
+    Buffers are not synchronised: every rank computes the same batch norm statistics. torch.compile must not split its graphs at
+    the ends of buckets: each layer is a separate graph already, and a split one may draw its dropout in another order.
     """
     torch._dynamo.config.optimize_ddp = False
     devices = [world.device] if world.device.type == "cuda" else None
@@ -103,7 +103,7 @@ def averaging(module: nn.Module, world: World) -> DistributedDataParallel:
 
 @contextmanager
 def explaining_lost_peers(message: Callable[[], str]) -> Iterator[None]:
-    """Turns the failure of a collective because another process has ended into an InputError with this message."""
+    """If a collective fails because another process has ended, raise an InputError with this message instead."""
     try:
         yield
     except RuntimeError as error:
@@ -147,8 +147,10 @@ def any_rank(flag: bool, world: World) -> bool:
 
 
 def on_first_rank(work: Callable[[], None], world: World) -> None:
-    """Do `work` on the first rank while the others wait, however long. Raises its InputError or OSError, on others one that
-    points there."""
+    """Do `work` on the first rank while the others wait without a time-out.
+
+    If it raises InputError or OSError, so does the first rank; the others raise an InputError with the same message.
+    """
     failure = None
     if world.is_first:
         try:
@@ -161,7 +163,7 @@ def on_first_rank(work: Callable[[], None], world: World) -> None:
 
 
 def gather_rows(x: Tensor, world: World) -> list[Tensor]:
-    """A tensor of one shape on all ranks, from every rank."""
+    """Every rank's tensor, in order. They must have one shape."""
     if world.size == 1:
         return [x]
     rows = [torch.empty_like(x) for _ in range(world.size)]
@@ -170,5 +172,5 @@ def gather_rows(x: Tensor, world: World) -> list[Tensor]:
 
 
 def barrier(world: World) -> None:
-    """Every rank waits for the others, by an answer that all of them need (NCCL's barrier would make the GPU wait)."""
+    """Every rank waits for the others. (A reduction on the host, since NCCL's barrier would make the GPU wait.)"""
     any_rank(False, world)

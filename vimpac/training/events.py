@@ -1,4 +1,4 @@
-"""Metrics as TensorBoard reads them. A disk that is full ends them, not the run."""
+"""Metrics as TensorBoard events. If writing them fails, for example on a full disk, the run continues without them."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from vimpac.files.atomic import naming
 
 
 class EventLog:
-    """A file of events in `folder`; those of an earlier run from `first_step` on no longer count.
+    """A file of events in `folder`. TensorBoard then ignores earlier events from `first_step` on.
 
-    torch's SummaryWriter writes in a thread, whose error comes to light some calls later without the file's name.
-    failure: a sentence on what ended it, if something did.
+    (torch's SummaryWriter writes in a thread, and reports an error some calls later without the file's name.)
+    failure: a sentence on why events are no longer written; None while they are.
     """
 
     def __init__(self, folder: Path, first_step: int):
@@ -59,7 +59,7 @@ class EventLog:
         for event in events:
             writer.write(event.SerializeToString())
         data = records.getvalue()
-        while data:  # the last bytes of a disk are written, the rest raises
+        while data:  # an almost full disk takes a part, and raises for the rest
             data = data[self.file.write(data) :]
 
     @contextmanager
@@ -67,7 +67,7 @@ class EventLog:
         try:
             with naming(self.path):
                 yield
-        except Exception as error:  # the disk's; tensorboard and protobuf that do not fit raise nearly anything
+        except Exception as error:  # the disk's; tensorboard with an incompatible protobuf raises nearly anything
             reason = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
             self.failure = f"TensorBoard's events are no longer written, metrics.jsonl is: {' '.join(reason.split())[:300]}"
             if self.file is not None:

@@ -1,8 +1,8 @@
 """CUDA graphs of the micro-step: its hundreds of launches become one.
 
-A graph has fixed shapes. All of a batch's are fixed but the number of rows of the token head, so rows are rounded up to one of
-a few numbers and each gets its graph when it first comes. Graphs share one memory pool, with what warms up later ones: none of
-them run at the same time.
+A graph has fixed shapes. The only shape of a batch that varies is the number of rows of the token head. It is rounded up to
+one of a few numbers, each of which gets a graph when it first occurs. All graphs and the warm-up runs of later ones share one
+memory pool, since no two of them run at the same time.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ WARM_UP = 3  # runs before a capture: autotuning, compilation, cuBLAS workspaces
 
 
 def row_multiple(tokens: int, share: float) -> int:
-    """What to round the number of rows up to: an eighth of what is expected, so that some three graphs serve a run."""
+    """The multiple to round the number of rows up to: an eighth of the expected number, so that a run needs about 3 graphs."""
     return max(ROWS, math.ceil(tokens * share / 8 / ROWS) * ROWS)
 
 
 class GraphedStep:
-    """run(batch) → metrics, which adds to the gradients of a module's parameters, replayed from a graph.
+    """Replays run(batch) → metrics, which adds to the gradients of a module's parameters, from a graph.
 
-    Gradients must stay where they are: zero them, do not drop them. Dropout is drawn from torch's generator as it is seeded
-    before each call; a capture leaves gradients, buffers (batch norm's) and the generator as they were.
+    Gradients must keep their memory: zero them, do not set them to None. Dropout is drawn from torch's generator as seeded
+    before each call. A capture leaves gradients, buffers (batch norm's) and the generator unchanged.
     """
 
     def __init__(self, run: Callable[[Batch], dict[str, Tensor]], module: nn.Module, capture: Callable | None = None):
@@ -46,17 +46,17 @@ class GraphedStep:
         inputs, replay = self.graphs[shapes]
         for static, x in zip(inputs.tensors, batch.tensors, strict=True):
             static.copy_(x)
-        return {name: x.clone() for name, x in replay().items()}  # the next graph may write where this one's results are
+        return {name: x.clone() for name, x in replay().items()}  # the next graph may overwrite this one's results
 
     def prepare(self, inputs: Batch) -> Callable[[], dict[str, Tensor]]:
-        """Captures run(inputs); module state is restored afterwards."""
+        """Captures run(inputs), then restores the module's state."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
         state = [*(p.grad for p in parameters), *self.module.buffers()]
         kept, generator = [x.clone() for x in state], generator_of(inputs.tokens.device)
         drawn = generator.get_state()
-        torch.clear_autocast_cache()  # a copy of a weight made outside of the graph would be frozen into it
+        torch.clear_autocast_cache()  # or the graph would keep using a copy of a weight made before it
         replay = self.capture(lambda: self.run(inputs))
         torch.clear_autocast_cache()
         for x, before in zip(state, kept, strict=True):
@@ -66,7 +66,7 @@ class GraphedStep:
 
 
 class _Capture:
-    """Captures functions' kernels into one pool, on one side stream: memory of a pool is reused on its stream only."""
+    """Captures functions into graphs with one memory pool, on one side stream: a pool reuses memory on one stream only."""
 
     def __init__(self):
         self.stream, self.filled = torch.cuda.Stream(), False
@@ -93,16 +93,17 @@ class _Capture:
 
     @contextmanager
     def pooled(self) -> Iterator[None]:
-        """Inside, once there is a graph, memory comes from the pool: other runs would need as much again, since graphs
-        give nothing back.
+        """Inside, once there is a graph, memory comes from the pool. Graphs never return memory, so warm-up runs outside of the
+        pool would need the same amount a second time.
 
-        What such a run keeps is overwritten by earlier graphs' replays. The first runs are not inside, so that what is made
-        once and kept, like the scaler's scale, is not in the pool; cuBLAS's workspaces may be, they hold nothing between calls.
+        Replays of earlier graphs overwrite whatever such a run leaves in the pool. The first warm-up therefore runs outside:
+        what it allocates for good, such as the scaler's scale, must not be in the pool. cuBLAS's workspaces may be, since they
+        hold nothing between calls.
         """
         if self.memory is None or not self.filled:
             yield
             return
-        torch.cuda.empty_cache()  # cached blocks would not be released when the pool has to grow
-        # A pool serves one thread, and backward has one of its own: here it runs in this one.
+        torch.cuda.empty_cache()  # or cached blocks would not be released when the pool grows
+        # A pool serves one thread, so backward must run in this one.
         with torch.cuda.use_mem_pool(self.memory), torch.autograd.set_multithreading_enabled(False):
             yield

@@ -1,8 +1,8 @@
-"""torchrun that says what is needed: `python -m vimpac.training.launch [torchrun options] train.py …`.
+"""torchrun with readable errors: `python -m vimpac.training.launch [torchrun options] train.py …`.
 
-torchrun prints a traceback of its own when a process ends with an error that the process has already explained, or when its
-port is taken. This runs the same program, says what a process that was killed could not, and passes the exit status on. Unless
-OMP_NUM_THREADS is set, each process gets its share of the machine's cores as threads, where torchrun gives it one.
+torchrun prints its own traceback even for an error that a process has already explained, and when its port is taken. This runs
+the same program, reports processes that were killed, and passes the exit status on. Unless OMP_NUM_THREADS is set, each process
+gets its share of the machine's cores as threads, instead of torchrun's single thread.
 """
 
 from __future__ import annotations
@@ -12,14 +12,18 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from vimpac.console import printable
 from vimpac.processes.limits import share_of_cores
 from vimpac.processes.ranks import LAUNCHER
 
+if TYPE_CHECKING:  # it imports torch
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run torchrun with these arguments; returns 128 + n after signal n to it or a process, else the first failure's status."""
+    """Run torchrun with these arguments. Returns 128 + n if signal n ended it or a process, else the first failure's status."""
     from torch.distributed import DistError, run
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -45,14 +49,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _status(error) -> int:
-    """Of a ChildFailedError."""
+def _status(error: ChildFailedError) -> int:
+    """The exit status for failed processes. Reports one that was killed."""
     ended = {rank: failure.exitcode for rank, failure in error.failures.items()}
     killed = [(rank, code) for rank, code in ended.items() if code < 0 and code != -signal.SIGTERM]
-    if not killed:  # torchrun itself sends SIGTERM to the processes that are left after a failure
+    if not killed:  # torchrun itself sends SIGTERM to the remaining processes after a failure
         code = error.get_first_failure()[1].exitcode
         return code if code >= 0 else 128 - code
-    rank, code = killed[0]  # processes that ended because of its loss have explained that
+    rank, code = killed[0]  # the others have reported that they lost it
     print(f"rank {rank} was killed by {_cause(-code)}", file=sys.stderr)
     return 128 - code
 
@@ -60,8 +64,8 @@ def _status(error) -> int:
 def _cause(number: int) -> str:
     name = signal.Signals(number).name
     if number == signal.SIGKILL:
-        why = "most likely this machine ran out of memory (`dmesg` tells)"
-        return f"{name}: {why}; training takes less with a smaller --micro-batch"
+        why = "most likely this machine ran out of memory (`dmesg` shows it)"
+        return f"{name}: {why}; a smaller --micro-batch needs less"
     return name
 
 

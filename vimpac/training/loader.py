@@ -15,11 +15,11 @@ from vimpac.training.batch import Batch
 class BatchLoader:
     """Iterates over make(first) for each sample number of `firsts`, on `device`.
 
-    ahead: how many batches a thread makes ahead of the one in use; 0 = none, each is made when it is asked for. None
-    chooses: 2 on a CUDA device; 0 on a CPU, where a thread would only take the step's cores from it.
+    ahead: how many batches a thread prepares ahead of the one in use; 0 = each batch is prepared when next() needs it.
+    None = 2 on a CUDA device, 0 on a CPU, where a thread would only compete with the step for cores.
 
-    On a CUDA device the thread copies from pinned memory on a stream of its own, and the consumer's stream waits for the copy,
-    the host does not. What make raises is raised by next(). `waited`: seconds that the consumer has waited so far.
+    On a CUDA device the thread copies from pinned memory on a separate stream. The consumer's stream waits for the copy, the
+    host does not. next() raises what `make` raises. `waited`: seconds that the consumer has waited so far.
     """
 
     def __init__(self, make: Callable[[int], Batch], firsts: Iterable[int], device: torch.device, ahead: int | None = None):
@@ -27,7 +27,7 @@ class BatchLoader:
         self.ahead = (2 if device.type == "cuda" else 0) if ahead is None else ahead
         self.waited = 0.0
         self._waiting: deque[Future] = deque()
-        # A thread begins on device 0, and would make a context there.
+        # A new thread starts on device 0, and would create a context there.
         here = {"initializer": torch.cuda.set_device, "initargs": (device,)} if device.type == "cuda" else {}
         self._thread = ThreadPoolExecutor(1, "batches", **here) if self.ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
@@ -49,7 +49,7 @@ class BatchLoader:
         if ready is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(ready)
-            for x in batch.tensors:  # their memory was taken on the other stream: not to be given away while this one reads it
+            for x in batch.tensors:  # allocated on the other stream, which must not reuse them while this one reads
                 x.record_stream(stream)
         return batch
 
@@ -67,7 +67,7 @@ class BatchLoader:
             return batch, self._stream.record_event()
 
     def close(self) -> None:
-        """Ends the thread and drops the batches that were not used."""
+        """Ends the thread and drops unused batches."""
         if self._thread is not None:
             self._thread.shutdown(wait=True, cancel_futures=True)
             self._waiting.clear()

@@ -1,6 +1,6 @@
 """The training loop of every task: updates of the weights, metrics, checkpoints, and a clean end after a signal.
 
-A task says what a batch is and how a unit of batches adds to the gradients; the loop does the rest.
+A task defines what a batch is and how a unit of batches adds to the gradients; the loop does the rest.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ from vimpac.training.signals import StopRequest
 
 
 class Task(Protocol):
-    """What a run trains and on what."""
+    """The module that a run trains, its batches and their gradients."""
 
     module: Any
-    """nn.Module whose `model` checkpoints hold; forward(batch) → {"loss": with gradient, other metrics}."""
+    """nn.Module with forward(batch) → {"loss": with gradient, other metrics}. Checkpoints hold its `model`."""
 
     def make_batch(self, first: int, videos: int) -> Batch:
         """Samples first, first + 1, …, on the CPU."""
@@ -53,7 +53,7 @@ class Task(Protocol):
 
 
 class Loop:
-    """The state of a run and its loop. step: updates made so far."""
+    """The state of a run and its loop. step: updates so far."""
 
     def __init__(
         self,
@@ -70,16 +70,16 @@ class Loop:
         self.task, self.module, self.optimizer, self.scaler = task, task.module, optimizer, scaler
         self.config, self.plan, self.schedule, self.world = config, plan, schedule, world
         self.run, self.tokenizer, self.step = Path(config.output), tokenizer, step
-        # Looking at the metrics makes a GPU, and all hosts, wait.
+        # Reading the metrics makes the host wait for the GPU, and all hosts for each other.
         self.look_every = config.log_every if world.device.type == "cuda" else 1
         self.stop = StopRequest(world, self.look_every)
-        self.progress: Progress | None = None  # shows micro-steps that take long
+        self.progress: Progress | None = None  # shows the micro-steps of long updates
         self.loader: BatchLoader | None = None
         self.parallel: Any = self.module if world.size == 1 else distributed.averaging(self.module, world)
         self.graphed = GraphedStep(self.forward_backward, self.module) if config.graphs else None
 
     def train(self, log: MetricsLog, progress: Progress) -> None:
-        """Updates to the end of the schedule. Raises Stopped after a signal, InputError where a metric is not finite."""
+        """Train to the end of the schedule. Raises Stopped after a signal, InputError if a metric is not finite."""
         config = self.config
         profile = UpdateProfile(self.run, self.world) if config.profile else None
         self.module.train()
@@ -91,9 +91,9 @@ class Loop:
                 self.step += 1
                 last = self.step == self.schedule.steps
                 due = self.step % config.save_every == 0
-                # Several processes must agree on a stop, which makes all of them wait.
-                look = last or due or self.step % self.look_every == 0 or (self.world.size == 1 and self.stop.asked)
-                stop = look and not last and distributed.any_rank(self.stop.asked, self.world)
+                # Several processes must agree to stop, which makes all of them wait.
+                look = last or due or self.step % self.look_every == 0 or (self.world.size == 1 and self.stop.requested)
+                stop = look and not last and distributed.any_rank(self.stop.requested, self.world)
                 if look:
                     log.flush(progress, config.batch_size, self.may_overflow, self.loader.waited if self.loader else 0.0)
                 if last or stop or due:
@@ -107,7 +107,7 @@ class Loop:
             profile.report(progress)
 
     def update(self) -> dict[str, Any]:
-        """One update of the weights; metrics as scalars on the device."""
+        """One update of the weights. Returns the metrics as scalars on the device."""
         config, plan = self.config, self.plan
         rate = learning_rate(self.step, self.schedule.decay_steps, config.warmup, config.learning_rate)
         for group in self.optimizer.param_groups:
@@ -116,8 +116,8 @@ class Loop:
         if self.loader is None:
             self.loader = BatchLoader(self.make_batch, self.first_samples(), self.world.device)
         sums: dict[str, Tensor] = {}
-        # The outermost context owns the weights' copies in low precision: one cast serves all micro-steps. A graph has its own.
-        # (Whole layers recomputed by eager full checkpointing drop them: backward has a thread with contexts of its own.)
+        # The outermost context owns the weights' low-precision copies, so one cast serves all micro-steps. A graph has its own.
+        # (Eager full checkpointing loses them: it recomputes layers in backward's thread, which has separate contexts.)
         with torch.autocast(self.world.device.type, enabled=False) if self.graphed is None else nullcontext():
             for first in range(0, plan.micro_steps, plan.parts):
                 with record_function("data"):
@@ -134,22 +134,22 @@ class Loop:
         return {"step": self.step + 1, "learning_rate": rate, "grad_norm": norm, **sums}
 
     def micro_step(self, i: int, batch: Batch, gradient: Tensor | None = None) -> dict[str, Tensor]:
-        """Micro-step i of this update: adds its gradients; its metrics. gradient: as for `forward_backward`."""
+        """Add the gradients of micro-step i of this update, and return its metrics. gradient: as for `forward_backward`."""
         self.seed(i)
         last = i == self.plan.micro_steps - 1
-        # Gradients are averaged over ranks in the last micro-step of an update only.
+        # Gradients are averaged over ranks only in the last micro-step of an update.
         with nullcontext() if last or self.world.size == 1 else self.parallel.no_sync():
             return self.graphed(batch) if self.graphed else self.forward_backward(batch, gradient)
 
     def forward_backward(self, batch: Batch, gradient: Tensor | None = None) -> dict[str, Tensor]:
-        """Adds a micro-step's gradients to those of the parameters; its metrics.
+        """Add a micro-step's gradients to those of the parameters, and return its metrics.
 
-        gradient: with gradient caching, the gradient of the update's loss by this batch's [CLS] states.
+        gradient: with gradient caching, the gradient of the update's loss with respect to this batch's [CLS] states.
         """
         with record_function("forward"):
             out = self.parallel(batch) if gradient is None else self.parallel(batch, True)
         roots, upstream = [], []
-        if isinstance(out["loss"], Tensor):  # there is a loss beside the cached one
+        if isinstance(out["loss"], Tensor):  # a loss in addition to the cached one
             roots.append(self.scaler.scale(out["loss"] / self.plan.micro_steps))
             upstream.append(None)
         if gradient is not None:
@@ -160,11 +160,11 @@ class Loop:
         return {name: x.detach() for name, x in out.items() if isinstance(x, Tensor)}
 
     def seed(self, i: int) -> None:
-        """Seeds the dropout of micro-step i: a batch that goes forward twice has the same dropout both times."""
+        """Seed the dropout of micro-step i: with gradient caching, both forward passes of a batch have the same dropout."""
         seed_dropout(self.world.device, self.config.seed, self.step, i, self.world.rank)
 
     def first_samples(self) -> Iterator[int]:
-        """Number of the first sample of each of this rank's micro-steps, from the current update on."""
+        """The number of the first sample of each of this rank's micro-steps, from the current update on."""
         micro_batch, ranks = self.plan.micro_batch, self.world.size
         for step in itertools.count(self.step):
             for i in range(self.plan.micro_steps):
@@ -175,11 +175,11 @@ class Loop:
 
     @property
     def may_overflow(self) -> bool:
-        """Whether float16 gradients that are not finite are only scaled too much: the scaler skips the update."""
+        """Whether gradients that are not finite may just be scaled too much for float16; the scaler skips such an update."""
         return self.scaler.is_enabled() and self.scaler.get_scale() >= 1
 
     def save(self) -> Path:
-        """Write a checkpoint (first rank). Samples, masks and dropout are functions of the step: it is their state."""
+        """Write a checkpoint (first rank). It needs no sampler or generator state: these are functions of the step."""
         path, optimizer = self.run, whole_state(self.optimizer, self.module, self.world.is_first)
         if self.world.is_first:
             state = {
@@ -196,16 +196,16 @@ class Loop:
         return path
 
     def stop_now(self, number: int, _frame) -> None:
-        """Handles a signal after the last update, whose checkpoint is written."""
-        raise Stopped(number, f"{list_checkpoints(self.run)[-1]} is written, go on with --resume")
+        """Handle a signal after the last update, whose checkpoint is already written."""
+        raise Stopped(number, f"{list_checkpoints(self.run)[-1]} is written, continue with --resume")
 
     def close(self) -> None:
-        """Ends the loader's thread; the next update starts another."""
+        """End the loader's thread. The next update would start a new one."""
         if self.loader is not None:
             self.loader.close()
             self.loader = None
 
     def leave_processes(self) -> None:
-        """Drops the wrapper that averages gradients, which refers to the process group, and ends the group."""
+        """End the process group, after dropping the gradient-averaging wrapper, which refers to it."""
         self.parallel = None
         distributed.leave_world()

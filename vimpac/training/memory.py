@@ -1,4 +1,4 @@
-"""How much memory a forward pass takes, and what to change where it is too much."""
+"""How much memory a forward pass takes, and what to change if it is too much."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from vimpac.processes.limits import memory_left
 from vimpac.processes.ranks import read_place
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h's
-# torch raises a RuntimeError with one of these; the last for more bytes than there are numbers for.
+# torch raises a RuntimeError with one of these; the last if the number of bytes overflows.
 NO_CPU_MEMORY = ("can't allocate memory", "not enough memory", "Storage size calculation overflowed")
 
 
 @dataclass(frozen=True)
 class MemoryUse:
-    """What decides how much memory a forward pass of a run takes. videos: of a forward pass in each process."""
+    """What determines how much memory a forward pass takes. videos: per forward pass in each process."""
 
     model: ModelConfig
     videos: int
     contrasted: int
-    """Videos of a contrastive batch, 0 where nothing is contrasted."""
+    """Videos of a contrastive batch, 0 without the contrastive task."""
     activation_checkpointing: str
     precision: str
     compiled: bool
@@ -42,7 +42,7 @@ class MemoryUse:
         return cls(config.model, micro_batch, contrasted, *options, device)
 
     def activation_bytes(self) -> int:
-        """What the layers keep of a video (two clips) for the backward pass, by the table of docs/performance.md."""
+        """Bytes that the layers store per video (two clips) for backward, by the table of docs/performance.md."""
         model = self.model
         blocks = len(parse_layout(model.layout, model.heads))
         selective = 5 * blocks + 6 if self.compiled else 4 * blocks + 5
@@ -51,9 +51,9 @@ class MemoryUse:
         return 2 * (math.prod(model.grid) + 1) * row * units * model.layers
 
     def check_fits(self) -> None:
-        """Raises InputError where a forward pass keeps more than this machine has available.
+        """Raises InputError if a forward pass on a CPU stores more than this machine has available.
 
-        On a CPU nothing else would say so: the system ends the process.
+        Otherwise the system would kill the process without a message.
         """
         if self.device.type != "cpu" or (available := available_memory()) is None:
             return
@@ -63,13 +63,13 @@ class MemoryUse:
             return
         fits = next((m for m in range(int(available / a_video), 0, -1) if self.videos % m == 0), None)
         sizes = (
-            f"keep some {needed / 2**30:.0f} GiB of activations for backward, {available / 2**30:.0f} GiB are available here"
+            f"need about {needed / 2**30:.0f} GiB of activations for backward, {available / 2**30:.0f} GiB are available here"
         )
         raise InputError(f"{self.videos} videos a forward pass {sizes}: {'; '.join(self.ways_to_save(fits))}")
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
-        """Turns running out of memory into an InputError that says what to change, with the numbers."""
+        """If memory runs out, raise an InputError that says what to change, with the numbers."""
         try:
             yield
         except RuntimeError as error:
@@ -89,16 +89,16 @@ class MemoryUse:
         return f"{what}: {'; '.join(self.ways_to_save(half))}. torch said: {said}"
 
     def ways_to_save(self, smaller: int | None) -> list[str]:
-        """What to change for a forward pass to take less memory. smaller: a micro-batch to suggest."""
+        """What to change so that a forward pass takes less memory. smaller: a micro-batch to suggest."""
         ways = []
         if self.activation_checkpointing != "full":
             ways.append("--activation-checkpointing full keeps one activation a layer and takes a third more time")
         if smaller is not None:
-            twice = f"; the {self.contrasted} contrasted videos then go through the model twice" if self.contrasted else ""
+            twice = f"; gradient caching then runs the {self.contrasted} contrasted videos twice" if self.contrasted else ""
             ways.append(f"--micro-batch {smaller} takes about {smaller / self.videos:.0%} of the activations' memory{twice}")
         if self.device.type == "cuda" and self.precision == "fp32":
             ways.append("--precision bf16 halves most activations")
-        return ways or ["a smaller model or grid, there is nothing left to split"]
+        return ways or ["use a smaller model or grid: there is nothing left to split"]
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:
@@ -107,7 +107,7 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 @contextmanager
 def explaining_model_size(device: torch.device) -> Iterator[None]:
-    """Turns memory that runs out while the model is made into an InputError: nothing but a smaller model helps."""
+    """If memory runs out while the model is built, raise an InputError: only a smaller model helps."""
     try:
         yield
     except RuntimeError as error:
@@ -119,7 +119,7 @@ def explaining_model_size(device: torch.device) -> Iterator[None]:
 
 
 def available_memory() -> int | None:
-    """Bytes that this process may still take, where Linux says so: of the machine, and of its control groups."""
+    """Bytes that this process may still allocate on Linux, by the machine and by its control groups; None if unknown."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
         free = [1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")]
@@ -129,10 +129,10 @@ def available_memory() -> int | None:
 
 
 def keep_freed_memory() -> bool:
-    """Have the C library keep freed memory for the next update, instead of returning it and asking for zeroed pages again.
+    """Make the C library keep freed memory for the next update instead of returning it to the system.
 
-    For training on a CPU: an update allocates gigabytes of states, each page of which the kernel would clear anew. The process
-    then stays as large as its largest update. Returns whether the C library could be asked (glibc).
+    For training on a CPU: an update allocates gigabytes, and the system would have to clear every page each time. The process
+    then stays as large as its largest update. Returns whether the C library supports this (glibc does).
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

@@ -24,16 +24,16 @@ from vimpac.training.progress import Progress
 
 
 class MetricsLog:
-    """Metrics of each update, kept on the device until someone looks: RUN/metrics.jsonl, TensorBoard, the progress line."""
+    """Keeps metrics on the device until `flush` writes them: RUN/metrics.jsonl, TensorBoard, the progress line."""
 
     def __init__(self, run: Path, world: World, step: int, names: Sequence[str]):
-        """step: the last update before this process's first. names: the task's metrics; a line has null where one is off."""
+        """step: the updates made before this process started. names: the task's metrics; null in a line for one that is off."""
         self.path, self.world, self.names = run / "metrics.jsonl", world, tuple(names)
         self.waiting: list[dict] = []
         self.since, self.waited = time.perf_counter(), 0.0
         self.events = None
-        self.start, self.kept = step, set()  # the steps up to it that have a line
-        self.dropped = 0  # lines of updates after `step`, which are computed again
+        self.start, self.kept = step, set()  # kept: steps up to `start` that have a line
+        self.dropped = 0  # lines of updates after `start`, which are recomputed
         if world.is_first:
             self._drop_lines_after(step)
             if importlib.util.find_spec("tensorboard"):
@@ -43,10 +43,10 @@ class MetricsLog:
         self.waiting.append(metrics)
 
     def flush(self, progress: Progress, batch_size: int, may_overflow: bool, waited: float = 0.0) -> None:
-        """Write what waits. Raises InputError when a loss or the gradient is not finite.
+        """Write the metrics since the last call. Raises InputError if a loss or the gradient is not finite.
 
-        may_overflow: a gradient that is not finite was skipped by the scaler; the line says null.
-        waited: seconds that this process has spent waiting for batches since the run began.
+        may_overflow: the scaler has skipped a gradient that is not finite; its line has null.
+        waited: seconds that this process has waited for batches since the run started.
         """
         names = [name for name in self.waiting[0] if isinstance(self.waiting[0][name], Tensor)]
         values = torch.stack([torch.stack([m[name].float() for name in names]) for m in self.waiting])  # [updates, names]
@@ -86,13 +86,13 @@ class MetricsLog:
             self.events.write(lines)
 
     def note_failure(self, progress: Progress) -> None:
-        """Says once why events are no longer written."""
+        """Print, once, why events are no longer written."""
         if self.events is not None and self.events.failure:
             progress.note(self.events.failure)
             self.events = None
 
     def _drop_lines_after(self, step: int) -> None:
-        """A resumed run writes the updates after its checkpoint again."""
+        """Remove the lines of updates after `step`, which a resumed run recomputes, and of the evaluation."""
         if self.path.exists():
             lines = [line for line in read_lines(self.path) if not line.get("final")]
             kept = [line for line in lines if line["step"] <= step]
@@ -100,15 +100,15 @@ class MetricsLog:
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def recomputed(self) -> str | None:
-        """A sentence on the updates that are computed again, since the run has no checkpoint yet; None where there are none."""
+        """A sentence on the updates that are recomputed because the run has no checkpoint yet; None if there are none."""
         if not self.dropped:
             return None
-        return f"{self.path.parent} has no checkpoint yet: its {self.dropped} updates are computed again"
+        return f"{self.path.parent} has no checkpoint yet: its {self.dropped} updates are recomputed"
 
     def gap(self, first: int | None) -> str | None:
-        """What the log lacks of the updates before this run went on, as a sentence; None where it lacks nothing.
+        """A sentence on the lines missing from the log up to the step that this run resumed from; None if none is missing.
 
-        first: the run's first update; None = the first that the log has.
+        first: the run's first update; None = the first in the log.
         """
         first = min(self.kept, default=self.start) if first is None else first
         missing = [step for step in range(first, self.start + 1) if step not in self.kept]
@@ -116,11 +116,11 @@ class MetricsLog:
             return None
         return (
             f"{self.path} lacks {len(missing)} of the updates up to step {self.start}, the first of them {missing[0]}: lines "
-            "were lost or damaged; the weights are whole, and the run goes on"
+            "were lost or damaged; the weights are intact, and the run continues"
         )
 
     def sync(self) -> None:
-        """Makes what is written durable, so that no checkpoint outlives the lines of the updates before it."""
+        """Flush the lines to disk, so that a checkpoint is never newer than the lines after a crash."""
         if self.world.is_first and self.path.exists():
             for path in (self.path, self.path.parent):
                 descriptor = os.open(path, os.O_RDONLY)
@@ -131,8 +131,10 @@ class MetricsLog:
 
 
 def read_lines(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, if it exists. A line that is cut short or damaged is left out: it is UTF-8, an object, and
-    has a step, or it is no line."""
+    """The lines of a metrics.jsonl; none if it does not exist.
+
+    Damaged lines are left out: a line must be UTF-8 and a JSON object with a step.
+    """
     if not path.exists():
         return []
     try:
@@ -152,7 +154,7 @@ def _parsed(text: bytes) -> dict | None:
 
 
 def not_finite(line: dict) -> list[str]:
-    """`name=value` of the terms of a line that are not finite."""
-    parts = [name for name in line if name.endswith("_loss") and name != "cl_loss"]  # which is contrastive_loss, scaled
+    """`name=value` for each loss and gradient norm of a line that is not finite."""
+    parts = [name for name in line if name.endswith("_loss") and name != "cl_loss"]  # cl_loss is contrastive_loss, scaled
     terms = [*parts, "loss", "grad_norm"]
     return [f"{name}={line[name]}" for name in terms if line.get(name) is not None and not math.isfinite(line[name])]

@@ -16,9 +16,9 @@ if TYPE_CHECKING:  # it imports all of torch.jit
 def adamw(
     model: nn.Module, weight_decay: float, betas: tuple[float, float], eps: float, shard: bool = False
 ) -> torch.optim.Optimizer:
-    """AdamW over what requires a gradient; biases and norm weights do not decay, as released.
+    """AdamW over all parameters that require a gradient. No weight decay for biases and norm weights, as released.
 
-    shard: ZeRO-1, each rank of the process group keeps the moments of, and updates, a part of the parameters.
+    shard: ZeRO-1, each rank of the process group keeps the moments of a part of the parameters and updates only that part.
     """
     norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
     decayed, undecayed = [], []
@@ -36,9 +36,9 @@ def adamw(
 
 
 def whole_state(optimizer: torch.optim.Optimizer, model: nn.Module, is_first: bool) -> dict | None:
-    """The state dict of AdamW, names included, however the optimizer is sharded; None on ranks other than the first.
+    """AdamW's complete state dict with parameter names, sharded or not; None on ranks other than the first.
 
-    Every rank calls it: a sharded state travels to the first rank.
+    Every rank must call it: a sharded state is sent to the first rank.
     """
     if is_sharded(optimizer):
         optimizer.consolidate_state_dict(to=0)
@@ -57,15 +57,15 @@ def group_names(optimizer: torch.optim.Optimizer, model: nn.Module) -> list[list
 
 
 def load_whole_state(optimizer: torch.optim.Optimizer, state: dict) -> None:
-    """Load what `whole_state` gave into an optimizer, sharded or not."""
+    """Load a state from `whole_state` into an optimizer, sharded or not."""
     if is_sharded(optimizer):
         groups = [{name: x for name, x in group.items() if name != "param_names"} for group in state["param_groups"]]
-        state = {**state, "state": dict(state["state"]), "param_groups": groups}  # it removes what other ranks keep
+        state = {**state, "state": dict(state["state"]), "param_groups": groups}  # loading removes the other ranks' part
     optimizer.load_state_dict(state)
     if is_sharded(optimizer):
         optimizer.state.clear()  # a second copy, which nothing reads; the moments are in the inner one, optimizer.optim
         for p, moments in optimizer.optim.state.items():
-            moments["step"] = moments["step"].to(p.device)  # it loads them to the CPU, where the fused op cannot read them
+            moments["step"] = moments["step"].to(p.device)  # loaded to the CPU, where the fused op cannot read it
 
 
 def is_sharded(optimizer: torch.optim.Optimizer) -> TypeGuard[ZeroRedundancyOptimizer]:
@@ -77,7 +77,7 @@ def is_norm(module: nn.Module) -> bool:
 
 
 def learning_rate(step: int, steps: int, warmup: float, peak: float) -> float:
-    """Rate of update `step` (from 0) of `steps`: linear up over the first `warmup` share, then linear down to 0."""
+    """Rate of update `step` (from 0) of `steps`: linear warm-up over the first `warmup` share, then linear decay to 0."""
     up = max(1, round(warmup * steps))
     if step < up:
         return peak * (step + 1) / up

@@ -1,4 +1,4 @@
-"""How a run's videos are laid out: over updates, over processes and micro-steps."""
+"""How a run's videos are divided into updates, and an update's into processes and micro-steps."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class Schedule:
 
 
 def plan_steps(steps: int | None, epochs: float, schedule_epochs: float | None, batch_size: int, videos: int) -> Schedule:
-    """Updates of a run over `videos` training videos and of its learning-rate schedule, which stages of one schedule share."""
+    """Updates of a run over `videos` training videos, and of its learning-rate schedule, which several stages may share."""
     schedule_epochs = schedule_epochs or epochs
     if steps is not None:
         return Schedule(steps, round(schedule_epochs / epochs * steps))
@@ -25,22 +25,22 @@ def plan_steps(steps: int | None, epochs: float, schedule_epochs: float | None, 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an update's videos are laid out over processes and micro-steps."""
+    """How an update's videos are divided into processes and micro-steps."""
 
-    micro_batch: int  # videos a forward pass in each process
-    micro_steps: int  # forward passes an update
+    micro_batch: int  # videos per forward pass in each process
+    micro_steps: int  # forward passes per update
     group_ranks: int  # neighbouring ranks that make up one contrastive batch
-    parts: int = 1  # consecutive micro-steps that make up one contrastive batch: more than one takes gradient caching
+    parts: int = 1  # consecutive micro-steps that make up one contrastive batch: more than one needs gradient caching
 
 
 def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int) -> BatchPlan:
-    """Split an update of `batch_size` videos. Raises InputError where the contrastive batch would not come out whole."""
+    """Split an update of `batch_size` videos. Raises InputError if the contrastive batches cannot be formed."""
     if micro_batch is None and contrastive_videos % ranks:
         raise InputError(
             f"contrastive_videos={contrastive_videos} cannot be split evenly over {ranks} processes: use a multiple of "
-            f"{ranks}, or --micro-batch {contrastive_videos} so that each process has contrastive batches of its own"
+            f"{ranks}, or --micro-batch {contrastive_videos} so that each process has its own contrastive batches"
         )
-    asked, micro_batch = micro_batch, micro_batch or contrastive_videos // ranks
+    given, micro_batch = micro_batch, micro_batch or contrastive_videos // ranks
     group, remainder = divmod(contrastive_videos, micro_batch)
     parts, uneven = divmod(group, ranks) if group > ranks else (1, 0)
     group = min(group, ranks)
@@ -53,12 +53,12 @@ def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | No
         )
     videos = micro_batch * ranks * parts
     if batch_size % videos or batch_size < videos:
-        raise InputError(_uneven_batch(batch_size, contrastive_videos, asked, ranks, videos))
+        raise InputError(_uneven_batch(batch_size, contrastive_videos, given, ranks, videos))
     return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
 
 
 def _uneven_batch(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int, videos: int) -> str:
-    """Why an update is not made up of `videos`, in the options that were given, and the nearest values that are."""
+    """Why an update is not a multiple of `videos`, in terms of the given options, and the nearest values that fit."""
     below = batch_size // videos * videos
     ways = [f"--batch-size {_or(x for x in (below, below + videos) if x)}"]
     of = f"contrastive_videos={contrastive_videos}"

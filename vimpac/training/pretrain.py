@@ -36,7 +36,7 @@ from vimpac.training.signals import handling_signals
 def pretrain(config: TrainConfig) -> dict | None:
     """Run `config` to its end and return the evaluation (None on ranks other than the first).
 
-    Raises InputError for anything the user can mend, Stopped after SIGTERM or SIGINT.
+    Raises InputError for anything the user can fix, Stopped after SIGTERM, SIGHUP or SIGINT.
     """
     with distributed.join_world() as world, ExitStack() as held:
         return _pretrain(config, world, held)
@@ -47,7 +47,7 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
     store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world))
     config = fit_to_store(replace(config, data=str(store.folder)), store)
     clips = split_clips(config, store)
-    # Plan the run. Nothing is written before every mistake that can be seen has been.
+    # Plan the run. Nothing is written before all options are checked.
     plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
     videos = len(clips.training.videos)
     schedule = plan_steps(config.steps, config.epochs, config.schedule_epochs, config.batch_size, videos)
@@ -65,12 +65,12 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
     log = MetricsLog(run, world, loop.step, METRICS)
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
         for note in (
-            f"{run} holds no run to resume: a new one begins" if config.resume and not resumes else None,
+            f"{run} holds no run to resume: a new run starts" if config.resume and not resumes else None,
             few_videos(videos, config.contrastive_videos),
             plain_ops(calls, world.device),
             None if checkpoint else log.recomputed(),
             log.gap(None if config.continue_from else 1) if checkpoint else None,
-            why_not and f"nothing is compiled, since torch.compile does not work here: {why_not}",
+            why_not and f"training without torch.compile, which does not work here: {why_not}",
             gradient_caching(plan, world.size, config.contrastive_videos) if config.alpha > 0 else None,
         ):
             if note:
@@ -82,7 +82,7 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
             distributed.explaining_lost_peers(lambda: lost_peers(run)),
         ):
             loop.train(log, progress)
-        loop.leave_processes()  # the evaluation is the first rank's alone
+        loop.leave_processes()  # only the first rank evaluates
         if not world.is_first:
             return None
         # Write the model, evaluate it, draw the curves.
@@ -101,7 +101,7 @@ def finish(loop: Loop, clips: Clips, store: TokenStore, log: MetricsLog, progres
     weights.save(step.model, loop.run / "model.safetensors", asdict(store.tokenizer))
     most_frequent = most_frequent_token(clips.training, step.masking.vocab_size)
     padded = step.padded or clips.held_out.padded
-    with torch.compiler.set_stance("force_eager"):  # not worth compiling once more
+    with torch.compiler.set_stance("force_eager"):  # not worth another compilation
         found = evaluate(
             step.model,
             step.objective,
@@ -128,7 +128,7 @@ def finish(loop: Loop, clips: Clips, store: TokenStore, log: MetricsLog, progres
 
 
 class Clips(NamedTuple):
-    """Clip pairs of the training and of the held-out videos, and how many of the latter are contrasted at a time."""
+    """Clip pairs of the training and of the held-out videos, and how many held-out videos are contrasted at a time."""
 
     training: ClipPairs
     held_out: ClipPairs
@@ -148,7 +148,10 @@ def split_clips(config: TrainConfig, store: TokenStore) -> Clips:
 
 
 def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
-    """The configuration with the store's vocabulary, and frame size if asked. Raises InputError for another frame size."""
+    """The configuration with the store's vocabulary size and, with fit_frame_size, its grid.
+
+    Raises InputError if the store's frame size is not the configured one.
+    """
     grid = config.model.grid
     if config.fit_frame_size:
         grid = (grid[0], *store.grid)
@@ -163,7 +166,7 @@ def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
 
 
 def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world: World) -> Path:
-    """A store of generated videos beside the run folder, made by the first rank unless it exists already."""
+    """A store of generated videos next to the run folder. The first rank makes it unless it exists already."""
     from vimpac.data.build import tokenize_videos
     from vimpac.data.synthetic import synthesize
 
@@ -176,7 +179,7 @@ def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world:
 
     def make() -> None:
         if not (files / "labels.csv").exists():  # written last
-            shutil.rmtree(files, ignore_errors=True)  # of a run that was interrupted while it drew
+            shutil.rmtree(files, ignore_errors=True)  # left by a run that was interrupted while drawing
             synthesize(files, SynthesizeConfig(videos=videos))
         if not (store / "store.json").exists():
             tokenize_videos(files, store, TokenizeConfig(frame_size=size))
@@ -186,7 +189,7 @@ def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world:
 
 
 def check_machine(config: TrainConfig, plan: BatchPlan, world: World) -> tuple[list[Call], MemoryUse]:
-    """Raises InputError for what this machine cannot do; what the run asks of the ops, and what its memory depends on."""
+    """Raises InputError for what this machine cannot do. Returns the run's op calls, and what its memory use depends on."""
     calls = op_calls_of(config.model, config.precision, world.device)
     check_backends(calls)
     memory = MemoryUse.from_config(config, plan.micro_batch, world.device)
@@ -208,8 +211,8 @@ def gradient_caching(plan: BatchPlan, ranks: int, contrasted: int) -> str | None
     if plan.parts == 1:
         return None
     return (
-        f"contrastive_videos={contrasted} takes gradient caching in {plan.parts} parts of {plan.micro_batch * ranks}: "
-        "each clip goes forward twice; a larger --micro-batch, where memory allows, saves that"
+        f"contrastive_videos={contrasted} needs gradient caching in {plan.parts} parts of {plan.micro_batch * ranks}: each "
+        "clip has two forward passes; use a larger --micro-batch if memory allows"
     )
 
 

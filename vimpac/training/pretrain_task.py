@@ -29,8 +29,9 @@ from vimpac.training.step import PretrainStep
 class PretrainTask:
     """Batches of clip pairs and the gradients of both losses (Eq. 6) on them.
 
-    A contrastive batch that does not fit into one forward pass is made up of several parts with gradient caching (Gao et al.,
-    2021): a first pass without a graph gives the gradient by each part's [CLS] states, a second sends it through the backbone.
+    A contrastive batch that does not fit into one forward pass is split into parts with gradient caching (Gao et al., 2021).
+    The first forward pass builds no graph; from its [CLS] states follows the loss's gradient with respect to them. The second
+    forward pass backpropagates that gradient through the backbone, part by part.
     """
 
     def __init__(self, module: PretrainStep, pairs: ClipPairs, plan: BatchPlan, world: World, graphs: bool):
@@ -44,9 +45,9 @@ class PretrainTask:
         return self.module.batch(torch.from_numpy(clips.tokens), torch.from_numpy(clips.sample_ids), self.rows)
 
     def accumulate(self, loop: Loop, first: int, unit: list[Batch]) -> dict[str, Tensor]:
-        """Adds the gradients of one contrastive batch, micro-steps `first`, first + 1, …; its part of the update's metrics.
+        """Add the gradients of one contrastive batch, micro-steps `first`, first + 1, …
 
-        `cl_loss` is γ · L_cl, what the paper's tables call CL-Loss.
+        Returns its part of the update's metrics. `cl_loss` is γ · L_cl, called CL-Loss in the paper's tables.
         """
         objective, weight = self.module.objective, 1 / self.plan.micro_steps
         unit = self.weighted(unit)
@@ -63,10 +64,10 @@ class PretrainTask:
         return sums
 
     def cache_gradients(self, loop: Loop, first: int, unit: list[Batch]) -> tuple[list[Tensor], Tensor]:
-        """The first pass of gradient caching over the parts of a contrastive batch: every part's [CLS] states without a graph,
-        then the contrastive head and loss on all of them, which adds the head's gradients.
+        """The first pass of gradient caching over the parts of a contrastive batch. Adds the gradients of the contrastive head.
 
-        Returns the gradient of the update's loss by each part's states [2m, C], and Eq. 5.
+        It computes every part's [CLS] states without a graph, then the contrastive head and loss on all of them.
+        Returns the gradient of the update's loss with respect to each part's states [2m, C], and the loss of Eq. 5.
         """
         parts, states = len(unit), []
         with record_function("first pass"):
@@ -87,7 +88,8 @@ class PretrainTask:
         ranks, parts = self.world.size, len(unit)
         if not self.module.objective.mask_task or ranks * parts == 1:
             return unit
-        device = self.world.device  # a fill, not a copy from the host, which would wait
+        device = self.world.device
+        # torch.full: copying a number from the host would wait.
         total = torch.full((), float(sum(batch.masked_count for batch in unit)), device=device)
         total = distributed.sum_over_ranks(total, self.world).clamp_(min=1)
         counts = [float(ranks * parts * batch.masked_count) for batch in unit]
@@ -105,7 +107,7 @@ def pretraining_loop(
     checkpoint: dict | None = None,
     compiled: bool = False,
 ) -> Loop:
-    """The loop of a pre-training run on `pairs`, with the model, optimizer and step that the run starts from."""
+    """The loop of a pre-training run on `pairs`, with the model, optimizer and step from which the run starts."""
     torch.manual_seed(config.seed)
     model = initial_model(config.model, config.init_from, store.tokenizer.digest).to(world.device)
     model.backbone.activation_checkpointing = config.activation_checkpointing

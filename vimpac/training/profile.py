@@ -1,4 +1,4 @@
-"""Where the time of an update goes: a trace, a table, and how often the host waited for the device."""
+"""Profiles updates: a trace, a table of where the time goes, and how often the host waited for the device."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from vimpac.training.distributed import World
 from vimpac.training.progress import Progress
 
-WARM_UP, UPDATES = 3, 3  # updates before the profile, updates in it
+WARM_UP, UPDATES = 3, 3  # updates before the profile, and in it
 UPDATE = "update"
 PARTS = ("data", "first pass", "forward", "backward", "optimizer")
-# What makes the host wait for the device: calls of the CUDA runtime or, on a CPU, the ops that would make them.
+# Events for which the host waits for the device: calls of the CUDA runtime or, on a CPU, the ops that would make them.
 WAITS_CUDA = frozenset({"cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaMemcpy"})
 NOT_WAITING = ("data", "aten::_fused_adamw_")
 WAITS_CPU = frozenset({"aten::_local_scalar_dense", "aten::nonzero", "aten::masked_select", "aten::unique_dim"})
 
 
 class UpdateProfile:
-    """Profiles a few updates of a run. Writes RUN/profile.json, a trace that Perfetto and chrome://tracing show."""
+    """Profiles a few updates of a run. Writes RUN/profile.json, a trace for Perfetto or chrome://tracing."""
 
     def __init__(self, run: Path, world: World):
         self.path, self.world = run / "profile.json", world
@@ -32,7 +32,7 @@ class UpdateProfile:
 
     @contextmanager
     def update(self, left: int) -> Iterator[None]:
-        """Around each update; left: how many there are, this one included."""
+        """Context of each update. left: updates left, including this one."""
         self.seen += 1
         warm = min(WARM_UP, max(0, left - 1)) if self.seen == 1 else WARM_UP
         if self.world.is_first and self.profiler is None and (self.seen > warm or left == 1):
@@ -57,8 +57,8 @@ class UpdateProfile:
 
 
 def start() -> profile:
-    """A running profiler of the host and, where there is one, the device."""
-    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or it prints two lines of its own
+    """A running profiler of the host and of the CUDA device, if there is one."""
+    os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # or the profiler prints two lines
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     profiler = profile(activities=activities)
     profiler.start()
@@ -71,9 +71,9 @@ def synchronize(device: torch.device) -> None:
 
 
 def table(profiler: profile, updates: int, device: torch.device, operations: int = 12) -> list[str]:
-    """Lines: parts of the update, the ops that take longest, how often the host waited; milliseconds an update."""
+    """Lines with the parts of an update, the slowest ops, and how often the host waited. Times are milliseconds per update."""
     averages, on_gpu = profiler.key_averages(), device.type == "cuda"
-    host = {event.key: event for event in averages if event.device_type == DeviceType.CPU}  # spans also have a device's event
+    host = {event.key: event for event in averages if event.device_type == DeviceType.CPU}  # spans have a device event as well
     lines = [f"{'part':28} {'host ms':>9}" + (f" {'device ms':>9}" if on_gpu else "")]
     for name in PARTS:
         if name in host:
@@ -85,7 +85,7 @@ def table(profiler: profile, updates: int, device: torch.device, operations: int
         return event.self_device_time_total if on_gpu else event.self_cpu_time_total
 
     spans = (UPDATE, *PARTS)
-    where = DeviceType.CUDA if on_gpu else DeviceType.CPU  # an op on the host and its kernels would count twice
+    where = DeviceType.CUDA if on_gpu else DeviceType.CPU  # or an op would count on the host and as its kernels
     ranked = sorted((x for x in averages if x.device_type == where and x.key not in spans), key=own, reverse=True)
     total = sum(own(event) for event in ranked) or 1.0
     lines.append(f"{'operation':60} {'ms':>9} {'share':>6} {'calls':>6}")
@@ -97,27 +97,26 @@ def table(profiler: profile, updates: int, device: torch.device, operations: int
         lines.append(f"peak memory {peak / 2**30:.2f} GiB of {total / 2**30:.1f}")
     names = waits(profiler, device)
     lines.append(
-        f"the host waited for the device {len(names) / updates:g} times an update"
+        f"the host waited for the device {len(names) / updates:g} times per update"
         + (f": {sorted(set(names))}" if names else "")
     )
     return lines
 
 
 def waits(profiler: profile, device: torch.device) -> list[str]:
-    """What made the host wait for the device during a profile, except while it prepared batches, which is the host's own work.
+    """Names of the events for which the host waited for the device, except while it prepared batches, which is host work.
 
-    On a CPU: the ops that would wait if their tensors were on a device. (AdamW's fused op reads its step count there, which
-    its kernel does on a device.)
+    On a CPU: the ops that would wait if their tensors were on a device. (Except inside AdamW's fused op, which
+    reads its step count on the host only if it runs there.)
     """
-    asked = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
+    waiting = WAITS_CUDA if device.type == "cuda" else WAITS_CPU
     events = [event for event in profiler.events() or () if event.device_type == DeviceType.CPU]
-    updates = [
-        event.time_range for event in events if event.name == UPDATE
-    ]  # without what the profile itself waits for at its end
+    # Only inside updates: the profiler itself waits at its end.
+    updates = [event.time_range for event in events if event.name == UPDATE]
     return [
         event.name
         for event in events
-        if event.name in asked
+        if event.name in waiting
         and not _inside(event, NOT_WAITING)
         and (not updates or any(span.start <= event.time_range.start <= span.end for span in updates))
     ]

@@ -1,4 +1,4 @@
-"""What a training run says while it runs: one live line on a terminal, plain lines at a bounded rate elsewhere."""
+"""The progress display of a training run: one live line on a terminal, plain lines at a bounded rate elsewhere."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ NARROW = {
     "mask_accuracy": ("accuracy", "5.3f"),
     "videos_per_second": ("videos/s", ".1f"),
 }
-DROPPED = ("contrastive_loss", "mask_loss", "videos_per_second", "mask_accuracy")  # one after another, on a narrower terminal
-LINE_SECONDS = 30.0  # without a terminal: a line this often, and one for each twentieth of the run
+DROPPED = ("contrastive_loss", "mask_loss", "videos_per_second", "mask_accuracy")  # one by one, until the line fits
+LINE_SECONDS = 30.0  # without a terminal: a line this often, and one for each 1 / LINE_SHARE of the run
 LINE_SHARE = 20
 REFRESH_SECONDS = 0.1  # on a terminal: redraw at most this often, so that the display never slows training
 BAR_WIDTH = 20
-BAR_FROM = 120  # columns; on a narrower terminal the numbers take the bar's place
+BAR_FROM = 120  # columns; a narrower terminal has no bar, only the numbers
 
 
 class Progress:
-    """Shows the metrics of a run of `total_steps` steps that starts, or goes on, after `start_step`.
+    """Shows the metrics of a run of `total_steps` steps that starts or resumes after `start_step`.
 
-    Use it as a context manager. Does nothing unless `enabled`, which only the first rank should be. `stream` is
-    standard error unless given; `clock` gives seconds. No threads: the line is redrawn by `update`.
+    Use it as a context manager, and enable it on the first rank only. stream: None = standard error. clock: returns seconds.
+    There is no thread: `update` redraws the line.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class Progress:
         self._finish()
 
     def update(self, metrics: dict) -> None:
-        """Takes a line of metrics.jsonl: `step` and any of the values; those missing or None are left out."""
+        """Show a line of metrics.jsonl: `step` and any of the values. Missing values and None are left out."""
         if not self.enabled:
             return
         self.latest = metrics
@@ -76,18 +76,18 @@ class Progress:
             self._show(metrics)
 
     def within(self, step: int, done: int, micro_steps: int) -> None:
-        """Says how far update `step` has come, where it takes longer than a line should be waited for."""
+        """Print how many micro-steps of update `step` are done, if nothing was printed for LINE_SECONDS."""
         if self.enabled and done < micro_steps and self.clock() - self.shown_at >= LINE_SECONDS:
             self.shown_at = self.clock()
             self._print(f"step {step}/{self.total_steps}: {done} of {micro_steps} micro-steps")
 
     def note(self, text: str) -> None:
-        """Prints a message, above the live line if there is one."""
+        """Print a message, above the live line if there is one."""
         if self.enabled:
             self._print(text)
 
     def summary(self, values: dict) -> None:
-        """Ends the display and prints the values under their names; None and True or False are left out."""
+        """End the display and print the values with their names. None, True and False are left out."""
         if not self.enabled:
             return
         self._finish()
@@ -116,7 +116,7 @@ class Progress:
             self._print(self._line(metrics))
 
     def _finish(self) -> None:
-        """Shows the last metrics if they were not, so that an interrupted run says how far it came."""
+        """Show the last metrics unless they were shown, so that an interrupted run shows its last step."""
         if self.latest and self.latest["step"] != self.shown_step:
             self._show(self.latest)
         if self.live:
@@ -124,7 +124,7 @@ class Progress:
             self.live = None
 
     def _print(self, text: str) -> None:
-        # soft_wrap: a long line stays one line for grep; markup off: [text] in brackets is text
+        # soft_wrap: a long line stays one line for grep. markup off: text in brackets is text.
         self.console.print(printable(text), markup=False, soft_wrap=True)
         self.console.file.flush()
 
@@ -134,7 +134,7 @@ class Progress:
         return "  ".join([f"step {step:>{len(str(total))}}/{total}", *self._fields(metrics), *times])
 
     def _bar(self, metrics: dict):
-        """The live line. A narrow terminal gets shorter labels, then fewer losses."""
+        """The live line. On a narrow terminal it has shorter labels, then fewer values."""
         from rich.progress_bar import ProgressBar
         from rich.table import Table
         from rich.text import Text
@@ -166,7 +166,7 @@ class Progress:
         return [f"{label} {metrics[key]:{form}}" for key, (label, form) in shown.items() if metrics.get(key) is not None]
 
     def _times(self, step: int) -> dict[str, float]:
-        """Seconds since the start, and seconds left at the speed since then: steps before a resume do not count."""
+        """Seconds since the start, and seconds left at the speed of this process's steps, without those before a resume."""
         elapsed = self.clock() - self.started
         done = step - self.start_step
         left = {"left": elapsed / done * (self.total_steps - step)} if done > 0 else {}
@@ -183,7 +183,7 @@ def _format(value) -> str:
 
 def _duration(seconds: float) -> str:
     minutes, seconds = divmod(round(seconds), 60)
-    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"  # hours even of a long run: days would take the metrics' place
+    return f"{minutes // 60}:{minutes % 60:02}:{seconds:02}"  # no days: the metrics need the space
 
 
 def _table(rows: list[tuple[str, str]]):

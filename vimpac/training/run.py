@@ -1,7 +1,7 @@
-"""The run folder: which run may write there, and whether it is the same one that began it.
+"""The run folder: which run may write there, and whether it is the run that created the folder.
 
 RUN/config.json        the configuration, the tokenizer and the size of the store
-RUN/metrics.jsonl      one line an update; last, the evaluation
+RUN/metrics.jsonl      one line per update, then one with the evaluation
 RUN/checkpoints/       the newest checkpoints
 RUN/tensorboard/       the same metrics as events, where tensorboard is installed
 RUN/model.safetensors  the trained model
@@ -31,9 +31,9 @@ from vimpac.training.metrics import read_lines
 
 WRITTEN_LAST = ("model.safetensors", "curves.png", "profile.json")
 
-# What changes neither samples nor masks, nor losses beyond rounding and the draws of dropout. (A micro-batch of several
-# contrastive groups is also what batch norm spans, and what the mask loss is a mean over the masked tokens of; restarts with
-# another number of processes may need another one.)
+# Options that change neither samples nor masks, and losses only by rounding and the draws of dropout. (micro_batch is an
+# exception if it spans several contrastive groups, since batch norm and the mean of the mask loss then span them as well. It
+# may change nevertheless: a restart with another number of processes may need another one.)
 MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
@@ -43,39 +43,39 @@ MAY_CHANGE = frozenset(
 
 
 def describe(config: Any, store: TokenStore) -> dict:
-    """What config.json says of a run with this configuration (a dataclass) on this store."""
+    """The contents of config.json for a run with this configuration (a dataclass) on this store."""
     contents = {"videos": len(store), "frames": int(store.frames.sum()), "fps": store.fps}
     return {"config": asdict(config), "tokenizer": asdict(store.tokenizer), "store": contents}
 
 
 def open_run(run: Path, description: dict, resume: bool, store: TokenStore, device: torch.device) -> dict | None:
-    """The checkpoint to resume from, if there is one. Writes nothing; raises InputError when this run may not go there."""
+    """The checkpoint to resume from, if there is one. Writes nothing. Raises InputError if this run must not use the folder."""
     path = run / "config.json"
     for name in WRITTEN_LAST:
         if (run / name).is_dir():
             raise InputError(f"{run / name} is a folder, where the run writes a file: move it, or give another --output")
     if path.exists():
         if not resume:
-            raise InputError(f"run folder {run} exists: add --resume to go on with it, or give another --output")
+            raise InputError(f"run folder {run} exists: add --resume to continue it, or give another --output")
         check_same_run(read_description(path), description, store, path, device)
         checkpoints = list_checkpoints(run)
         return load_checkpoint(checkpoints[-1]) if checkpoints else None
-    ours = (TEMPORARY, LOCK)  # of a run that was killed before it wrote config.json
+    ours = (TEMPORARY, LOCK)  # left by a run that was killed before it wrote config.json
     if run.exists() and not (run.is_dir() and all(entry.name.endswith(ours) for entry in run.iterdir())):
         raise InputError(f"{run} exists and is not a run folder: give another --output")
     return None
 
 
 def start_run(run: Path, description: dict, world: World, step: int, held: ExitStack) -> None:
-    """Make the run folder, once every rank is ready to train from the same step. No other run writes there until `held` ends.
+    """Create and lock the run folder, once every rank is ready to train. The lock lasts until `held` closes.
 
-    Raises InputError on all ranks where another run does, where their steps differ, or where checkpoints are missing.
+    Raises InputError on all ranks if another run holds the lock, if the ranks' steps differ, or if checkpoints are missing.
     """
     steps = [int(x) for x in distributed.gather_rows(torch.tensor(step), world)]
     if len(set(steps)) > 1:
         raise InputError(
-            f"processes would go on from different steps {steps}: {run} must be one folder on a file system that all machines "
-            "share"
+            f"processes would continue from different steps {steps}: {run} must be one folder on a file system that all "
+            "machines share"
         )
 
     def make() -> None:
@@ -89,11 +89,11 @@ def start_run(run: Path, description: dict, world: World, step: int, held: ExitS
 
 
 def check_none_is_missing(run: Path, save_every: int) -> None:
-    """Raises InputError where a run without checkpoints has gone beyond its first: to begin again would lose it all."""
+    """Raises InputError if a run has no checkpoint although its metrics go beyond the first: a restart would lose all of it."""
     saved = read_description(run / "config.json")["config"].get("save_every")
-    save_every = max(saved if type(saved) is int else 1, save_every)  # it may have been raised at a restart
+    save_every = max(saved if type(saved) is int else 1, save_every)  # a restart may have raised it
     lines = read_lines(run / "metrics.jsonl")
-    first, last = (pick((line["step"] for line in lines), default=0) for pick in (min, max))
+    first, last = (extreme((line["step"] for line in lines), default=0) for extreme in (min, max))
     saves = (last - 1) // save_every - (first - 1) // save_every  # multiples of save_every from first to last - 1
     if lines and (lines[-1].get("final") or (last > first and saves > 0)):
         raise InputError(
@@ -103,21 +103,21 @@ def check_none_is_missing(run: Path, save_every: int) -> None:
 
 
 def read_description(path: Path) -> dict:
-    """What config.json holds. Raises InputError for one that is damaged."""
+    """The contents of config.json. Raises InputError if it is damaged."""
     try:
         saved = unsealed(*load_json(path), {"config", "tokenizer", "store"})
         typed(TokenizerInfo, saved["tokenizer"], "tokenizer")
         if not (isinstance(saved["config"], dict) and isinstance(saved["store"], dict)):
-            raise InputError("its config or its store is no object")
+            raise InputError("its config or store is not an object")
     except InputError as error:
         raise InputError(f"{path} is damaged ({error}): give another --output") from None
     return saved
 
 
 def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path, device: torch.device) -> None:
-    """Raises InputError when a run would be resumed with other settings, or on another store's videos.
+    """Raises InputError if a run would be resumed with other settings, or on another store's videos.
 
-    The precision is compared as it is on this device: what "auto" stood for where the run began is not known.
+    "auto" as a precision is compared as what it means on this device, since the run's first device is not known.
     """
     check_tokenizer(saved["tokenizer"], store, path)
     now = json.loads(json.dumps(description))
@@ -126,7 +126,7 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
     )
     elsewhere = "or give another --output"
     if changed := differences(before, after, MAY_CHANGE):
-        longer = f" (--continue-from {path.parent} begins another stage with its weights and moments)"
+        longer = f" (--continue-from {path.parent} starts another stage with its weights and moments)"
         raise InputError(
             f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
         )
@@ -137,7 +137,7 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
 
 
 def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:
-    """`name was …, now …` of the values that differ, those within dictionaries as well."""
+    """`name was …, now …` for each value that differs, including values inside dictionaries."""
     names = [name for name in now if name not in ignored and before.get(name) != now[name]]
     return "; ".join(_difference(name, before.get(name), now[name]) for name in names)
 

@@ -14,9 +14,9 @@ from vimpac.training.distributed import World
 
 
 class StopRequest:
-    """Whether a signal has asked this run to end.
+    """Whether a signal has requested that this run stop.
 
-    look_every: updates between two looks at the metrics, at which several processes agree to stop.
+    look_every: updates between reading the metrics, when several processes also agree to stop.
     """
 
     def __init__(self, world: World, look_every: int):
@@ -25,37 +25,37 @@ class StopRequest:
         self.time = 0.0
 
     @property
-    def asked(self) -> bool:
+    def requested(self) -> bool:
         return self.number is not None
 
     def handle(self, number: int, _frame) -> None:
-        """Handles a signal: the run ends after this update, or with several processes on GPUs at their next look.
+        """Handle a signal: the run ends after this update, or within `look_every` updates with several processes.
 
-        A second Ctrl-C ends it at once. torchrun passes each one on, so each arrives twice.
+        A second Ctrl-C, more than two seconds later, ends it at once. (Under torchrun each Ctrl-C arrives twice.)
         """
         now = time.monotonic()
         if self.number is None:
             self.number, self.time = number, now
             if self.world.is_first:  # written directly: the progress display may be in the middle of a line
                 apart = self.look_every if self.world.size > 1 else 1
-                when = "after this update" if apart == 1 else f"within {apart} updates, when all processes look for it"
+                when = "after this update" if apart == 1 else f"within {apart} updates, when all processes check for it"
                 again = ", Ctrl-C again ends at once" if number == signal.SIGINT else ""
-                with suppress(OSError):  # the reader may have ended; the checkpoint is written anyway
+                with suppress(OSError):  # stderr may be closed; the checkpoint is written anyway
                     os.write(2, f"{signal.Signals(number).name}: a checkpoint is written {when}{again}\n".encode())
         elif number == signal.SIGINT and now - self.time > 2:
             raise KeyboardInterrupt
 
     def as_exception(self, checkpoint: Path) -> Stopped:
-        """What ends the run; SIGTERM where another process received the signal."""
+        """The exception that ends the run. Its signal is SIGTERM if another process received the signal."""
         number = signal.SIGTERM if self.number is None else self.number
-        return Stopped(number, f"{checkpoint} is written, go on with --resume")
+        return Stopped(number, f"{checkpoint} is written, continue with --resume")
 
 
 @contextmanager
 def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
-    """Have `handler` called on SIGTERM, SIGHUP and SIGINT, instead of the process ending there.
+    """Inside, SIGTERM, SIGHUP and SIGINT call `handler` instead of ending the process.
 
-    SIGHUP stays ignored where it is, as under nohup.
+    SIGHUP stays ignored if it is already, as under nohup.
     """
     hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
     previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}

@@ -1,10 +1,9 @@
-"""What a run starts from: fresh weights, another run's model, an earlier stage, or its own last checkpoint."""
+"""How a run starts: from fresh weights, another run's model, an earlier stage, or its own last checkpoint."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,13 +23,14 @@ from vimpac.model import PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.model.state import check_state
 from vimpac.training.optim import group_names, load_whole_state
+from vimpac.training.step import PretrainStep
 
 
 def initial_model(config: ModelConfig, init_from: str | None, tokenizer_digest: str) -> PretrainModel:
-    """A fresh model, or `init_from`'s weights at this grid."""
+    """A fresh model, or one with `init_from`'s weights, its positions interpolated to this grid."""
     if init_from is None:
         return PretrainModel(config)
-    from vimpac import weights  # safetensors, which a fresh start does without
+    from vimpac import weights  # imports safetensors, which a fresh start does not need
 
     model = weights.load(model_file(Path(init_from)), config.grid, tokenizer_digest)
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config):
@@ -44,7 +44,7 @@ def initial_model(config: ModelConfig, init_from: str | None, tokenizer_digest: 
 
 
 def model_file(path: Path) -> Path:
-    """The file itself; of a run folder its model, or its newest checkpoint where it has not ended."""
+    """`path` itself if it is a file; in a run folder the model, or the newest checkpoint if the run has not ended."""
     if not path.is_dir():
         return path
     found = [x for x in (*list_checkpoints(path), path / "model.safetensors") if x.exists()]
@@ -56,14 +56,16 @@ def model_file(path: Path) -> Path:
 
 
 def shape_of(config: ModelConfig) -> dict:
-    """What decides the names and shapes of a model's parameters."""
+    """The options that determine the names and shapes of a model's parameters."""
     return {name: value for name, value in asdict(config).items() if name != "dropout"}
 
 
-def restore(checkpoint: dict, run: Path, module: Any, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler) -> int:
+def restore(
+    checkpoint: dict, run: Path, module: PretrainStep, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> int:
     """Load this run's own checkpoint and return its step. Raises InputError for one that does not fit.
 
-    The number of ranks may differ. Samples and masks stay the same; dropout does as well where the number of ranks does.
+    The number of ranks may differ. Samples and masks stay the same; dropout stays the same only with the same number of ranks.
     """
     shapes = {name: p.shape for name, p in module.named_parameters()}
     try:
@@ -72,16 +74,16 @@ def restore(checkpoint: dict, run: Path, module: Any, optimizer: torch.optim.Opt
         check_scaler(checkpoint["scaler"], scaler.state_dict())
     except InputError as error:
         raise InputError(
-            f"the checkpoint of step {checkpoint['step']} in {run} does not fit this model: {error}; it was damaged or is "
-            "another run's, delete it to resume from the one before"
+            f"the checkpoint of step {checkpoint['step']} in {run} does not fit this model: {error}; it is damaged or another "
+            "run's, delete it to resume from the previous one"
         ) from None
     load(checkpoint["model"], checkpoint["optimizer"], module, optimizer)
     scaler.load_state_dict(checkpoint["scaler"])
     return checkpoint["step"]
 
 
-def load(weights: dict[str, Tensor], moments: dict, module: Any, optimizer: torch.optim.Optimizer) -> None:
-    """Weights and moments; what else an optimizer's state holds, such as the weight decay, stays this run's."""
+def load(weights: dict[str, Tensor], moments: dict, module: PretrainStep, optimizer: torch.optim.Optimizer) -> None:
+    """Load weights and moments. The optimizer's options, such as the weight decay, stay those of this run."""
     own = [{name: x for name, x in group.items() if name != "params"} for group in optimizer.param_groups]
     module.model.load_state_dict(weights)
     load_whole_state(optimizer, moments)
@@ -89,10 +91,11 @@ def load(weights: dict[str, Tensor], moments: dict, module: Any, optimizer: torc
         group.update(options)
 
 
-def continue_stage(run: Path, store: TokenStore, steps: int, module: Any, optimizer: torch.optim.Optimizer) -> int:
-    """Go on from an earlier stage's last checkpoint: weights and moments, positions resampled to this grid. Returns its step.
+def continue_stage(run: Path, store: TokenStore, steps: int, module: PretrainStep, optimizer: torch.optim.Optimizer) -> int:
+    """Continue from an earlier stage's last checkpoint: weights and moments, positions resampled to this grid.
 
-    steps: the update at which this run ends. Raises InputError for a run without checkpoints, or one that does not fit.
+    steps: the update at which this run ends. Returns the checkpoint's step. Raises InputError for a run without checkpoints, or
+    one that does not fit.
     """
     checkpoints = list_checkpoints(run)
     if not checkpoints:
@@ -111,13 +114,13 @@ def continue_stage(run: Path, store: TokenStore, steps: int, module: Any, optimi
     if state["step"] >= steps:
         raise InputError(
             f"{checkpoints[-1]} is at step {state['step']}, this run would end at {steps}: raise --epochs or "
-            "--steps, which count from the first stage's start"
+            "--steps, which count from the start of the first stage"
         )
     return state["step"]
 
 
 def interpolate_moments(state: dict, grid: tuple[int, int, int]) -> dict:
-    """An AdamW state dict with the moments of the position tables resampled to another grid, like the positions."""
+    """An AdamW state dict with the moments of the position tables resampled to another grid."""
     names = {i: name for group in state["param_groups"] for i, name in zip(group["params"], group["param_names"], strict=True)}
     moments = dict(state["state"])
     for key in ("exp_avg", "exp_avg_sq"):

@@ -16,9 +16,9 @@ from vimpac.training.batch import ROWS, Batch, pack
 
 
 class PretrainStep(nn.Module):
-    """The module that is trained: the model with both losses on top, so that DistributedDataParallel sees one forward.
+    """The trained module: the model with both losses on top, so that DistributedDataParallel wraps a single forward.
 
-    padded: whether clips may hold PAD. group: process group whose ranks form one contrastive batch, None = this rank alone.
+    padded: whether clips may hold PAD. group: process group whose ranks form one contrastive batch, None = this rank only.
     autocast: dtype of mixed precision, None = float32.
     """
 
@@ -43,8 +43,8 @@ class PretrainStep(nn.Module):
         loss (with gradient), mask_loss, contrastive_loss (Eq. 5), mask_accuracy: those of the tasks that are on.
         Their mean over ranks is the value of the whole batch.
 
-        cached: the gradient of the contrastive loss is computed separately (gradient caching), so the loss leaves it out, and
-        `cls` [2n, C], the states it depends on, comes with it.
+        cached: with gradient caching the gradient of the contrastive loss is computed separately. The loss then leaves that
+        term out, and the result also has `cls` [2n, C], the states that the term depends on.
         """
         objective, model = self.objective, self.model
         out, cls, loss = {}, None, 0.0
@@ -81,8 +81,8 @@ class PretrainStep(nn.Module):
     def mixed(self) -> AbstractContextManager:
         """The autocast context of this step's precision.
 
-        It caches the weights' low-precision copies only where gradients are computed: copies made without a graph would be
-        taken for those of a later pass that needs one.
+        It caches the weights' low-precision copies only while gradients are computed: a later pass that needs a graph must not
+        reuse copies made without one.
         """
         if self.autocast is None:
             return nullcontext()
@@ -90,9 +90,9 @@ class PretrainStep(nn.Module):
         return torch.autocast(device, self.autocast, cache_enabled=torch.is_grad_enabled())
 
     def batch(self, tokens: Tensor, sample_ids: Tensor, multiple: int = ROWS) -> Batch:
-        """What a forward pass reads of clips [2n, T, H, W] with sample ids [2n]. On CPU tensors nothing waits for a device.
+        """The batch of clips [2n, T, H, W] with sample ids [2n]. With CPU tensors nothing waits for a device.
 
-        multiple: the number of rows of the token head is rounded up to it.
+        multiple: the token head's number of rows is rounded up to it.
         """
         if not self.objective.reads_masked_clips:
             return Batch(tokens, None, None, None, None, 0)
@@ -100,9 +100,9 @@ class PretrainStep(nn.Module):
 
 
 class _WithAbsentGradients(torch.autograd.Function):
-    """x, with parameters as further inputs whose gradient is None.
+    """The identity of x, with parameters as further inputs whose gradient is None.
 
-    With gradient caching the head's gradients are computed in the first pass. DistributedDataParallel still waits for every
+    With gradient caching the first pass computes the head's gradients. DistributedDataParallel nevertheless waits for every
     parameter in the backward pass in which it averages gradients.
     """
 
