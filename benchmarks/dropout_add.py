@@ -1,4 +1,4 @@
-"""The residual connection with its dropout, x + dropout(y), forward, backward and both: ours against torch's eager and compiled.
+"""The residual connection with its dropout, x + dropout(y), forward, backward, both: ours against torch's eager and compiled.
 
 The rows of 8 clips of 5×16×16 in Small (width 512) on a CPU in float32, of 256 on a GPU in bfloat16, and once more with x in
 float32 and y in bfloat16, as they are under autocast; p = 0.1. Ours is checked against the reference in float64 with the same
