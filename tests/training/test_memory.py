@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_refused_on_a_cpu(monkeypatch):
     with pytest.raises(InputError) as raised:
         MemoryUse.from_config(SMALL, 128, CPU).check_fits()
     said = str(raised.value)
-    assert said.startswith("128 videos per forward pass need about 49 GiB of activations for backward, 20 GiB are available here")
+    assert said.startswith("128 videos per forward pass need about 49 GiB of activations for backward, 20 GiB are available")
     assert "--micro-batch 32 takes about 25%" in said and "--activation-checkpointing full" in said  # 64 would take 24 GiB
     MemoryUse.from_config(SMALL, 32, CPU).check_fits()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
