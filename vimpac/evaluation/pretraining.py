@@ -38,7 +38,7 @@ def evaluate(
     objective, masking: those of training, except that noisy masks (section G.3) hide every masked token here.
     micro_batch: videos per forward pass. most_frequent: the token that the first trivial predictor always answers.
     padded: whether clips may hold PAD. autocast: dtype of mixed precision, None = float32.
-    Returns
+    Returns, with masked_tokens and retrieval_clips as the denominators:
         mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy: shares of right answers on masked tokens, by the model, by
             the most frequent token and by a copy of the nearest visible token. None without the mask task.
         cl_loss: γ · L_cl (Eq. 5) of a batch's videos, the paper's CL-Loss. None without the contrastive task.
@@ -46,7 +46,6 @@ def evaluate(
             features (of [CLS] without the contrastive task), is the other clip of the same video.
         histogram_retrieval_accuracy, retrieval_chance: the same by cosine of the histograms of the visible tokens; by chance.
             These, retrieval_accuracy and cl_loss are None for one video, whose clips have no other candidate.
-        masked_tokens, retrieval_clips: the numbers of which these are shares.
     """
     device = next(model.parameters()).device
     training = model.training
