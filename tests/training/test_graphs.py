@@ -80,7 +80,7 @@ def test_a_gpus_profile_counts_kernels_once(monkeypatch):
     assert ["forward", "3.00", "3.00"] in lines
     assert ["gemm", "2.00", "80.0%", "1"] in lines and ["copy", "0.50", "20.0%", "1"] in lines
     assert not any(line[0] == "aten::mm" for line in lines)
-    assert lines[-1][-5:] == ["0.5", "times", "an", "update:", "['cudaStreamSynchronize']"]
+    assert lines[-1][-5:] == ["0.5", "times", "per", "update:", "['cudaStreamSynchronize']"]
 
 
 @pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}], ids=str)

@@ -33,7 +33,7 @@ def test_what_does_not_fit_is_refused_on_a_cpu(monkeypatch):
     with pytest.raises(InputError) as raised:
         MemoryUse.from_config(SMALL, 128, CPU).check_fits()
     said = str(raised.value)
-    assert said.startswith("128 videos a forward pass need about 49 GiB of activations for backward, 20 GiB are available here")
+    assert said.startswith("128 videos per forward pass need about 49 GiB of activations for backward, 20 GiB are available")
     assert "--micro-batch 32 takes about 25%" in said and "--activation-checkpointing full" in said  # 64 would take 24 GiB
     MemoryUse.from_config(SMALL, 32, CPU).check_fits()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
@@ -64,7 +64,7 @@ def test_out_of_memory(error):
     with pytest.raises(InputError) as raised, MemoryUse.from_config(config, 128, CPU).explaining():
         raise error
     said = str(raised.value)
-    assert "out of memory on cpu with 128 videos a forward pass" in said and "--micro-batch 64 takes about 50%" in said
+    assert "out of memory on cpu with 128 videos per forward pass" in said and "--micro-batch 64 takes about 50%" in said
     assert "--activation-checkpointing full" in said and str(error).split(". GPU")[0][:40] in said
 
 

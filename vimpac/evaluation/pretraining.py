@@ -38,16 +38,14 @@ def evaluate(
     objective, masking: those of training, except that noisy masks (section G.3) hide every masked token here.
     micro_batch: videos per forward pass. most_frequent: the token that the first trivial predictor always answers.
     padded: whether clips may hold PAD. autocast: dtype of mixed precision, None = float32.
-
-    Returns
+    Returns, with masked_tokens and retrieval_clips as the denominators:
         mask_accuracy, most_frequent_accuracy, nearest_copy_accuracy: shares of right answers on masked tokens, by the model, by
             the most frequent token and by a copy of the nearest visible token. None without the mask task.
         cl_loss: γ · L_cl (Eq. 5) of a batch's videos, the paper's CL-Loss. None without the contrastive task.
-        retrieval_accuracy: share of clips whose nearest neighbour among the batch's other clips is the other clip of the same
-            video, by cosine of the contrastive features (of [CLS] without the contrastive task).
-        histogram_retrieval_accuracy: the same by cosine of the histograms of the tokens that the model sees.
-        retrieval_chance: the same by chance. These three and cl_loss are None for one video, which has no other candidate.
-        masked_tokens, retrieval_clips: the numbers of which these are shares.
+        retrieval_accuracy: share of clips whose nearest neighbour among the batch's other clips, by cosine of the contrastive
+            features (of [CLS] without the contrastive task), is the other clip of the same video.
+        histogram_retrieval_accuracy, retrieval_chance: the same by cosine of the histograms of the visible tokens; by chance.
+            These, retrieval_accuracy and cl_loss are None for one video, whose clips have no other candidate.
     """
     device = next(model.parameters()).device
     training = model.training

@@ -23,7 +23,7 @@ from vimpac.processes.ranks import Place, read_place
 
 COLLECTIVE_MINUTES = {"cuda": 10, "cpu": 30}
 """How long a collective waits for a connected peer, for example while the first rank writes a checkpoint: torch's defaults."""
-AGAIN = "start again with --resume (torchrun --max-restarts does it by itself)"
+AGAIN = "start again with --resume (torchrun --max-restarts does so automatically)"
 
 
 @dataclass(frozen=True)

@@ -65,7 +65,7 @@ class MemoryUse:
         sizes = (
             f"need about {needed / 2**30:.0f} GiB of activations for backward, {available / 2**30:.0f} GiB are available here"
         )
-        raise InputError(f"{self.videos} videos a forward pass {sizes}: {'; '.join(self.ways_to_save(fits))}")
+        raise InputError(f"{self.videos} videos per forward pass {sizes}: {'; '.join(self.ways_to_save(fits))}")
 
     @contextmanager
     def explaining(self) -> Iterator[None]:
@@ -85,14 +85,14 @@ class MemoryUse:
             total = torch.cuda.get_device_properties(self.device).total_memory
             numbers = f" ({peak / 2**30:.1f} GiB of {total / 2**30:.1f} GiB were in use)"
         half = next((m for m in range(self.videos // 2, 0, -1) if self.videos % m == 0), None)
-        what = f"out of memory on {self.device} with {self.videos} videos a forward pass{numbers}"
+        what = f"out of memory on {self.device} with {self.videos} videos per forward pass{numbers}"
         return f"{what}: {'; '.join(self.ways_to_save(half))}. torch said: {said}"
 
     def ways_to_save(self, smaller: int | None) -> list[str]:
         """What to change so that a forward pass takes less memory. smaller: a micro-batch to suggest."""
         ways = []
         if self.activation_checkpointing != "full":
-            ways.append("--activation-checkpointing full keeps one activation a layer and takes a third more time")
+            ways.append("--activation-checkpointing full stores one activation per layer and takes a third more time")
         if smaller is not None:
             twice = f"; gradient caching then runs the {self.contrasted} contrasted videos twice" if self.contrasted else ""
             ways.append(f"--micro-batch {smaller} takes about {smaller / self.videos:.0%} of the activations' memory{twice}")

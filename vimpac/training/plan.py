@@ -1,4 +1,4 @@
-"""How a run's videos are divided into updates, and an update's into processes and micro-steps."""
+"""How a run's videos are divided over updates, and an update's over processes and micro-steps."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def plan_steps(steps: int | None, epochs: float, schedule_epochs: float | None, 
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How an update's videos are divided into processes and micro-steps."""
+    """How an update's videos are divided over processes and micro-steps."""
 
     micro_batch: int  # videos per forward pass in each process
     micro_steps: int  # forward passes per update

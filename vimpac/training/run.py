@@ -3,9 +3,9 @@
 RUN/config.json        the configuration, the tokenizer and the size of the store
 RUN/metrics.jsonl      one line per update, then one with the evaluation
 RUN/checkpoints/       the newest checkpoints
-RUN/tensorboard/       the same metrics as events, where tensorboard is installed
+RUN/tensorboard/       the same metrics as events, if tensorboard is installed
 RUN/model.safetensors  the trained model
-RUN/curves.png         the metrics drawn, where matplotlib is installed
+RUN/curves.png         a plot of the metrics, if matplotlib is installed
 """
 
 from __future__ import annotations
