@@ -69,7 +69,7 @@ def _run(words: list[str]) -> None:
         say(f"vimpac {__version__}, torch {importlib.metadata.version('torch')}")  # importing torch takes a second
         return
     if any(not word or (word.startswith("--") and word.endswith("=")) for word in words):
-        raise InputError("an argument is empty, expected a path or a value; is a variable of the shell unset?")
+        raise InputError("an argument is empty, expected a path or a value; is a shell variable unset?")
     read_command(COMMANDS, words, "vimpac", DESCRIPTION)()
 
 
