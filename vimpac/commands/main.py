@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from io import TextIOWrapper
 
 from vimpac import __version__
-from vimpac.commands import figures, train
+from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
 from vimpac.commands.synthesize import synthesize
@@ -47,6 +47,7 @@ COMMANDS: Commands = {
     "convert-dalle": convert_dalle,
     "train": OwnParser(TRAIN, train.main),
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),
+    "labels": Group(labels.DESCRIPTION, labels.LABELS),
     "doctor": doctor,
 }
 
