@@ -129,7 +129,9 @@ def _load(file: Path) -> Any:
                     f"it holds {found[1][:80]}, which is neither a tensor nor a plain value; nothing of it was run. Save its "
                     "state dict alone"
                 ) from None
-            reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+            text = str(error).rpartition("WeightsUnpickler error: ")[2]  # what stands before it recommends to run the file
+            kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
+            reason = " ".join(f"{kind}{text}".split())[:200]
             raise InputError(f"it was cut short, damaged or forged ({reason}); copy it again") from None
 
 
