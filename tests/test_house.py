@@ -20,7 +20,7 @@ FLOORS = (
     ("vimpac.kernels",),
     ("vimpac.ops",),
     ("vimpac.model",),
-    ("vimpac.checkpoint", "vimpac.weights", "vimpac.released", "vimpac.convert"),
+    ("vimpac.checkpoint", "vimpac.weights", "vimpac.released", "vimpac.convert", "vimpac.snapshot"),
     ("vimpac.evaluation",),
     ("vimpac.training",),
     ("vimpac.commands", "vimpac.__main__"),

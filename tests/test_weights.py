@@ -11,25 +11,16 @@ from safetensors.torch import load_file, save_file
 from torch.testing import assert_close
 
 from runs import files_of_at_most
+from snapshots import released
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints
 from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.model import ClassificationModel, PretrainModel
-from vimpac.released import ResampledPositionsWarning, from_authors, released_names, released_statistics
+from vimpac.released import ResampledPositionsWarning, from_authors, released_statistics
 
 CONFIG = ModelConfig(layers=1, width=16, heads=2, grid=(2, 4, 4), head_layers=3, head_width=8, head_out=4, vocab_size=20)
 TOKENIZER = {"name": "patch-vq", "vocab_size": 20, "stride": 8, "digest": "a" * 64}
-
-
-def released(model):
-    """A state dict under the released names that `from_authors` should turn into this model."""
-    state = {}
-    for ours, parts in released_names(model).items():
-        for part, x in zip(parts, model.state_dict()[ours].chunk(len(parts)), strict=True):
-            state[part] = x.clone()
-    state["backbone.positional_embedding.cls_pos_embedding"].unsqueeze_(0)
-    return state
 
 
 @pytest.mark.parametrize("layout", ["T,H|W", "T,H,W", "TxHxW", "T|HxW"])

@@ -70,7 +70,7 @@ def load_checkpoint(path: Path) -> dict:
     except InputError as error:
         raise InputError(f"cannot read checkpoint {path}: {error}; expected RUN/{FOLDER}/step-########.pt") from None
     try:
-        _check_archive(path)
+        check_archive(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a damaged file makes zipfile and torch.load raise nearly anything
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
@@ -113,7 +113,7 @@ def _crc(file: BinaryIO, size: int) -> int:
     return crc
 
 
-def _check_archive(path: Path) -> None:
+def check_archive(path: Path) -> None:
     """Checks what torch.load does not. Raises BadZipFile.
 
     That is checksums, and entries marked as folders: torch.load would leave their tensors uninitialised.

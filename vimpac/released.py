@@ -27,7 +27,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     Raises InputError, and nothing else, for a mapping that does not fit the config: other names, shapes or types, values that
     are not finite. Nothing is allocated before these checks.
     """
-    released = _without_prefix(state_dict)
+    released = without_prefix(state_dict)
     classes = _released_classes(released, config)
     make: Maker = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
     empty = empty_model(make, config, len(released))
@@ -68,7 +68,7 @@ def _warn_of_resampling(state: Mapping[str, Tensor], grid: tuple[int, int, int])
         warnings.warn(f"{text}; ModelConfig(grid={found}) loads them as they are", ResampledPositionsWarning, stacklevel=3)
 
 
-def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if not isinstance(state_dict, Mapping) or not all(isinstance(name, str) for name in state_dict):
         raise InputError(
             f"a checkpoint must map names to tensors, got a {type(state_dict).__name__}; the weights may be under one of its "

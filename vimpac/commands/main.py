@@ -13,6 +13,7 @@ from io import TextIOWrapper
 from vimpac import __version__
 from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
+from vimpac.commands.import_checkpoint import import_checkpoint
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
 from vimpac.commands.synthesize import synthesize
 from vimpac.commands.tokenize import tokenize
@@ -45,6 +46,7 @@ COMMANDS: Commands = {
     "synthesize": synthesize,
     "verify": verify,
     "convert-dalle": convert_dalle,
+    "import-checkpoint": import_checkpoint,
     "train": OwnParser(TRAIN, train.main),
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),
     "labels": Group(labels.DESCRIPTION, labels.LABELS),
