@@ -197,8 +197,8 @@ def without(state, *parts):
         (lambda s: s | {"surprise": torch.zeros(3)}, r"unexpected \['surprise'\]"),
         (lambda s: s | {QUERY: torch.full((128, 128), float("nan"))}, "query.weight holds values that are not finite"),
         (lambda s: s | {f"{LAYER}.9999.attention_blocks.0.attentions.0.x": torch.ones(1)}, r"missing \['.*resblocks\.2"),
-        (lambda s: s | {f"module.{QUERY}": torch.ones(1)}, "holds a tensor twice"),
-        (lambda s: s | {7: torch.ones(1)}, "must be tensors by their names"),
+        (lambda s: s | {f"module.{QUERY}": torch.ones(1)}, "holds the same name twice"),
+        (lambda s: s | {7: torch.ones(1)}, "must map names to tensors"),
     ],
 )
 def test_tensors_that_are_missing_or_contradict_each_other(write, change, said):
