@@ -8,8 +8,8 @@ match.store_index[i]  # the video of the store that labels.videos[i] is, or -1
 from __future__ import annotations
 
 import re
-from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -227,7 +227,7 @@ def match_labels(labels: Labels, store_names: Sequence[str]) -> Match:
     chosen = {name: name for name in wanted if name in index}
     taken, found_by = set(chosen), {"path": len(chosen), "stem": 0, "id": 0}
     for how, key in _keys(min(_depth(wanted), _depth(index))):
-        if len(chosen) == len(wanted):
+        if len(chosen) in (len(wanted), len(index)):
             break
         for name, other in _pairs(wanted, index, key):
             if name not in chosen and other not in taken:
@@ -251,7 +251,7 @@ def match_labels(labels: Labels, store_names: Sequence[str]) -> Match:
     )
 
 
-def _keys(depth: int) -> Iterator[tuple[str, Callable[[str], Hashable]]]:
+def _keys(depth: int) -> Iterator[tuple[str, Callable[[str], str | None]]]:
     """What two names must share to be one video, from the strictest to the loosest, and the name of the rule."""
     for n in range(depth, 1, -1):
         yield "path", partial(_end, count=n)
@@ -261,32 +261,34 @@ def _keys(depth: int) -> Iterator[tuple[str, Callable[[str], Hashable]]]:
     yield "id", _id
 
 
-def _pairs(ours: Iterable[str], theirs: Iterable[str], key: Callable[[str], Hashable]) -> list[tuple[str, str]]:
+def _pairs(ours: Iterable[str], theirs: Iterable[str], key: Callable[[str], str | None]) -> list[tuple[str, str]]:
     """(label's name, store's name) for each key that exactly one name on either side has."""
-    groups: dict[Hashable, tuple[list[str], list[str]]] = defaultdict(lambda: ([], []))
-    for side, names in enumerate((ours, theirs)):
-        for name in names:
-            if (value := key(name)) is not None:
-                groups[value][side].append(name)
-    return [(a[0], b[0]) for a, b in groups.values() if len(a) == len(b) == 1]
+    there = _by_key(theirs, key)
+    return [(name, other) for value, name in _by_key(ours, key).items() if name and (other := there.get(value))]
 
 
-def _parts(name: str) -> list[str]:
-    return [part for part in name.split("/") if part not in ("", ".")]
+def _by_key(names: Iterable[str], key: Callable[[str], str | None]) -> dict[str, str | None]:
+    """The name that has each key, None where several have it."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        if (value := key(name)) is not None:
+            found[value] = None if value in found else name
+    return found
 
 
-def _depth(names) -> int:
-    return max((len(_parts(name)) for name in names), default=0)
+def _depth(names: Iterable[str]) -> int:
+    return max((name.count("/") + 1 for name in names), default=0)
 
 
-def _end(name: str, count: int) -> tuple[str, ...] | None:
+def _end(name: str, count: int) -> str | None:
     """The last parts of a path; None if it has fewer."""
-    parts = _parts(name)
-    return tuple(parts[-count:]) if len(parts) >= count else None
+    parts = name.rsplit("/", count)
+    return "/".join(parts[-count:]) if len(parts) >= count else None
 
 
 def _without_extension(name: str) -> str:
-    return f"{name.rpartition('/')[0]}/{stem_of(name)}"
+    folders, slash, _ = name.rpartition("/")
+    return folders + slash + stem_of(name)
 
 
 def _id(name: str) -> str:
