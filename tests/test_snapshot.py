@@ -203,7 +203,7 @@ def without(state, *parts):
 )
 def test_tensors_that_are_missing_or_contradict_each_other(write, change, said):
     path = write(change(released(PretrainModel(CONFIG))))
-    assert "copy it again" in refused(path, said) or "twice" in said or "by their names" in said
+    assert "copy it again" in refused(path, said) or "twice" in said or "map names" in said
 
 
 def test_folders(tmp_path, write):
