@@ -49,6 +49,15 @@ def test_report(store, tmp_path, capsys):
     ]
 
 
+def test_two_splits(store, tmp_path, capsys):
+    name = TokenStore(store).names[0]
+    (tmp_path / "l.csv").write_text(f"video,label,split\n{name},a,train\n{name},a,val\n")
+    assert cli.main(["labels", "check", str(store), str(tmp_path / "l.csv")]) == 1
+    assert "--allow-two-splits" in capsys.readouterr().err
+    out = check(capsys, store, tmp_path / "l.csv", "--allow-two-splits")
+    assert out[1:3] == ["  train       1 listed, 1 in the store", "  validation  1 listed, 1 in the store"]
+
+
 def test_long_lists_are_cut(store, tmp_path, capsys):
     names = TokenStore(store).names
     (tmp_path / "l.csv").write_text("video,label\n" + "".join(f"{x},a\n" for x in [*names, *(f"g{i:02d}" for i in range(12))]))

@@ -117,6 +117,12 @@ def test_one_file_of_a_data_set(tmp_path):
     assert read_labels(tmp_path, "diving48").videos == read_labels(write(tmp_path / "alone", DIVING48)).videos
 
 
+def test_published_test_labels(tmp_path):
+    test = "label,youtube_id,time_start,time_end,split,is_cc\nabseiling,--6bJUbfpnQ,17,27,test,0\n,abc,1,2,test,0\n"
+    labels = read_labels(write(tmp_path, KINETICS | {"test.csv": test}))
+    assert rows(labels)[0] == ("abseiling/--6bJUbfpnQ_000017_000027", "abseiling", "test") and labels.splits.count("test") == 1
+
+
 def test_what_is_left_out_is_said(tmp_path):
     assert read_labels(write(tmp_path / "k", KINETICS)).notes == ("test.csv has no labels and was left out",)
     assert read_labels(write(tmp_path / "s", SSV2)).notes == (
@@ -150,6 +156,8 @@ def test_folder_of_classes(tmp_path):
     labels = read_labels(tmp_path / "a")
     assert (labels.kind, labels.classes, labels.splits) == ("folder", ("9", "10", "walk"), None)
     assert rows(labels)[-1] == ("walk/deep/2.avi", "walk", None)
+    write(tmp_path / "trains", {"train/1.mp4": "", "bus/2.mp4": ""})
+    assert read_labels(tmp_path / "trains").classes == ("bus", "train")
     write(tmp_path / "b", {"train/walk/1.mp4": "", "val/walk/2.mp4": "", "val/run/3.mp4": ""})
     labels = read_labels(tmp_path / "b")
     assert rows(labels)[0] == ("train/walk/1.mp4", "walk", "train") and labels.classes == ("run", "walk")
@@ -160,6 +168,7 @@ def test_lists_of_numbers(tmp_path):
     write(tmp_path, {"k400_train_list_videos.txt": text, "vjepa_val.csv": '"/data/e.mp4" 0\n', "names.txt": "dive\nwalk\n"})
     labels = read_labels(tmp_path / "k400_train_list_videos.txt")
     expected = [("some folder/b.mp4", "1", "train"), ("/data/a.mp4", "0", "train"), ("/data/c,d.mp4", "1", "train")]
+    assert read_labels(write(tmp_path, {"train_val.lst": text}) / "train_val.lst").splits is None
     assert labels.kind == "list" and rows(labels) == expected and labels.labels == (1, 0, 1)
     both = read_labels(tmp_path, classes=tmp_path / "names.txt")
     assert both.classes == ("dive", "walk") and rows(both)[-1] == ("/data/e.mp4", "dive", "validation")
@@ -190,6 +199,7 @@ def labelled(*videos, kind="csv"):
         (["/data/UCF/A/x.avi", "/data/UCF/B/x.avi"], ["UCF-101/A/x.avi", "UCF-101/B/x.avi"], [0, 1], "path"),
         (["train/A/x", "val/A/x"], ["A/x.mp4", "val/A/x.mp4"], [-1, 1], "path"),  # A/x fits both, so it fits none
         (["A/x.y.avi"], ["x.y.MKV"], [0], "stem"),
+        (["A/x.avi"], ["B/x.avi", "B/x.mp4"], [0], "stem"),
         (["78687"], ["20bn/78687.webm"], [0], "stem"),
         (["some class/x.mp4"], ["some_class/x.mp4"], [0], "stem"),
         (["x.avi", "z.avi"], ["x.avi", "x.mp4", "z.mp4"], [0, 2], None),

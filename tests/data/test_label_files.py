@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from films import close_folder
 from label_examples import DIVING48, HMDB51, HOWTO100M, KINETICS, SSV2, UCF101, write
 from vimpac.data.datasets import read_labels
 from vimpac.errors import InputError
@@ -43,6 +44,7 @@ def refused(path, *parts, **options):
         ("video,label\n".encode("utf-16"), ("line 1", "the byte 0xff is not UTF-8")),
         ("video,label\n", ("lists no video, expected at least one",)),
         ("", ("begins with ''", "expected a CSV with the columns video,label[,split]")),
+        (b"caf\xe9 au lait\n", ("line 1", "the byte 0xe9 is not UTF-8")),
         ("once upon a time\n", ("begins with 'once upon a time'",)),
         ("x" * 100_000, ("characters)", "expected a CSV")),
         (b"\x00\x00\x00\x20ftypisom" + os.urandom(50) + b"\xff", ("is not UTF-8",)),
@@ -108,6 +110,7 @@ def test_class_list(tmp_path):
         (KINETICS, K, HEADER + "dance,abc,x,2,train\n", ("line 2: time_start is 'x', expected whole seconds",)),
         (KINETICS, K, HEADER, ("train.csv lists no video",)),
         (KINETICS, K, "label,youtube_id\nx,y\n", ("line 1: has the columns 'label,youtube_id'", "time_start is missing")),
+        (SSV2, "old-labels.json", {}, ("has old-labels.json, something-something-v2-labels.json, expected one file",)),
         (SSV2, SL, None, ("has no *labels.json", "SSV2 publishes")),
         (SSV2, SL, ["a"], ('holds [\'a\'], expected an object {"template": "number"}',)),
         (SSV2, SL, {"Holding something": "0", "x": "2"}, ("the numbers of the 2 templates are not 0 to 1, each once",)),
@@ -156,6 +159,16 @@ def test_splits_that_are_not_known(tmp_path):
 )
 def test_bad_folder(tmp_path, files, parts):
     refused(write(tmp_path, files), *parts)
+
+
+def test_folder_that_cannot_be_listed(tmp_path, monkeypatch):
+    write(tmp_path, {"walk/1.mp4": "", "walk/private/2.mp4": ""})
+    close_folder(monkeypatch, tmp_path / "walk" / "private")
+    refused(tmp_path, "private cannot be listed: Permission denied; allow it, or labels would be missing")
+
+
+def test_test_list_without_labels(tmp_path):
+    refused(write(tmp_path, KINETICS) / "test.csv", "test.csv, line 1: has the columns", "label is missing")
 
 
 def test_options_that_do_not_fit(tmp_path):

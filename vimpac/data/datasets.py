@@ -217,10 +217,10 @@ def _without_duplicates(examples: Sequence[Example], allow_two_splits: bool) -> 
 def match_labels(labels: Labels, store_names: Sequence[str]) -> Match:
     """Finds the labelled videos among the names of a store: by path, then by stem, then by id.
 
-    By path: the last folders and the file name agree, with any extension; the more folders agree, the earlier it counts. By
-    stem: the file name without its extension. By id: the stem without the times of Kinetics (`ID_000012_000022`). What fits
-    several videos fits none. Raises InputError if none is found, or if most labelled videos are not in the store and most
-    videos of the store have no label.
+    By path: the same name, or the file name and at least one folder above it agree, with any extension. By stem: the file name
+    without its extension. By id: the stem without the times of Kinetics (`ID_000012_000022`). What fits several videos fits
+    none. Raises InputError if none is found, or if most labelled videos are not in the store and most videos of the store have
+    no label.
     """
     index = {name: i for i, name in enumerate(store_names)}
     wanted = dict.fromkeys(labels.videos)
@@ -230,7 +230,7 @@ def match_labels(labels: Labels, store_names: Sequence[str]) -> Match:
         if len(chosen) in (len(wanted), len(index)):
             break
         for name, other in _pairs(wanted, index, key):
-            if name not in chosen and other not in taken:
+            if name not in chosen:  # nor is the other taken: it would share the key with its own label
                 chosen[name] = other
                 taken.add(other)
                 found_by[how] += 1
