@@ -132,7 +132,10 @@ def _load(file: Path) -> Any:
             text = str(error).rpartition("WeightsUnpickler error: ")[2]  # what stands before it recommends to run the file
             kind = "" if isinstance(error, InputError) else f"{type(error).__name__}: "
             reason = " ".join(f"{kind}{text}".split())[:200]
-            raise InputError(f"it was cut short, damaged or forged ({reason}); copy it again") from None
+            raise InputError(
+                f"it was cut short, damaged or forged, or holds more than tensors ({reason}); copy it again, or save its state "
+                "dict alone"
+            ) from None
 
 
 def _check_pickle_size(file: Path) -> None:
@@ -211,7 +214,7 @@ def _integers(operations: Iterator[tuple[str, Any]]) -> list[int]:
 
 
 def _check_extent(offset: int, sizes: list[int], strides: list[int], elements: int) -> None:
-    if len(sizes) != len(strides) or min([offset, *sizes, *strides]) < 0:
+    if min([offset, *sizes, *strides]) < 0:
         raise InputError(f"a tensor of sizes {sizes[:8]} and strides {strides[:8]} is impossible")
     last = offset + sum((size - 1) * stride for size, stride in zip(sizes, strides, strict=True))
     if 0 not in sizes and last >= elements:
