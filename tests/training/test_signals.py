@@ -1,6 +1,10 @@
 """SIGTERM and Ctrl-C end a run with a checkpoint, at any time, and it goes on as if nothing had happened."""
 
+import fcntl
+import os
 import signal
+import termios
+from functools import partial
 from unittest.mock import Mock
 
 import pytest
@@ -59,6 +63,33 @@ def test_a_terminal_that_hangs_up():
         assert len(seen) == 1
     finally:
         signal.signal(signal.SIGHUP, kept)
+
+
+def hang_up(kind: str) -> None:
+    """A hook: standard error is a terminal of this kind, which hangs up in the second update."""
+    from vimpac.training.loop import Loop
+
+    os.environ["TERM"] = kind
+    os.setsid()
+    ours, terminal = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+    os.dup2(terminal, 2)
+    update = Loop.update
+
+    def hanging_up(loop):
+        if loop.step == 1:
+            os.close(ours)
+        return update(loop)
+
+    Loop.update = hanging_up
+
+
+@pytest.mark.parametrize("kind", ["xterm", "dumb"])
+def test_a_run_whose_terminal_hangs_up(store_folder, tmp_path, kind):
+    """Nothing can be printed any more. The checkpoint is written all the same, and the exit status is that of SIGHUP."""
+    folder = tmp_path / "run"
+    run(arguments(store_folder, folder, save_every=100), tmp_path / "log", hook=partial(hang_up, kind), code=129)
+    assert list_checkpoints(folder) == [folder / "checkpoints" / "step-00000002.pt"]
 
 
 @pytest.mark.parametrize("ranks, ends", [(1, 2), (2, 3)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -57,10 +58,26 @@ def handling_signals(handler: Callable[[int, object], None]) -> Iterator[None]:
 
     SIGHUP stays ignored if it is already, as under nohup.
     """
+
+    def handle(number: int, frame: object) -> None:
+        if number == signal.SIGHUP:
+            discard_lost_terminal()
+        handler(number, frame)
+
     hangup = () if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else (signal.SIGHUP,)
-    previous = {number: signal.signal(number, handler) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT, *hangup)}
     try:
         yield
     finally:
         for number, before in previous.items():
             signal.signal(number, before)
+
+
+def discard_lost_terminal() -> None:
+    """Send standard error to /dev/null if it is a terminal that has hung up.
+
+    Otherwise the next line of the progress display would raise an OSError, before the checkpoint is written.
+    """
+    with suppress(OSError):  # standard error may be closed
+        if stat.S_ISCHR(os.fstat(2).st_mode) and not os.isatty(2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
