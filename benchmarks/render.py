@@ -191,11 +191,10 @@ def layouts(results: Results, device: str) -> list[str]:
     rows = [row for row in results.rows(device, "attn_layouts") if row["pass"] == "step"]
 
     def by(row: Row) -> tuple[str, ...]:
-        paper = (shown(row[f"paper_{key}"], "{:.1f}".format) for key in ("samples_per_s", "accuracy"))
-        return f"`{row['layout']}`, {row['norm']}", f"{row['parameters'] / 1e6:.1f}", *paper
+        return f"`{row['layout']}`, {row['norm']}", f"{row['parameters'] / 1e6:.1f}"
 
     impls, lines = pivot(rows, by, "samples_per_s")
-    head = ["layout, norm", "M parameters", "the paper: videos/s", "UCF101 %", *(f"{impl}, videos/s" for impl in impls)]
+    head = ["layout, norm", "M parameters", *(f"{impl}, videos/s" for impl in impls)]
     return [*table(head, lines), *results.machines(device, ["attn_layouts"])] if lines else []
 
 

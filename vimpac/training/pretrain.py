@@ -32,6 +32,8 @@ from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
 from vimpac.training.signals import handling_signals
 
+METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
+
 
 def pretrain(config: TrainConfig) -> dict | None:
     """Run `config` to its end and return the evaluation (None on ranks other than the first).
@@ -88,9 +90,6 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
         # Write the model, evaluate it, draw the curves.
         with handling_signals(loop.stop_now):
             return finish(loop, clips, store, log, progress)
-
-
-METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
 
 
 def finish(loop: Loop, clips: Clips, store: TokenStore, log: MetricsLog, progress: Progress) -> dict:
