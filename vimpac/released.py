@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -13,6 +12,7 @@ from vimpac.config import ModelConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.model import ClassificationModel, PretrainModel
+from vimpac.model.models import model_class
 from vimpac.model.positions import AXES, IN_BACKBONE, interpolate_state
 from vimpac.model.state import empty_model, misfit
 
@@ -29,7 +29,7 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     """
     released = without_prefix(state_dict)
     classes = _released_classes(released, config)
-    make: Maker = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    make = model_class(classes)
     empty = empty_model(make, config, len(released))
     names = released_names(empty)
     names |= {ours: parts for ours, parts in released_statistics(empty).items() if parts[0] in released}
@@ -51,9 +51,6 @@ def from_authors(state_dict: Mapping[str, Tensor], config: ModelConfig) -> Pretr
     model = make(config)
     model.load_state_dict({**model.state_dict(), **state})
     return model.eval()
-
-
-Maker = Callable[[ModelConfig], PretrainModel | ClassificationModel]
 
 
 class ResampledPositionsWarning(UserWarning):

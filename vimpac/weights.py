@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -23,10 +22,10 @@ from vimpac.files.atomic import replacing
 from vimpac.files.checked import check_names, typed
 from vimpac.files.tensorfile import UNSEALED, read_tensors, seal
 from vimpac.model import ClassificationModel, PretrainModel
+from vimpac.model.models import model_class
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.model.state import check_state, empty_model
 
-Maker = Callable[[ModelConfig], PretrainModel | ClassificationModel]
 FORMAT = "vimpac-model"
 VERSION = 1
 
@@ -69,7 +68,7 @@ def load(
             "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
         )
     classes = header.get("classes")
-    make: Maker = PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
+    make = model_class(classes)
     config = ModelConfig(**header["config"])
     try:
         model = empty_model(make, config, len(state))

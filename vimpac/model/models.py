@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -48,3 +51,8 @@ class ClassificationModel(nn.Module):
     def forward(self, tokens: Tensor, padded: bool = True) -> Tensor:
         """Token ids [B, T, H, W] → logits [B, classes]."""
         return self.classifier(self.backbone(tokens, padded)[0])
+
+
+def model_class(classes: int | None) -> Callable[[ModelConfig], PretrainModel | ClassificationModel]:
+    """What makes the model of a configuration: PretrainModel, or with a number of classes ClassificationModel."""
+    return PretrainModel if classes is None else partial(ClassificationModel, classes=classes)
