@@ -85,6 +85,7 @@ class Classified:
             "videos": len(self.labels),
             "classes": len(classes),
             **accuracies(scores, self.labels),
+            "most_frequent_accuracy": max(videos) / len(self.labels),
             "by_clips": {str(clips): found for clips, found in accuracies_by_clips(self.scores, self.labels).items()},
             "by_class": [
                 {"class": name, "videos": n, "accuracy": hits / n if n else None}

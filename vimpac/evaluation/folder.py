@@ -12,15 +12,16 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from vimpac.errors import InputError
 from vimpac.files.atomic import LOCK, TEMPORARY, locked, make_folder, replacing
-from vimpac.files.checked import load_json
+from vimpac.files.checked import load_json, write_json
 
 FORMAT = "vimpac-evaluation"
 VERSION = 1
@@ -139,3 +140,8 @@ def _write_parquet(path: Path, columns: list[str], texts: Sequence[list[str]], s
 def _text(name: str) -> str:
     r"""The name as UTF-8 has it: bytes of a file name that are no text become \udc…"""
     return name.encode("utf-8", "backslashreplace").decode()
+
+
+def write_pretraining(folder: Path, settings: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    """evaluation.json of a pre-trained model. found: what `vimpac.evaluation.pretraining.evaluate` returns."""
+    write_json(folder / INDEX, {"format": FORMAT, "version": VERSION, "kind": "pretraining", **settings, **found}, indent=1)
