@@ -55,6 +55,20 @@ def score_videos(
     return scorer.gathered(world)
 
 
+def clip_scores(model: ClassificationModel, tokens: Tensor, batch: int, padded: bool = True) -> Tensor:
+    """Softmax of the model's logits, averaged over views.
+
+    tokens: ids [videos, clips, views, T, H, W] on the CPU → float32 [videos, clips, K] on the model's device. batch: the most
+    clips of a forward pass; the passes have equally many, as far as possible.
+    """
+    flat, device = tokens.flatten(0, 2), model.classifier.weight.device
+    if device.type == "cuda":
+        flat = flat.pin_memory().to(device, non_blocking=True)
+    passes = math.ceil(len(flat) / batch)
+    softmax = [model(part, padded).float().softmax(-1) for part in flat.split(math.ceil(len(flat) / passes))]
+    return torch.cat(softmax).unflatten(0, tokens.shape[:3]).mean(2)
+
+
 class _Scorer:
     """This rank's chunks and their scores."""
 
@@ -78,22 +92,13 @@ class _Scorer:
                     break
                 first = number * self.chunk
                 count = min(self.chunk, len(self.clips.videos) - first)
-                leaving = _Arriving(number, self.forward(torch.from_numpy(self.clips.read(first, count))))
+                tokens = torch.from_numpy(self.clips.read(first, count))
+                leaving = _Arriving(number, clip_scores(self.model, tokens, self.batch, self.padded))
                 if arriving:
                     self.take(arriving)
                 arriving = leaving
         if arriving:
             self.take(arriving)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Token ids [videos, clips, views, T, H, W] on the CPU → scores [videos, clips, K] on the device."""
-        flat = tokens.flatten(0, 2)
-        if self.device.type == "cuda":
-            flat = flat.pin_memory().to(self.device, non_blocking=True)
-        passes = math.ceil(len(flat) / self.batch)
-        parts = flat.split(math.ceil(len(flat) / passes))
-        softmax = torch.cat([self.model(part, self.padded).float().softmax(-1) for part in parts])
-        return softmax.unflatten(0, tokens.shape[:3]).mean(2)
 
     def take(self, arriving: _Arriving) -> None:
         scores = arriving.wait()
