@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
+import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 
+import runs
 from runs import tiny_model
 from vimpac import weights
 from vimpac.data.format import TOKENIZER, StoreSettings, view_set
 from vimpac.data.patch_vq import PatchVQ
 from vimpac.data.store import StoreWriter, finish_store
 from vimpac.data.tokenizer_file import describe
+from vimpac.data.tokenizers import load_tokenizer
 from vimpac.model import ClassificationModel
 
 CODES = 11
@@ -53,7 +59,33 @@ def classifier(classes: int = len(CLASSES), seed: int = 1, **options) -> Classif
     return model
 
 
-def save_classifier(folder: Path, model: ClassificationModel, tokenizer=None) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    weights.save(model, folder / "model.safetensors", tokenizer)
-    return folder / "model.safetensors"
+def save_run(folder: Path, store: Path, model: ClassificationModel | None = None, names=CLASSES) -> Path:
+    """A folder with a model of the store's tokenizer, and with that tokenizer."""
+    folder.mkdir()
+    tokenizer = load_tokenizer(store)
+    tokenizer.save(folder / TOKENIZER)
+    info = dataclasses.asdict(describe(tokenizer))
+    weights.save(model or classifier(), folder / "model.safetensors", info, fps=2.0, class_names=names)
+    return folder
+
+
+def run_command(words: list[str], log: Path, ranks: int, hook=None, code: int = 0) -> str:
+    """`vimpac WORDS` in several processes, each with this exit code. Returns what they printed."""
+    return runs.run([], log, ranks, partial(_command, words, hook), code)
+
+
+def _command(words: list[str], hook) -> None:
+    from vimpac.commands import main as cli
+
+    if hook is not None:
+        hook()
+    sys.exit(cli.main(words))
+
+
+@pytest.fixture
+def labelled(tmp_path, monkeypatch) -> Path:
+    """The current folder: `store` with `store.csv`, and `run` with a model and the tokenizer."""
+    monkeypatch.chdir(tmp_path)
+    store = write_labelled_store(Path("store"))
+    save_run(Path("run"), store)
+    return tmp_path
