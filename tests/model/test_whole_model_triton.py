@@ -9,10 +9,10 @@ from torch.testing import assert_close
 
 from kernel_checks import DEVICE, INTERPRETED, NATIVE, run_in_interpreter, runs_kernels
 from runs import make_step
-from vimpac.training.batch import map_tensors
 from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
+from vimpac.training.batch import map_tensors
 
 pytest.importorskip("triton", reason="triton is not installed")
 

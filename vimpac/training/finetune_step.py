@@ -56,5 +56,7 @@ class FinetuneStep(nn.Module):
                 cls, _ = self.model.backbone(batch.tokens, self.padded)
             logits = self.model.classifier(F.dropout(cls, self.last_dropout, self.training))
         logits = logits.float()
-        losses = F.cross_entropy(logits, batch.labels, self.class_weights, reduction="none", label_smoothing=self.label_smoothing)
+        losses = F.cross_entropy(
+            logits, batch.labels, self.class_weights, reduction="none", label_smoothing=self.label_smoothing
+        )
         return {"loss": losses.mean(), "accuracy": (logits.argmax(-1) == batch.labels).float().mean().detach()}

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from vimpac import weights
 from vimpac.config import FinetuneConfig
-from vimpac.data.format import TokenizerInfo
 from vimpac.data.labelled_clips import LabelledClips
 from vimpac.distributed import World
 from vimpac.model import ClassificationModel
@@ -32,12 +31,18 @@ BEST = "best.safetensors"
 class FinetuneTask:
     """Batches of labelled clips, their gradients, and the accuracy on validation videos every `every` updates.
 
-    validate: returns top-1 accuracy on the first rank, None elsewhere; all ranks call it. every: 0 = only after the last update.
+    validate: returns top-1 accuracy on the first rank, None elsewhere; all ranks call it. every: 0 = after the last update.
     keep_best: keep the model with the best validation accuracy so far in RUN/best.safetensors.
     """
 
     def __init__(
-        self, module: FinetuneStep, clips: LabelledClips, plan: BatchPlan, validate: Callable[[], float | None], every: int, keep_best: bool
+        self,
+        module: FinetuneStep,
+        clips: LabelledClips,
+        plan: BatchPlan,
+        validate: Callable[[], float | None],
+        every: int,
+        keep_best: bool,
     ):
         self.module, self.clips, self.plan = module, clips, plan
         self.validate, self.every, self.keep_best = validate, every, keep_best
@@ -63,9 +68,8 @@ class FinetuneTask:
         if top1 is None:
             return {}
         if self.keep_best and top1 > best_before(loop.run, loop.step):
-            training = loop.training
-            tokenizer = training.to_header()["tokenizer"]
-            weights.save(self.module.model, loop.run / BEST, tokenizer, training.fps, training.class_names)
+            known = loop.training
+            weights.save(self.module.model, loop.run / BEST, known.to_header()["tokenizer"], known.fps, known.class_names)
         return {VALIDATION: top1}
 
 
@@ -78,9 +82,7 @@ def best_before(run: Path, step: int) -> float:
 def finetuning_loop(
     config: FinetuneConfig,
     model: ClassificationModel,
-    tokenizer: TokenizerInfo,
-    fps: float,
-    class_names: tuple[str, ...],
+    training: Training,
     clips: LabelledClips,
     validate: Callable[[FinetuneStep], float | None],
     plan: BatchPlan,
@@ -90,11 +92,12 @@ def finetuning_loop(
     compiled: bool = False,
 ) -> Loop:
     """The loop of a fine-tuning run on `clips`, from the model's weights or a checkpoint of the run."""
-    torch.manual_seed(config.seed)
     model = model.to(world.device)
     model.backbone.activation_checkpointing = config.activation_checkpointing
     autocast = autocast_dtype(config.precision, world.device)
-    balance = balanced_weights(clips.found.labels, len(class_names)).to(world.device) if config.class_weights != "none" else None
+    balance = None
+    if config.class_weights == "balanced":
+        balance = balanced_weights(clips.found.labels, model.classifier.out_features).to(world.device)
     options = config.label_smoothing, config.last_dropout, config.freeze_backbone
     module = FinetuneStep(model, clips.padded, balance, *options, autocast)
     shard = config.shard_optimizer and world.size > 1
@@ -108,7 +111,7 @@ def finetuning_loop(
     if config.validate_every:
         every = max(1, every)
     task = FinetuneTask(module, clips, plan, lambda: validate(module), every, config.keep_best)
-    return Loop(task, optimizer, scaler, config, plan, schedule, world, Training(tokenizer, fps, class_names), step)
+    return Loop(task, optimizer, scaler, config, plan, schedule, world, training, step)
 
 
 def balanced_weights(labels: np.ndarray, classes: int) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 import torch
 
 from vimpac import distributed, weights
-from vimpac.checkpoint import list_checkpoints
-from vimpac.config import PretrainConfig, SynthesizeConfig, TokenizeConfig
+from vimpac.config import PretrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.rates import frame_step
 from vimpac.data.store import TokenStore
@@ -22,8 +20,7 @@ from vimpac.data.views import center_view
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.evaluation.pretraining import evaluate, most_frequent_token
-from vimpac.processes.meeting import GONE
-from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of, plain_ops, resolve_compile
+from vimpac.training.device import plain_ops, resolve_compile
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
@@ -31,6 +28,7 @@ from vimpac.training.plan import BatchPlan, plan_batches, plan_steps
 from vimpac.training.pretrain_task import pretraining_loop
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
+from vimpac.training.session import check_machine, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
@@ -179,4 +177,3 @@ def gradient_caching(plan: BatchPlan, ranks: int, contrasted: int) -> str | None
         f"contrastive_videos={contrasted} needs gradient caching in {plan.parts} parts of {plan.micro_batch * ranks}: each "
         "clip has two forward passes; use a larger --micro-batch if memory allows"
     )
-

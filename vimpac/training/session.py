@@ -30,9 +30,7 @@ def check_machine(config: RunConfig, memory: MemoryUse, plan: BatchPlan, world: 
     return calls
 
 
-def train_to_end(
-    loop: Loop, log: MetricsLog, progress: Progress, memory: MemoryUse, notes: Sequence[str | None]
-) -> None:
+def train_to_end(loop: Loop, log: MetricsLog, progress: Progress, memory: MemoryUse, notes: Sequence[str | None]) -> None:
     """Say the notes and train. A signal, a lost process and too little memory end it with an explanation."""
     for note in filter(None, notes):
         progress.note(note)
