@@ -41,8 +41,11 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Start the process group if there is more than one process, and end it afterwards."""
+def join_world(again: str = AGAIN) -> Iterator[World]:
+    """Start the process group if there is more than one process, and end it afterwards.
+
+    again: how to go on after another process has ended, for the error.
+    """
     place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -56,7 +59,7 @@ def join_world() -> Iterator[World]:
     if place.size == 1:
         yield World(0, 1, device)
         return
-    with meet(place, f"{GONE}: {AGAIN}") as meeting, explaining_lost_peers(lambda: f"{GONE}: {AGAIN}"):
+    with meet(place, f"{GONE}: {again}") as meeting, explaining_lost_peers(lambda: f"{GONE}: {again}"):
         try:
             start_group(place, device, meeting)
             yield World(place.rank, place.size, device, meeting)
@@ -168,6 +171,15 @@ def gather_rows(x: Tensor, world: World) -> list[Tensor]:
         return [x]
     rows = [torch.empty_like(x) for _ in range(world.size)]
     dist.all_gather(rows, x)
+    return rows
+
+
+def gather_on_first(x: Tensor, world: World) -> list[Tensor] | None:
+    """Every rank's tensor, in order, on the first rank; None on the others. They must have one shape."""
+    if world.size == 1:
+        return [x]
+    rows = [torch.empty_like(x) for _ in range(world.size)] if world.is_first else None
+    dist.gather(x, rows, dst=0)
     return rows
 
 

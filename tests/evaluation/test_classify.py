@@ -39,7 +39,7 @@ def reference(model, store, video, k, every):
     for clip in range(k):
         start = round(clip * last / (k - 1)) if k > 1 else last // 2
         for view in range(len(store.views)):
-            ids = store.read(video, view=view).astype(np.int64)[start :: every][:3]
+            ids = store.read(video, view=view).astype(np.int64)[start::every][:3]
             ids = np.concatenate([ids, np.full((3 - len(ids), 4, 4), PAD)])
             scores.append(model(torch.from_numpy(ids)[None])[0].double().softmax(-1))
     return torch.stack(scores).mean(0)
@@ -63,13 +63,17 @@ def test_any_batch(store, model, batch):
     np.testing.assert_allclose(score_videos(model, clips, ALONE, batch), expected, rtol=0, atol=2e-6)
 
 
-@pytest.mark.parametrize("batch, shapes", [(30, [30] * 14), (7, [6] * 70), (1, [1] * 420), (64, [60] * 7), (150, [150, 150, 120])])
+@pytest.mark.parametrize(
+    "batch, shapes", [(30, [30] * 14), (7, [6] * 70), (1, [1] * 420), (64, [60] * 7), (150, [150, 150, 120])]
+)
 def test_forward_passes_and_reads(store, model, monkeypatch, batch, shapes):
     """A video's 30 clips take at most 30 passes and one read, and all passes have one shape but for the last chunk's."""
     clips, seen, read = clips_of(store), [], []
     handle = model.register_forward_pre_hook(lambda _, given: seen.append(len(given[0])))
     original = store.read_clips
-    monkeypatch.setattr(store, "read_clips", lambda videos, *rest, **more: read.append(set(videos)) or original(videos, *rest, **more))
+    monkeypatch.setattr(
+        store, "read_clips", lambda videos, *rest, **more: read.append(set(videos)) or original(videos, *rest, **more)
+    )
     reported = []
     score_videos(model, clips, ALONE, batch, report=reported.append)
     handle.remove()
@@ -109,8 +113,10 @@ def test_nan_is_an_error_that_names_the_video(store, videos, named, autocast, wa
     model = classifier()
     clips = clips_of(store, 2, videos)
     read = clips.read
-    clips.read = lambda first, count: np.where(  # the special id after PAD, in video 2 alone
-        (np.array(videos)[first : first + count] == 2).reshape(-1, 1, 1, 1, 1, 1), CODES + 2, read(first, count)
+    clips.read = (
+        lambda first, count: np.where(  # the special id after PAD, in video 2 alone
+            (np.array(videos)[first : first + count] == 2).reshape(-1, 1, 1, 1, 1, 1), CODES + 2, read(first, count)
+        )
     )
     with torch.no_grad():
         model.backbone.embedding.weight[CODES + 2] = torch.nan

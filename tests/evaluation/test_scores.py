@@ -100,7 +100,9 @@ def test_more_clips_than_there_are():
         spread_of(2, 3)
 
 
-@pytest.mark.parametrize("clips, counts", [(1, [1]), (2, [1, 2]), (7, [1, 2, 5, 7]), (10, [1, 2, 5, 10]), (12, [1, 2, 5, 10, 12])])
+@pytest.mark.parametrize(
+    "clips, counts", [(1, [1]), (2, [1, 2]), (7, [1, 2, 5, 7]), (10, [1, 2, 5, 10]), (12, [1, 2, 5, 10, 12])]
+)
 def test_accuracy_by_clips_is_that_of_the_chosen_clips(clips, counts):
     scores, labels = drawn(60, 8, clips)
     found = accuracies_by_clips(scores, labels)

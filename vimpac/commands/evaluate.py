@@ -224,9 +224,7 @@ class _Output(NamedTuple):
     temporary: Path
 
 
-def _open_output(
-    trained: TrainedModel, given: Path | None, what: str, world: World, held: ExitStack
-) -> _Output | None:
+def _open_output(trained: TrainedModel, given: Path | None, what: str, world: World, held: ExitStack) -> _Output | None:
     """On the first rank, the folder to write, held until the evaluation is done. Raises InputError if it must not be written."""
     from vimpac import distributed
     from vimpac.evaluation.folder import replacing_folder
@@ -252,7 +250,9 @@ def _explaining_memory(batch: int) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise InputError(f"a forward pass of {batch} clips does not fit into the GPU's memory: give a smaller --batch") from error
+        raise InputError(
+            f"a forward pass of {batch} clips does not fit into the GPU's memory: give a smaller --batch"
+        ) from error
 
 
 def _say_inputs(trained: TrainedModel, clips: TestClips, notes: Sequence[str], split: str, names: Sequence[str]) -> None:

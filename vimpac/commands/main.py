@@ -13,8 +13,10 @@ from io import TextIOWrapper
 from vimpac import __version__
 from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
+from vimpac.commands.evaluate import evaluate
 from vimpac.commands.import_checkpoint import import_checkpoint
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
+from vimpac.commands.predict import predict
 from vimpac.commands.synthesize import synthesize
 from vimpac.commands.tokenize import tokenize
 from vimpac.commands.verify import verify
@@ -48,6 +50,8 @@ COMMANDS: Commands = {
     "convert-dalle": convert_dalle,
     "import-checkpoint": import_checkpoint,
     "train": OwnParser(TRAIN, train.main),
+    "evaluate": evaluate,
+    "predict": predict,
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),
     "labels": Group(labels.DESCRIPTION, labels.LABELS),
     "doctor": doctor,

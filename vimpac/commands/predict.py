@@ -72,7 +72,9 @@ def predict(
         raise InputError(f"{trained.file} is a pre-trained model, which knows no classes: fine-tune it first")
     grid, rate = trained.model.config.grid, fps or trained.training.fps
     if grid[1] != grid[2]:
-        raise InputError(f"{trained.file} takes frames of {grid[1]}×{grid[2]} tokens, expected a square: videos are cropped to one")
+        raise InputError(
+            f"{trained.file} takes frames of {grid[1]}×{grid[2]} tokens, expected a square: videos are cropped to one"
+        )
     if rate is None or not 1e-3 <= rate <= 1e4:
         given = f"fps is {rate}, expected" if rate is not None else f"{trained.file} does not say its frame rate: give --fps,"
         raise InputError(f"{given} a positive number of frames a second, such as 2")

@@ -73,7 +73,13 @@ class _Scorer:
     """This rank's chunks and their scores."""
 
     def __init__(
-        self, model: ClassificationModel, clips: TestClips, batch: int, autocast: torch.dtype | None, padded: bool, report: Counter
+        self,
+        model: ClassificationModel,
+        clips: TestClips,
+        batch: int,
+        autocast: torch.dtype | None,
+        padded: bool,
+        report: Counter,
     ):
         self.model, self.clips, self.batch, self.autocast, self.padded = model, clips, batch, autocast, padded
         self.report, self.device = report, model.classifier.weight.device

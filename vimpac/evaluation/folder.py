@@ -35,7 +35,9 @@ def check_replaceable(folder: Path) -> None:
     if not os.path.lexists(folder):
         return
     if not folder.is_dir():
-        raise InputError(f"{folder} exists and is no folder, expected a new one or an earlier evaluation; choose another --output")
+        raise InputError(
+            f"{folder} exists and is no folder, expected a new one or an earlier evaluation; choose another --output"
+        )
     present = {entry.name for entry in folder.iterdir()}
     if others := sorted(present - FILES):
         raise InputError(

@@ -52,9 +52,7 @@ def plot_mistakes(mistakes: Sequence[Mistake], title: str, out_png: Path) -> Non
         panel.set_title(" \n \n ", fontsize=9)  # room for the lines
         for text, colour, height in lines:
             place = (0, 72 * height)
-            panel.annotate(
-                text, (0, 1), place, "axes fraction", "offset points", color=colour, fontsize=9, parse_math=False
-            )
+            panel.annotate(text, (0, 1), place, "axes fraction", "offset points", color=colour, fontsize=9, parse_math=False)
     for panel in panels:
         panel.set_axis_off()
     write_png(figure, Path(out_png), dpi=110)

@@ -20,6 +20,9 @@ from vimpac.data.views import center_view
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.evaluation.pretraining import evaluate, most_frequent_token
+from vimpac.model import PretrainModel
+from vimpac.model.losses import Objective
+from vimpac.model.masking import Masking
 from vimpac.training.device import plain_ops, resolve_compile
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
@@ -90,24 +93,11 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
     """Write the model, evaluate it on held-out videos, draw the curves."""
     if loop.stop.number is not None:  # during the last update
         loop.stop_now(loop.stop.number, None)
-    step, batches = loop.module, config.eval_batches
+    step = loop.module
     weights.save(step.model, loop.run / "model.safetensors", asdict(store.tokenizer), loop.training.fps)
-    most_frequent = most_frequent_token(clips.training, step.masking.vocab_size)
-    padded = step.padded or clips.held_out.padded
     with torch.compiler.set_stance("force_eager"):  # not worth another compilation
-        found = evaluate(
-            step.model,
-            step.objective,
-            step.masking,
-            clips.held_out,
-            batches,
-            clips.contrasted,
-            loop.plan.micro_batch,
-            most_frequent,
-            padded,
-            step.autocast,
-        )
-    result = {"final": True, "step": loop.step, **found, "held_out_videos": len(clips.held_out.videos)}
+        found = evaluate_held_out(step.model, config, clips, loop.plan.micro_batch, step.autocast)
+    result = {"final": True, "step": loop.step, **found}
     log.write([result])
     log.note_failure(progress)
     if importlib.util.find_spec("matplotlib"):
@@ -118,6 +108,26 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
         progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
     return result
+
+
+def evaluate_held_out(
+    model: PretrainModel, config: PretrainConfig, clips: Clips, micro_batch: int, autocast: torch.dtype | None
+) -> dict:
+    """The evaluation at the end of a run with this configuration: `evaluate` on the held-out clips."""
+    most_frequent = most_frequent_token(clips.training, config.model.vocab_size)
+    found = evaluate(
+        model,
+        Objective.from_config(config),
+        Masking.from_config(config),
+        clips.held_out,
+        config.eval_batches,
+        clips.contrasted,
+        micro_batch,
+        most_frequent,
+        clips.training.padded or clips.held_out.padded,
+        autocast,
+    )
+    return {**found, "held_out_videos": len(clips.held_out.videos)}
 
 
 class Clips(NamedTuple):
