@@ -12,7 +12,7 @@ import torch
 from pyarrow import parquet
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from labelled_stores import CLASSES, CODES, classifier, run_command, save_run, write_labelled_store
+from labelled_stores import CLASSES, CODES, classifier, run_command, save_run
 from labelled_stores import labelled as labelled  # a fixture
 from refusals import tree
 from runs import tiny_config, write_store

@@ -225,7 +225,7 @@ class _Output(NamedTuple):
 
 
 def _open_output(trained: TrainedModel, given: Path | None, what: str, world: World, held: ExitStack) -> _Output | None:
-    """On the first rank, the folder to write, held until the evaluation is done. Raises InputError if it must not be written."""
+    """On the first rank, the folder to write, held to the end. Raises InputError if it must not be written."""
     from vimpac import distributed
     from vimpac.evaluation.folder import replacing_folder
     from vimpac.evaluation.inputs import output_beside
