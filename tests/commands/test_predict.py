@@ -59,7 +59,9 @@ def objects(captured):
     return [json.loads(line) for line in captured.out.splitlines()]
 
 
-@pytest.mark.parametrize("options", [[], ["--clips", "1"], ["--clips", "2", "--views", "center", "--frames", "4", "--batch", "1"]])
+@pytest.mark.parametrize(
+    "options", [[], ["--clips", "1"], ["--clips", "2", "--views", "center", "--frames", "4", "--batch", "1"]]
+)
 def test_scores_are_those_of_the_videos_tokens(folder, capsys, options):
     words = ["evaluate", "run", "store", "--labels", "l.csv", "--allow-empty-classes", "--output", "out"]
     assert cli.main([*words, *options]) == 0
@@ -161,12 +163,15 @@ def test_a_tokenizer_that_runs_on_a_gpu(folder, monkeypatch):
     [
         ("missing videos/a.mp4", "cannot read model missing"),
         ("run", "no video is given, expected video files or folders"),
-        ("pretrained videos/a.mp4", "pretrained/model.safetensors is a pre-trained model, which knows no classes: fine-tune it"),
-        ("run videos/a.mp4 --top 0", "top is 0, expected 1 to"),
-        ("run videos/a.mp4 --clips 0", "clips is 0, expected 1 to"),
-        ("run videos/a.mp4 --frames 0", "frames is 0, expected 1 to"),
-        ("run videos/a.mp4 --workers 0", "workers is 0, expected 1 to"),
-        ("run videos/a.mp4 --fps -2", "fps is -2.0, expected a positive number"),
+        (
+            "pretrained videos/a.mp4",
+            "pretrained/model.safetensors is a pre-trained model, which knows no classes: fine-tune it",
+        ),
+        ("run videos/a.mp4 --top 0", "top must be at least 1, got 0"),
+        ("run videos/a.mp4 --clips 0", "clips must be at least 1, got 0"),
+        ("run videos/a.mp4 --frames 0", "frames must be at least 1, got 0"),
+        ("run videos/a.mp4 --workers 0", "workers must be at least 1, got 0"),
+        ("run videos/a.mp4 --fps -2", "fps must be a positive number, got -2.0"),
         ("run videos/a.mp4 --tokenizer-path videos", f"videos/{TOKENIZER} does not exist; expected a tokenizer's"),
         ("run videos/a.mp4 --tokenizer-path other", "run/model.safetensors was trained on tokenizer patch-vq"),
         ("unnamed videos/a.mp4 --fps 2 --tokenizer-path other", "has a vocabulary of 11 codes, other holds a tokenizer of 7"),

@@ -107,7 +107,9 @@ def test_behind_a_link(out):
     assert link.is_symlink() and (out / "confusion.csv").read_text() == "two"
 
 
-@pytest.mark.parametrize("name, said", [("notes.txt", "holds notes.txt"), ("sub", "holds sub"), ("confusion.csv", f"holds no {INDEX}")])
+@pytest.mark.parametrize(
+    "name, said", [("notes.txt", "holds notes.txt"), ("sub", "holds sub"), ("confusion.csv", f"holds no {INDEX}")]
+)
 def test_what_no_evaluation_wrote(tmp_path, name, said):
     (tmp_path / "out").mkdir()
     check_replaceable(tmp_path / "out")  # empty

@@ -18,7 +18,9 @@ def store(tmp_path_factory):
 
 
 def labels_of(store, **splits):
-    found = {name: LabelledVideos(np.array(videos, np.int64), 0 * np.array(videos, np.int64)) for name, videos in splits.items()}
+    found = {
+        name: LabelledVideos(np.array(videos, np.int64), 0 * np.array(videos, np.int64)) for name, videos in splits.items()
+    }
     return StoreLabels(store, "l.csv", ("a",), found)
 
 

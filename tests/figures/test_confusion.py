@@ -109,7 +109,9 @@ def test_contact_sheet(tmp_path, drawn, count):
     assert all(page.x0 <= box.x0 and box.x1 <= page.x1 and box.y1 <= page.y1 for box in boxes)
 
 
-@pytest.mark.parametrize("draw", [lambda path: plot_confusion(np.eye(2), "ab", "", path), lambda path: plot_mistakes([mistake(0)], "", path)])
+@pytest.mark.parametrize(
+    "draw", [lambda path: plot_confusion(np.eye(2), "ab", "", path), lambda path: plot_mistakes([mistake(0)], "", path)]
+)
 def test_writing(tmp_path, monkeypatch, draw):
     with pytest.raises(InputError, match="cannot write .*: its folder does not exist"):
         draw(tmp_path / "missing" / "x.png")
