@@ -59,12 +59,11 @@ def objects(captured):
     return [json.loads(line) for line in captured.out.splitlines()]
 
 
-@pytest.mark.parametrize(
-    "options", [[], ["--clips", "1"], ["--clips", "2", "--views", "center", "--frames", "4", "--batch", "1"]]
-)
-def test_scores_are_those_of_the_videos_tokens(folder, capsys, options):
-    words = ["evaluate", "run", "store", "--labels", "l.csv", "--allow-empty-classes", "--output", "out"]
-    assert cli.main([*words, *options]) == 0
+@pytest.mark.parametrize("words", ["", "--clips 1", "--clips 2 --views center --frames 4 --batch 1"])
+def test_scores_are_those_of_the_videos_tokens(folder, capsys, words):
+    options = words.split()
+    evaluation = ["evaluate", "run", "store", "--labels", "l.csv", "--allow-empty-classes", "--output", "out"]
+    assert cli.main([*evaluation, *options]) == 0
     rows = {row["video"]: row for row in parquet.read_table("out/scores.parquet").to_pylist()}
     found = objects(predict(capsys, "run", "videos/short.mkv", "videos/a.mp4", "videos/b.avi", "--json", *options))
     assert [x["video"] for x in found] == ["videos/short.mkv", "videos/a.mp4", "videos/b.avi"]  # in the order given

@@ -76,7 +76,7 @@ def test_labels_are_matched_by_name():
     assert model_labels(found, ["c", "a", "b"], ["a", "b", "c", "d"], "l.csv").tolist() == [2, 1, 1, 0]
     unused = ["c", "a", "b", "nowhere"]  # a class without a video in the split may be unknown
     assert model_labels(found, unused, ["a", "b", "c"], "l.csv").tolist() == [2, 1, 1, 0]
-    with pytest.raises(InputError, match="the class 'c' and 1 more of l.csv is none of the model's 1, expected 'a': use"):
+    with pytest.raises(InputError, match=r"the class 'c' and 1 more of l\.csv is none of the model's 1, expected 'a': use"):
         model_labels(found, ["c", "a", "b"], ["a"], "l.csv")
 
 

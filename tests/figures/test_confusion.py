@@ -2,6 +2,7 @@
 
 import sys
 import warnings
+from itertools import pairwise
 
 import matplotlib.image
 import numpy as np
@@ -68,7 +69,7 @@ def test_names_do_not_overlap(tmp_path, drawn):
     drawn[0].canvas.draw()  # at the figure's own resolution, which extents are in
     boxes = [label.get_window_extent() for label in drawn[0].axes[0].get_yticklabels()]
     tops = sorted((box.y0, box.y1) for box in boxes)
-    assert all(a[1] <= b[0] + 1 for a, b in zip(tops, tops[1:], strict=False))
+    assert all(a[1] <= b[0] + 1 for a, b in pairwise(tops))
     assert min(box.x0 for box in boxes) >= 0
 
 
@@ -113,7 +114,7 @@ def test_contact_sheet(tmp_path, drawn, count):
     "draw", [lambda path: plot_confusion(np.eye(2), "ab", "", path), lambda path: plot_mistakes([mistake(0)], "", path)]
 )
 def test_writing(tmp_path, monkeypatch, draw):
-    with pytest.raises(InputError, match="cannot write .*: its folder does not exist"):
+    with pytest.raises(InputError, match=r"cannot write .*: its folder does not exist"):
         draw(tmp_path / "missing" / "x.png")
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     with pytest.raises(InputError, match="needs matplotlib: pip install matplotlib"):
