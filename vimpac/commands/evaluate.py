@@ -53,8 +53,11 @@ def evaluate(
     from vimpac import distributed
     from vimpac.data.store import TokenStore
     from vimpac.model import ClassificationModel
+    from vimpac.training.memory import keep_freed_memory
 
     with distributed.join_world(AGAIN) as world, ExitStack() as held, _explaining_memory(config.batch):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         tokens = TokenStore(store)
         trained = _load(checkpoint, tokens, config.frames)
         if isinstance(trained.model, ClassificationModel):

@@ -43,6 +43,7 @@ def predict(
     from vimpac.model import ClassificationModel
     from vimpac.processes.limits import share_of_cores
     from vimpac.training.device import autocast_dtype
+    from vimpac.training.memory import keep_freed_memory
     from vimpac.weights import load_trained
 
     trained = load_trained(model)
@@ -61,6 +62,8 @@ def predict(
     files = _files(videos)
     if config.frames is not None and config.frames != grid[0]:
         trained = load_trained(model, (config.frames, *grid[1:]))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     classifier, device = trained.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(classifier, ClassificationModel)
     looks = view_set(config.views), config.clips, config.batch, autocast_dtype(config.precision, device)
