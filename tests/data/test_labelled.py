@@ -153,7 +153,7 @@ def test_frame_steps(store, fps, step):
 
 @pytest.mark.parametrize("fps, near", [(5.0, "4 or 5.33333"), (32.0, "8 or 16"), (3.0, "2.66667 or 3.2")])
 def test_rates_that_do_not_divide(store, fps, near):
-    with pytest.raises(InputError, match=rf"fps={fps:g} does not divide the 16 frames a second of store .*: give --fps {near},"):
+    with pytest.raises(InputError, match=rf"fps={fps:g} does not divide the 16 frames a second of .*: give --fps {near},"):
         frame_step(store, fps)
 
 
