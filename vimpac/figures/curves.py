@@ -127,10 +127,10 @@ def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
 def _losses(axes, series: dict[str, np.ndarray]) -> None:
     _style(axes, "Loss")
     labels = []
-    shown = {name: line for name, line in LOSSES.items() if name in series}
-    for name, (label, colour) in shown.items():
-        end = _curve(axes, series[name], colour)
-        labels.append((end, label if len(shown) > 1 else "", colour))
+    for name, (label, colour) in LOSSES.items():
+        if name in series:
+            end = _curve(axes, series[name], colour)
+            labels.append((end, "" if "accuracy" in series else label, colour))  # fine-tuning has one loss
     axes.set_ylim(bottom=0)
     _label_beside(axes, labels)
 
