@@ -12,6 +12,7 @@ import torch
 from pyarrow import parquet
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from labelled import tuning, write_labelled
 from labelled_stores import CLASSES, CODES, classifier, run_command, save_run
 from labelled_stores import labelled as labelled  # a fixture
 from refusals import tree
@@ -287,6 +288,26 @@ def test_a_pretrained_run_is_evaluated_as_at_its_end(finished_run, store_folder,
     assert f"  mask_accuracy                   {numbers['mask_accuracy']:.4f}\n" in out
     assert cli.main(["evaluate", str(checkpoint), str(store_folder)]) == 0
     assert found(run / f"evaluation-held-out-{checkpoint.stem}")["held_out_videos"] == expected["held_out_videos"]
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_fine_tuned_run_is_evaluated_as_at_its_end(tmp_path, capsys, undrawn, splits):
+    """The same videos, held out by the run where the labels tell no split, the same clips: the same numbers."""
+    folder, run = write_labelled(tmp_path), tmp_path / "run"
+    labels = folder / "labels.csv"
+    if not splits:
+        labels.write_text("".join(line.rpartition(",")[0] + "\n" for line in labels.read_text().splitlines()))
+    words = tuning(folder, run, steps=3, eval_clips=3, keep_best=True)
+    assert cli.main(["train", *words]) == 0
+    expected = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    words = [str(folder / "tokens"), "--labels", str(labels), "--clips", "3"]
+    assert cli.main(["evaluate", str(run), *words]) == 0
+    numbers = found(run / "evaluation-validation")
+    for name in ("top1", "top5", "mean_class_accuracy", "most_frequent_accuracy", "videos", "clips", "views"):
+        assert numbers[name] == expected[name], name
+    (checkpoint,) = list((run / "checkpoints").iterdir())[-1:]
+    assert cli.main(["evaluate", str(checkpoint), *words]) == 0
+    assert found(run / f"evaluation-validation-{checkpoint.stem}")["videos"] == expected["videos"]
 
 
 def test_a_run_of_an_earlier_version(tmp_path, capsys):
