@@ -13,8 +13,11 @@ from io import TextIOWrapper
 from vimpac import __version__
 from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
+from vimpac.commands.features import features
 from vimpac.commands.import_checkpoint import import_checkpoint
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
+from vimpac.commands.probe import probe
+from vimpac.commands.similar import similar
 from vimpac.commands.synthesize import synthesize
 from vimpac.commands.tokenize import tokenize
 from vimpac.commands.verify import verify
@@ -48,6 +51,9 @@ COMMANDS: Commands = {
     "convert-dalle": convert_dalle,
     "import-checkpoint": import_checkpoint,
     "train": OwnParser(TRAIN, train.main),
+    "features": features,
+    "probe": probe,
+    "similar": similar,
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),
     "labels": Group(labels.DESCRIPTION, labels.LABELS),
     "doctor": doctor,

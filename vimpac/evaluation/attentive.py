@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,16 +19,14 @@ CACHE_BYTES = 2 << 30
 """Token states that may stay in memory. Above, every epoch computes them again."""
 
 
-@dataclass(frozen=True)
-class AttentiveConfig:
-    """How the attentive probe is trained, by AdamW: its rate rises for a tenth of the updates, then falls to 0 as a cosine."""
+class AttentiveTraining(NamedTuple):
+    """How an attentive probe is trained: with AdamW, its rate rising for a tenth of the updates and then falling to 0."""
 
-    epochs: int = 20
-    learning_rate: float = 1e-3
-    weight_decay: float = 0.01
-    videos: int = 16
-    """Videos per update."""
-    seed: int = 0
+    epochs: int
+    learning_rate: float
+    weight_decay: float
+    batch_videos: int
+    seed: int
 
 
 class States:
@@ -80,7 +78,7 @@ def attentive_probe(
     labels: np.ndarray,
     test: States,
     classes: int,
-    config: AttentiveConfig,
+    config: AttentiveTraining,
     tick: Callable[[int], None] = lambda videos: None,
 ) -> np.ndarray:
     """Labels int64 [m] of the videos `test` by a probe trained on `train`, whose labels are int64 [n].
@@ -94,19 +92,19 @@ def attentive_probe(
     probe.to(device).train()
     targets = torch.from_numpy(labels).to(device)
     optimizer = torch.optim.AdamW(_groups(probe, config.weight_decay), lr=config.learning_rate)
-    steps = config.epochs * math.ceil(len(labels) / config.videos)
+    steps = config.epochs * math.ceil(len(labels) / config.batch_videos)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, steps))
     for epoch in range(config.epochs):
         order = np.random.default_rng([config.seed, epoch]).permutation(len(labels))
-        for first in range(0, len(order), config.videos):
-            chosen = order[first : first + config.videos]
+        for first in range(0, len(order), config.batch_videos):
+            chosen = order[first : first + config.batch_videos]
             loss = F.cross_entropy(probe(*train.batch(chosen)), targets[torch.from_numpy(chosen).to(device)])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             scheduler.step()
             tick(len(chosen))
-    return _predict(probe.eval(), test, config.videos)
+    return _predict(probe.eval(), test, config.batch_videos)
 
 
 @torch.no_grad()

@@ -20,11 +20,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vimpac.config.probe import Normalisation
 from vimpac.data.store import TokenStore
 from vimpac.distributed import World, on_first_rank
 from vimpac.errors import InputError
 from vimpac.evaluation.features import Chunk, Clips, Look, check_finite, chunk_vectors, chunks_of, read_ahead
-from vimpac.evaluation.normalise import Normalisation, Normaliser, fit_normaliser
+from vimpac.evaluation.normalise import Normaliser, fit_normaliser
 from vimpac.files.atomic import LOCK, TEMPORARY, locked, replacing
 from vimpac.files.checked import load_json, typed, unsealed, write_json
 from vimpac.files.tensorfile import UNSEALED, read_tensors, seal

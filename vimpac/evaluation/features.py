@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -146,11 +146,18 @@ def check_finite(vectors: dict[str, Tensor], names: list[str]) -> None:
 
 
 def all_vectors(
-    model: PretrainModel | ClassificationModel | None, clips: Clips, names: list[str], look: Look, world: World, codes: int = 0
+    model: PretrainModel | ClassificationModel | None,
+    clips: Clips,
+    names: list[str],
+    look: Look,
+    world: World,
+    codes: int = 0,
+    tick: Callable[[int], None] = lambda videos: None,
 ) -> dict[str, np.ndarray]:
     """float32 [n, …] of all videos, on every rank: the model's vectors, or without a model `histogram` [n, codes].
 
-    names: of the videos, for messages. Chunks are shared out over the ranks; the result does not depend on how many there are.
+    names: of the videos, for messages. tick: called with the number of videos after each chunk. The ranks share the chunks; the
+    result does not depend on how many there are.
     """
     found: dict[str, Tensor] = {}
     for chunk, tokens in read_ahead(clips, chunks_of(len(clips))[world.rank :: world.size]):
@@ -158,6 +165,7 @@ def all_vectors(
         check_finite(part, names[chunk.first : chunk.first + chunk.count])
         for name, x in part.items():
             found.setdefault(name, torch.zeros(len(clips), x.shape[1]))[chunk.first : chunk.first + chunk.count] = x
+        tick(chunk.count)
     sizes = vector_sizes(model, look.layer, codes)
     whole = {name: found.get(name, torch.zeros(len(clips), size)) for name, size in sizes.items()}
     return {name: sum_over_ranks(x, world).numpy() for name, x in whole.items()}  # the other ranks' rows are 0

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from vimpac.config.probe import Normalisation
 from vimpac.errors import InputError
-
-Normalisation = Literal["none", "l2", "center", "whiten"]
 
 
 class Normaliser(NamedTuple):

@@ -9,25 +9,28 @@ from typing import Literal, NamedTuple
 import numpy as np
 import torch
 
+from vimpac.config.probe import ProbeName
+from vimpac.data.labelled import StoreLabels
 from vimpac.distributed import World, on_first_rank
 from vimpac.errors import InputError
-from vimpac.evaluation.attentive import AttentiveConfig, States, attentive_probe
+from vimpac.evaluation.attentive import AttentiveTraining, States, attentive_probe
 from vimpac.evaluation.features import Clips, Look, all_vectors
 from vimpac.evaluation.linear import held_out_part, linear_probe
 from vimpac.evaluation.neighbors import knn_predict
 from vimpac.model import ClassificationModel, PretrainModel
 from vimpac.model.models import model_class
 
-Probe = Literal["knn", "linear", "attentive"]
-PROBES: tuple[Probe, ...] = ("knn", "linear", "attentive")
+Backbone = Literal["model", "random", "none"]
 
 
 @dataclass(frozen=True)
 class Task:
-    """Which videos train a probe and which test it. All indices are rows of the clips that are probed."""
+    """Which videos train a probe and which test it."""
 
+    videos: np.ndarray
+    """int64 [n + m at most], ascending: indices into the store. What follows are places in this list, a row each."""
     names: tuple[str, ...]
-    """Of all rows."""
+    """Of the videos."""
     classes: tuple[str, ...]
     train: np.ndarray
     """int64 [n]"""
@@ -55,13 +58,27 @@ class Task:
         return float((self.test_labels == np.bincount(self.train_labels).argmax()).mean())
 
 
+def divide(labels: StoreLabels, split: str) -> Task:
+    """The task to predict the labels of `split` from those of train.
+
+    Raises InputError if a split is missing or empty, if both are the same, or if the training videos are of one class.
+    """
+    if split == "train":
+        raise InputError("the split is train, on which probes are fitted: expected another one")
+    train, test = labels.split("train"), labels.split(split)
+    videos = np.union1d(train.videos, test.videos)
+    rows = (np.searchsorted(videos, found.videos) for found in (train, test))
+    names = tuple(labels.store.names[i] for i in videos)
+    return Task(videos, names, labels.classes, next(rows), train.labels, next(rows), test.labels)
+
+
 class Row(NamedTuple):
     """A result: one probe on one kind of features."""
 
-    probe: Probe
+    probe: ProbeName
     features: str
     """cls, mean or contrastive; tokens of the attentive probe; histogram."""
-    backbone: Literal["model", "random", "none"]
+    backbone: Backbone
     top1: float
     """Share of right answers on the test videos."""
     mean_class: float
@@ -83,10 +100,10 @@ def run_probes(
     model: PretrainModel | ClassificationModel,
     clips: Clips,
     task: Task,
-    probes: Sequence[Probe],
+    probes: Sequence[ProbeName],
     neighbors: int,
     look: Look,
-    attentive: AttentiveConfig,
+    attentive: AttentiveTraining,
     world: World,
     note: Callable[[str], None] = lambda line: None,
 ) -> list[Row]:
@@ -96,7 +113,7 @@ def run_probes(
     when a part of the work begins. A function of weights, clips and settings: every draw has the seed attentive.seed.
     """
     rows: list[Row] = []
-    others: list[tuple[Literal["model", "random", "none"], PretrainModel | ClassificationModel | None]]
+    others: list[tuple[Backbone, PretrainModel | ClassificationModel | None]]
     others = [("model", model), ("random", random_backbone(model, attentive.seed)), ("none", None)]
     for backbone, network in others:
         if {"knn", "linear"} & set(probes):
@@ -124,7 +141,7 @@ def run_probes(
 _WORK = {"model": "vectors", "random": "vectors from a random backbone", "none": "token histograms"}
 
 
-def _on_vectors(probe: Probe, name: str, backbone, x: np.ndarray, task: Task, neighbors: int) -> Row:
+def _on_vectors(probe: ProbeName, name: str, backbone: Backbone, x: np.ndarray, task: Task, neighbors: int) -> Row:
     train, test, strength = x[task.train], x[task.test], None
     if probe == "knn":
         guesses = knn_predict(train, task.train_labels, test, neighbors)
@@ -134,7 +151,14 @@ def _on_vectors(probe: Probe, name: str, backbone, x: np.ndarray, task: Task, ne
     return Row(probe, name, backbone, *accuracies(guesses, task.test_labels), strength)
 
 
-def _attentive(backbone, model, clips: Clips, task: Task, look: Look, config: AttentiveConfig) -> Row:
+def _attentive(
+    backbone: Backbone,
+    model: PretrainModel | ClassificationModel,
+    clips: Clips,
+    task: Task,
+    look: Look,
+    config: AttentiveTraining,
+) -> Row:
     train, test = States(model, clips, task.train, look), States(model, clips, task.test, look, most_bytes=0)
     guesses = attentive_probe(train, task.train_labels, test, len(task.classes), config)
     return Row("attentive", "tokens", backbone, *accuracies(guesses, task.test_labels))
