@@ -26,16 +26,16 @@ from torch import Tensor, nn
 import harness
 import naive
 from harness import Benchmark
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.format import StoreSettings, TokenizerInfo
 from vimpac.data.store import StoreWriter, TokenStore, finish_store
+from vimpac.distributed import World
 from vimpac.model import PretrainModel
 from vimpac.model.losses import contrastive_loss, mask_loss
 from vimpac.model.masking import blocks_for_ratio
 from vimpac.ops import BlockMask, block_mask
 from vimpac.training.batch import pack
-from vimpac.training.distributed import World
 from vimpac.training.loader import BatchLoader
 from vimpac.training.loop import Loop
 from vimpac.training.optim import adamw, learning_rate
@@ -158,7 +158,7 @@ class Ours(Trained):
 
 
 class Naive(Trained):
-    def __init__(self, model: naive.NaiveModel, train: TrainConfig, pairs: ClipPairs, autocast: torch.dtype | None):
+    def __init__(self, model: naive.NaiveModel, train: PretrainConfig, pairs: ClipPairs, autocast: torch.dtype | None):
         self.model, self.train, self.pairs, self.autocast = model, train, pairs, autocast
         self.device = model.bias.device
         self.n_blocks = blocks_for_ratio(train.model.grid)
@@ -210,7 +210,7 @@ class Cell:
             self.device = torch.device("cuda", torch.cuda.current_device())
         self.autocast = None if dtype == torch.float32 else dtype
         self.store = stores.of(config.grid[1], config.vocab_size)
-        self.train = TrainConfig(
+        self.train = PretrainConfig(
             data=str(self.store.folder),
             output=str(stores.folder / "run"),
             model=config,

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.data.format import StoreSettings, TokenizerInfo
 from vimpac.data.store import StoreWriter, finish_store
 
@@ -62,8 +62,8 @@ def tiny_model(**options) -> ModelConfig:
     return ModelConfig(**{**MODEL, **options})
 
 
-def tiny_config(model: dict | None = None, **options) -> TrainConfig:
-    return TrainConfig(model=tiny_model(**(model or {})), **{**TRAIN, **options})
+def tiny_config(model: dict | None = None, **options) -> PretrainConfig:
+    return PretrainConfig(model=tiny_model(**(model or {})), **{**TRAIN, **options})
 
 
 def arguments(store: Path | str, output: Path | str, model: dict | None = None, resume: bool = False, **options) -> list[str]:
@@ -88,7 +88,7 @@ def make_loop(store_folder: Path, folder: Path | str, world=None, compiled: bool
 
     from vimpac.data.clips import ClipPairs, split_videos
     from vimpac.data.store import TokenStore
-    from vimpac.training.distributed import World
+    from vimpac.distributed import World
     from vimpac.training.plan import plan_batches, plan_steps
     from vimpac.training.pretrain_task import pretraining_loop
 
@@ -102,7 +102,7 @@ def make_loop(store_folder: Path, folder: Path | str, world=None, compiled: bool
     return pretraining_loop(config, store, pairs, plan, schedule, world, None, compiled)
 
 
-def make_step(config: TrainConfig, padded: bool = False, autocast=None, model=None):
+def make_step(config: PretrainConfig, padded: bool = False, autocast=None, model=None):
     """The module that a run with this configuration trains; model: a PretrainModel, None = a fresh one."""
     from vimpac.model import PretrainModel
     from vimpac.model.losses import Objective

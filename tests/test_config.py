@@ -6,7 +6,7 @@ import typing
 
 import pytest
 
-from vimpac.config import PRESETS, ModelConfig, SynthesizeConfig, TokenizeConfig, TrainConfig
+from vimpac.config import PRESETS, FinetuneConfig, ModelConfig, PretrainConfig, SynthesizeConfig, TokenizeConfig
 from vimpac.data import patch_vq as tokenizer
 from vimpac.errors import InputError
 from vimpac.layouts import axis_dimensions, parse_layout
@@ -98,11 +98,11 @@ def test_bad_model(options, message):
 )
 def test_bad_training(options, message):
     with pytest.raises(InputError, match=message):
-        TrainConfig(**options)
+        PretrainConfig(**options)
 
 
 def test_prediction_alone_contrasts_nothing():
-    assert TrainConfig(alpha=0.0, contrastive_videos=1).contrastive_videos == 1
+    assert PretrainConfig(alpha=0.0, contrastive_videos=1).contrastive_videos == 1
 
 
 def test_presets_are_table_4():
@@ -119,6 +119,42 @@ def test_presets_are_table_4():
     assert dataclasses.replace(first.model, grid=second.model.grid) == second.model
 
 
+def test_fine_tuning_presets_are_table_4():
+    presets = {name: PRESETS[f"finetune-{name}"][1] for name in ("ucf101", "hmdb51", "diving48", "ssv2", "kinetics400")}
+    assert {name: config.epochs for name, config in presets.items()} == {
+        **{"ucf101": 50, "hmdb51": 50, "diving48": 50},
+        **{"ssv2": 22, "kinetics400": 30},
+    }
+    rates = {"ucf101": 2, "hmdb51": 4, "diving48": 4, "ssv2": 4, "kinetics400": 2}
+    assert {name: config.fps for name, config in presets.items()} == rates
+    assert {name for name, config in presets.items() if config.scratch_epochs == 1.5} == {"ssv2", "kinetics400"}
+    assert {name for name, config in presets.items() if config.eval_views == "center"} == {"ssv2"}
+    for config in presets.values():
+        assert (config.batch_size, config.weight_decay, config.betas, config.eps) == (128, 0.01, (0.9, 0.999), 1e-8)
+        assert (config.warmup, config.grad_clip, config.model.dropout, config.last_dropout) == (0.1, 1.0, 0.1, 0.0)
+        assert (config.frames, config.eval_clips) == (10, 10)
+        for size, rate in (("small", 1e-4), ("base", 1e-4), ("large_half", 5e-5)):
+            assert dataclasses.replace(config, model=getattr(ModelConfig, size)()).peak_learning_rate == rate
+        assert dataclasses.replace(config, learning_rate=3e-4).peak_learning_rate == 3e-4
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"start": ""}, "start must be a path"),
+        ({"start": "none", "compare_scratch": True}, "compare_scratch must be left out with --from none"),
+        ({"start": "none", "freeze_backbone": True}, "freeze_backbone must be left out with --from none"),
+        ({"split_number": 4}, "split_number must be 1, 2 or 3, got 4"),
+        ({"layer_decay": 1.5}, "layer_decay must be from 0.001 to 1, got 1.5"),
+        ({"label_smoothing": 1.0}, r"label_smoothing must be in \[0, 1\), got 1.0"),
+        ({"held_out": 0.0}, "held_out must be above 0, since accuracy is measured on other videos"),
+    ],
+)
+def test_bad_fine_tuning(options, message):
+    with pytest.raises(InputError, match=message):
+        FinetuneConfig(**options)
+
+
 def test_special_ids_are_the_released_ones():
     assert (ModelConfig().pad_id, ModelConfig().mask_id) == (8193, 8196)
 
@@ -127,20 +163,30 @@ def test_special_ids_are_the_released_ones():
 
 ENDS = (0, -1, 1, 2**31, 2**32, 2**63, 2**64, 10**400, math.nan, math.inf, -math.inf, 1e-300, 1e-6, 1e6, 1e30, 1e300)
 # What the code behind can take: the largest number that each field lets through, and the least above 0 of those with a floor.
+RUN = (
+    dict.fromkeys(("batch_size", "micro_batch", "synthetic_videos"), 1e6)
+    | dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 2**31 - 1)
+    | dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e30)
+    | dict.fromkeys(("epochs", "weight_decay"), 1e6)
+    | dict.fromkeys(("warmup", "betas"), 1)
+    | {"seed": 2**63 - 2, "held_out": 2**31, "fps": 1e3}
+)
 MOST = {
     SynthesizeConfig: {"videos": 1e6, "seconds": 1e8, "fps": 240, "size": 4096, "seed": 2**63 - 1},
     TokenizeConfig: {"codes": 8192, "frame_size": 4096, "fps": 1000, "seed": 2**32 - 1, "video_timeout": 1e9},
     ModelConfig: dict.fromkeys(("layers", "head_layers"), 1024)
     | dict.fromkeys(("width", "heads", "attention_width", "mlp_width", "head_width", "head_out"), 2**20)
     | {"grid": 4096, "vocab_size": 2**16, "dropout": 1},
-    TrainConfig: dict.fromkeys(("batch_size", "contrastive_videos", "micro_batch", "eval_batches", "synthetic_videos"), 1e6)
-    | dict.fromkeys(("steps", "log_every", "save_every", "keep_checkpoints"), 2**31 - 1)
-    | dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e30)
-    | dict.fromkeys(("epochs", "schedule_epochs", "temperature", "alpha", "weight_decay"), 1e6)
-    | dict.fromkeys(("warmup", "mask_ratio", "betas"), 1)
-    | {"seed": 2**63 - 2, "held_out": 2**31, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
+    PretrainConfig: RUN
+    | dict.fromkeys(("contrastive_videos", "eval_batches"), 1e6)
+    | dict.fromkeys(("schedule_epochs", "temperature", "alpha"), 1e6)
+    | {"mask_ratio": 1, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
+    FinetuneConfig: RUN
+    | dict.fromkeys(("train_videos", "eval_clips", "validate_every"), 1e6)
+    | dict.fromkeys(("last_dropout", "label_smoothing", "layer_decay"), 1)
+    | {"scratch_epochs": 1e3, "frames": 4096, "split_number": 3},
 }
-LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6}
+LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6, "fps": 1e-3}
 LEAST_OF = {TokenizeConfig: {"fps": 0.001, "video_timeout": 1}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}
 
 

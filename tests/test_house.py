@@ -17,7 +17,7 @@ FLOORS = (
     ("vimpac.config",),
     ("vimpac.files", "vimpac.processes", "vimpac.console"),
     ("vimpac.data", "vimpac.figures"),
-    ("vimpac.kernels",),
+    ("vimpac.kernels", "vimpac.distributed"),
     ("vimpac.ops",),
     ("vimpac.model",),
     ("vimpac.checkpoint", "vimpac.weights", "vimpac.released", "vimpac.convert", "vimpac.snapshot"),

@@ -11,7 +11,7 @@ import torch
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
 from vimpac.commands import main as cli
-from vimpac.config import TrainConfig
+from vimpac.config import PretrainConfig
 from vimpac.data.format import StoreSettings, TokenizerInfo
 from vimpac.data.store import StoreWriter, TokenStore, finish_store
 from vimpac.data.tokenizers import check_tokenizer_file, load_tokenizer
@@ -65,7 +65,7 @@ def test_a_run_goes_on(tmp_path, monkeypatch, one_thread):
     """As it went then, to the rounding of another machine."""
     monkeypatch.setattr("vimpac.figures.curves.plot_curves", lambda *paths: None)
     run = shutil.copytree(OLD / "run", tmp_path / "run")
-    config = typed(TrainConfig, json.loads((run / "config.json").read_text())["config"])
+    config = typed(PretrainConfig, json.loads((run / "config.json").read_text())["config"])
     pretrain(dataclasses.replace(config, data=str(OLD / "store"), output=str(run), resume=True))
     assert [path.stem for path in list_checkpoints(run)] == ["step-00000002", "step-00000003"]
     now, then = (weights.load(path / "run" / "model.safetensors").state_dict() for path in (tmp_path, OLD))

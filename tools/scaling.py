@@ -28,7 +28,7 @@ import torch
 from checkout import ROOT
 from documents import fill, number, table
 from render import H100, Results
-from vimpac.config import PRESETS, ModelConfig, TrainConfig
+from vimpac.config import PRESETS, ModelConfig, PretrainConfig
 from vimpac.errors import InputError
 from vimpac.model import PretrainModel
 from vimpac.training.plan import BatchPlan, plan_batches
@@ -75,7 +75,7 @@ class Job:
     source: str = "this project's goal for one H100"
 
     @property
-    def config(self) -> TrainConfig:
+    def config(self) -> PretrainConfig:
         return PRESETS[self.preset][1]
 
 
@@ -193,7 +193,7 @@ def step(job: Job, ranks: int, hardware: Hardware) -> Step:
     kernels = hardware.layer_kernels * job.config.model.layers + hardware.other_kernels + len(parameters[0])
     host = {
         "launches": 1e-6 * plan.micro_steps * passes * kernels * hardware.launch_us,
-        "the stop flag": 2e-6 * (ranks - 1) * hardware.tcp_hop_us / TrainConfig().log_every,  # a ring of messages
+        "the stop flag": 2e-6 * (ranks - 1) * hardware.tcp_hop_us / PretrainConfig().log_every,  # a ring of messages
     }
     return Step(plan, BATCH / ranks / job.videos_per_s, compute, losses, host)
 

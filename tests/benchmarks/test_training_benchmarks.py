@@ -11,9 +11,9 @@ import naive
 import train_step
 import training
 from vimpac.config import ModelConfig
+from vimpac.distributed import World
 from vimpac.model.masking import Masking
 from vimpac.training.batch import ROWS
-from vimpac.training.distributed import World
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = training.TINY

@@ -15,7 +15,7 @@ import torch
 from extension import CPU_ERROR
 from runs import ROOT, arguments, metrics
 from vimpac.checkpoint import list_checkpoints
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.processes.ranks import LAUNCHER
 from vimpac.training import launch
 
@@ -30,7 +30,7 @@ def python(*words, **options):
 def test_help_lists_every_field():
     result = python(str(ROOT / "train.py"), "large-half", "--help")
     assert result.returncode == 0 and "(default: 1024)" in result.stdout
-    for field in dataclasses.fields(TrainConfig):
+    for field in dataclasses.fields(PretrainConfig):
         assert f"--{field.name.replace('_', '-')}" in result.stdout or field.name == "model"
     for field in dataclasses.fields(ModelConfig):
         assert f"--model.{field.name.replace('_', '-')}" in result.stdout

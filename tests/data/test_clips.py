@@ -33,7 +33,7 @@ def clip_pairs(store, videos=None, clip_frames=3, seed=0, **options):
 
 def starts(pairs, count):
     """Video [n] and starts [n, 2] of the first samples."""
-    return pairs._draw(np.arange(count))
+    return pairs._draw(np.arange(count))[:2]
 
 
 @pytest.mark.parametrize("d_max", [None, 1.0])

@@ -9,7 +9,7 @@ from torch.testing import assert_close
 
 from kernel_checks import DEVICE, INTERPRETED, NATIVE, run_in_interpreter, runs_kernels
 from runs import make_step
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
 
@@ -125,7 +125,7 @@ def batch(step, ids, sample_ids):
 def train(backend, updates, monkeypatch, dtype=None):
     """Losses of some updates of AdamW on the same clips and masks, with dropout 0.1."""
     monkeypatch.setenv("VIMPAC_BACKEND", backend)
-    config = TrainConfig(
+    config = PretrainConfig(
         model=ModelConfig(**{**vars(MODEL), "dropout": 0.1}), batch_size=VIDEOS, contrastive_videos=VIDEOS, steps=updates
     )
     step = make_step(config, True, dtype, model(config.model))
@@ -174,7 +174,7 @@ def test_kernels_are_the_default_on_a_gpu(monkeypatch):
                 ran.add(str(func).removeprefix("vimpac."))
             return func(*args, **(kwargs or {}))
 
-    config = TrainConfig(model=MODEL, batch_size=VIDEOS, contrastive_videos=VIDEOS, steps=1)
+    config = PretrainConfig(model=MODEL, batch_size=VIDEOS, contrastive_videos=VIDEOS, steps=1)
     step = make_step(config, True, model=model())
     with Names():
         step(batch(step, tokens(2 * VIDEOS), torch.arange(2 * VIDEOS)))["loss"].backward()

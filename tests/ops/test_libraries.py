@@ -205,11 +205,11 @@ def test_warns_once_of_kernels_that_are_not_there(tmp_path, call, named, warning
 def test_training_says_it_in_its_own_words(tmp_path):
     code = """
 import torch
-from vimpac.config import TrainConfig
+from vimpac.config import PretrainConfig
 from vimpac.ops import info_nce
 from vimpac.training.device import op_calls_of, plain_ops
 cpu = torch.device("cpu")
-print(plain_ops(op_calls_of(TrainConfig().model, "fp32", cpu), cpu))
+print(plain_ops(op_calls_of(PretrainConfig().model, "fp32", cpu), cpu))
 info_nce(torch.ones(2, 2), torch.ones(2, 2))
 """
     ended = python(code, VIMPAC_LIBRARIES=str(tmp_path), VIMPAC_BACKEND="")

@@ -33,7 +33,7 @@ import torch
 
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.data.format import StoreSettings
 from vimpac.data.patch_vq import PatchVQ
 from vimpac.data.shards import check_listed
@@ -71,7 +71,7 @@ def make_store(folder: Path) -> Path:
 
 def make_run(store: Path, folder: Path) -> None:
     """Two updates of a model of some hundred parameters."""
-    config = TrainConfig(
+    config = PretrainConfig(
         model=ModelConfig(**SIZES, **HEADS),
         data=str(store),
         output=str(folder),
@@ -129,7 +129,7 @@ def model_contents(path: Path) -> tuple:
 def resumption(store: Path, path: Path) -> Callable[[], str]:
     """What --resume reads of config.json, with the configuration that it says now."""
     tokens = TokenStore(store)
-    config = typed(TrainConfig, read_description(path)["config"])
+    config = typed(PretrainConfig, read_description(path)["config"])
 
     def read() -> str:
         saved = read_description(path)

@@ -17,9 +17,9 @@ import render
 import scaling
 from scaling import GPUS, LARGE_HALF, LARGE_HALF_256, SMALL, Hardware
 from vimpac.config import ModelConfig
+from vimpac.distributed import World
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce
-from vimpac.training.distributed import World
 from vimpac.training.plan import BatchPlan
 from vimpac.training.pretrain_task import PretrainTask
 

@@ -8,9 +8,9 @@ import torch
 
 from extension import needs_cpu
 from runs import arguments, run, tiny_config
+from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.training.device import check_graphs, op_calls_of, plain_ops, resolve_compile
-from vimpac.training.distributed import World
 from vimpac.training.plan import BatchPlan
 from vimpac.training.pretrain import check_machine
 

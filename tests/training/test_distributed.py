@@ -23,10 +23,10 @@ from runs import (
     wide_start,
 )
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.distributed import World, averaging
 from vimpac.errors import InputError
 from vimpac.files.atomic import locked
 from vimpac.training.device import generator_of, seed_dropout
-from vimpac.training.distributed import World, averaging
 from vimpac.training.optim import adamw, load_whole_state, whole_state
 from vimpac.training.plan import BatchPlan, plan_batches
 

@@ -8,8 +8,8 @@ import torch
 from torch.autograd import DeviceType
 
 from updates import loop_of
+from vimpac.distributed import World
 from vimpac.training.batch import ROWS
-from vimpac.training.distributed import World
 from vimpac.training.graphs import GraphedStep, _Capture, row_multiple
 from vimpac.training.profile import start, table, waits
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from runs import tiny_config
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.errors import InputError
 from vimpac.training import memory
 from vimpac.training.memory import MemoryUse
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
-SMALL = TrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)
+SMALL = PretrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)
 
 
 @pytest.mark.parametrize("precision, kept", [("auto", 1), ("bf16", 1 / 2)])

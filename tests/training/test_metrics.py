@@ -9,8 +9,8 @@ import torch
 
 from runs import metrics, tiny_config
 from vimpac.checkpoint import list_checkpoints
+from vimpac.distributed import World
 from vimpac.errors import InputError
-from vimpac.training.distributed import World
 from vimpac.training.metrics import MetricsLog, read_lines
 from vimpac.training.pretrain import METRICS, pretrain
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from runs import tiny_model
-from vimpac.config import PRESETS, TrainConfig
+from vimpac.config import PRESETS, PretrainConfig
 from vimpac.model import PretrainModel
 from vimpac.training.optim import adamw, learning_rate
 from vimpac.training.pretrain import plan_steps
@@ -66,7 +66,7 @@ def test_short_schedules(steps, warmup, expected):
     ],
 )
 def test_steps_of_a_run(options, videos, expected):
-    schedule = planned(TrainConfig(**options), videos)
+    schedule = planned(PretrainConfig(**options), videos)
     assert (schedule.steps, schedule.decay_steps) == expected
 
 

@@ -29,9 +29,9 @@ from runs import (
 )
 from vimpac import weights
 from vimpac.checkpoint import list_checkpoints, load_checkpoint
+from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.training import pretrain as pretrain_module
-from vimpac.training.distributed import World
 from vimpac.training.metrics import MetricsLog
 from vimpac.training.pretrain import pretrain
 from vimpac.training.progress import Progress

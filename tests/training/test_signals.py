@@ -20,9 +20,10 @@ from runs import (
     tiny_config,
 )
 from vimpac.checkpoint import list_checkpoints
+from vimpac.distributed import World
 from vimpac.errors import Stopped
+from vimpac.processes.ranks import LauncherWatch
 from vimpac.training import loop as loop_module
-from vimpac.training.distributed import World
 from vimpac.training.pretrain import pretrain
 from vimpac.training.progress import Progress
 from vimpac.training.signals import StopRequest, handling_signals
@@ -142,6 +143,18 @@ def test_a_signal_says_when_it_is_heeded(store_folder, tmp_path, capfd, ranks, w
     loop.stop = StopRequest(World(0, ranks, CPU.device), 10)  # as on GPUs
     loop.stop.handle(signal.SIGTERM, None)
     assert capfd.readouterr().err == f"SIGTERM: a checkpoint is written {when}\n"
+
+
+@pytest.mark.parametrize("left", [True, False])
+def test_a_launcher_that_another_rank_missed_first(monkeypatch, capfd, tmp_path, left):
+    """The first rank says why the run ends, also if it was told to stop before it looked itself."""
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(LauncherWatch, "current", LauncherWatch(-1 if left else os.getppid(), ""))
+    stop = StopRequest(World(0, 2, CPU.device), 1)
+    for _ in range(2):  # said once
+        assert stop.as_exception(tmp_path).signal == signal.SIGTERM
+    said = "torchrun, which started this process, has ended: the process ends\n"
+    assert capfd.readouterr().err == (said if left else "")
 
 
 def stopped_update(loop):

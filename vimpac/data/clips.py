@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from vimpac.data.rates import last_start
 from vimpac.data.store import TokenStore
 from vimpac.errors import InputError
 
@@ -34,6 +36,7 @@ class ClipPairs:
     store: a TokenStore. videos: int [n], indices into it. clip_frames: T. pad_id: id for frames past a video's end.
     distinct: each aligned run of this many samples has no video twice (where the store has that many).
     d_max: largest distance of the two clips' starts in seconds, None = the starts are independent (Table 10).
+    views: indices of views; each sample draws one of them for both clips. every: k, a clip takes every k-th frame.
 
     Raises InputError when there is no video, or when the store has none as long as a clip.
     """
@@ -47,48 +50,50 @@ class ClipPairs:
         seed: int,
         distinct: int = 1,
         d_max: float | None = None,
+        views: Sequence[int] = (0,),
+        every: int = 1,
     ):
+        self.views, self.every = np.asarray(views, np.int64), every
         self.store, self.videos, self.clip_frames, self.pad_id, self.seed = store, videos, clip_frames, pad_id, seed
         self.d_max = None if d_max is None else math.floor(d_max * store.fps + 1e-6)  # in frames
         n, frames = len(videos), store.frames[videos]
         if not n:
             raise InputError(f"{store.folder} has no video to draw clips from")
-        if store.frames.max() < clip_frames:
-            raise InputError(
-                f"a clip of {clip_frames} frames is longer than every video in {store.folder}: the longest has "
-                f"{store.frames.max()} frames, {store.fps:g} a second; use a shorter clip, or tokenize at a higher --fps"
-            )
-        self.padded = bool(frames.min() < clip_frames)
+        check_clip_fits(store, clip_frames, every)
+        self.padded = bool(frames.min() <= (clip_frames - 1) * every)
         self.epoch_samples = n // distinct * distinct or n
-        self._epoch = (-1, np.empty(0), np.empty(0))
+        self._epoch = (-1, np.empty(0), np.empty(0), np.empty(0))
 
     def batch(self, first: int, count: int) -> ClipBatch:
         """Samples first, first + 1, …, first + count - 1."""
         k = np.arange(first, first + count, dtype=np.int64)
-        videos, starts = self._draw(k)
-        tokens = self.store.read_clips(np.tile(videos, 2), starts.T.reshape(-1), self.clip_frames, fill=self.pad_id)
+        videos, starts, views = self._draw(k)
+        clips = np.tile(videos, 2), starts.T.reshape(-1), self.clip_frames, np.tile(views, 2)
+        tokens = self.store.read_clips(*clips, fill=self.pad_id, every=self.every)
         return ClipBatch(tokens.astype(np.int64), np.concatenate([2 * k, 2 * k + 1]), videos)
 
-    def _draw(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Video [n] and the first frame of its two clips [n, 2] of each sample."""
+    def _draw(self, k: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Video [n], first frame of its two clips [n, 2] and view [n] of each sample."""
         epochs, places = np.divmod(k, self.epoch_samples)
-        videos, uniform = np.empty_like(k), np.empty((len(k), 2))
+        videos, views, uniform = np.empty_like(k), np.empty_like(k), np.empty((len(k), 2))
         for epoch in np.unique(epochs):
-            order, numbers = self._load_epoch(int(epoch))
+            order, numbers, seen = self._load_epoch(int(epoch))
             here = epochs == epoch
-            videos[here], uniform[here] = self.videos[order[places[here]]], numbers[places[here]]
-        last = np.maximum(self.store.frames[videos].astype(np.int64) - self.clip_frames, 0)
+            at = places[here]
+            videos[here], uniform[here], views[here] = self.videos[order[at]], numbers[at], self.views[seen[at]]
+        last = last_start(self.store.frames[videos], self.clip_frames, self.every)
         first = _uniform(uniform[:, 0], 0, last)
         if self.d_max is None:
-            return videos, np.stack([first, _uniform(uniform[:, 1], 0, last)], 1)
+            return videos, np.stack([first, _uniform(uniform[:, 1], 0, last)], 1), views
         low, high = np.maximum(first - self.d_max, 0), np.minimum(first + self.d_max, last)
-        return videos, np.stack([first, _uniform(uniform[:, 1], low, high)], 1)
+        return videos, np.stack([first, _uniform(uniform[:, 1], low, high)], 1), views
 
-    def _load_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """An epoch's order of the videos and two uniform numbers for each of its samples."""
+    def _load_epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """An epoch's order of the videos; two uniform numbers and the place of the view for each of its samples."""
         if self._epoch[0] != epoch:
             rng = np.random.Generator(np.random.Philox(key=[self.seed, epoch]))
-            self._epoch = (epoch, rng.permutation(len(self.videos)), rng.random((self.epoch_samples, 2)))
+            order, numbers = rng.permutation(len(self.videos)), rng.random((self.epoch_samples, 2))
+            self._epoch = (epoch, order, numbers, rng.integers(len(self.views), size=self.epoch_samples))
         return self._epoch[1:]
 
 
@@ -117,6 +122,17 @@ def split_videos(store: TokenStore, held_out: float) -> tuple[np.ndarray, np.nda
         few = min(2, len(store) // 2)
         count = min(max(few, min(round(held_out * len(store)), MOST_HELD_OUT)), len(store) - 1)
     return np.sort(order[count:]), np.sort(order[:count])
+
+
+def check_clip_fits(store: TokenStore, clip_frames: int, every: int) -> None:
+    """Raises InputError if no video of the store is as long as a clip."""
+    longest = math.ceil(store.frames.max() / every)
+    if longest < clip_frames:
+        raise InputError(
+            f"a clip of {clip_frames} frames is longer than every video in {store.folder}: the longest has "
+            f"{longest} frames, {store.fps / every:g} a second; use a shorter clip, or {'a' if every > 1 else 'tokenize at a'} "
+            "higher --fps"
+        )
 
 
 def _uniform(u: np.ndarray, low: np.ndarray | int, high: np.ndarray) -> np.ndarray:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch.distributed as dist
 from torch import Tensor
 
-from vimpac.config import TrainConfig
+from vimpac.config import PretrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import info_nce, masked_cross_entropy
 
@@ -26,7 +26,7 @@ class Objective:
     """Contrast the masked clips; otherwise the intact ones, which takes a separate forward pass."""
 
     @classmethod
-    def from_config(cls, config: TrainConfig) -> Objective:
+    def from_config(cls, config: PretrainConfig) -> Objective:
         return cls(config.mask_task, config.alpha, config.temperature, config.contrastive_masked)
 
     @property

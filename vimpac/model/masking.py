@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from vimpac.config import TrainConfig
+from vimpac.config import PretrainConfig
 from vimpac.ops import BlockMask, block_mask
 from vimpac.ops.block_mask import expected_block_ratio
 
@@ -27,7 +27,7 @@ class Masking:
     """Replace only 80 % of the masked tokens by MASK (section G.3)."""
 
     @classmethod
-    def from_config(cls, config: TrainConfig) -> Masking:
+    def from_config(cls, config: PretrainConfig) -> Masking:
         grid, ratio = config.model.grid, config.mask_ratio if config.mask == "iid" else None
         n_blocks = config.n_blocks or blocks_for_ratio(grid)
         return cls(grid, config.model.vocab_size, config.seed, n_blocks, ratio, config.noisy_mask)

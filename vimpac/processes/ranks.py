@@ -77,7 +77,9 @@ def begin_rank() -> None:
     ranks would outlive their run and meet those of the next run on the same port.
     """
     if "TORCHELASTIC_RUN_ID" in os.environ:
-        threading.Thread(target=_end_after, args=(os.getppid(), os.environ.get(LAUNCHER, "")), daemon=True).start()
+        watch = LauncherWatch(os.getppid(), os.environ.get(LAUNCHER, ""))
+        LauncherWatch.current = watch
+        threading.Thread(target=watch.end_after_launcher, daemon=True).start()
     if "WORLD_SIZE" in os.environ:  # we explain a lost peer in a sentence; torch would print a C++ stack
         os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
 
@@ -97,11 +99,26 @@ def launcher_left(parent: int, launcher: str) -> bool:
     return False
 
 
-def _end_after(parent: int, launcher: str) -> None:
-    while not launcher_left(parent, launcher):
-        time.sleep(LOOK_SECONDS)
-    if os.environ.get("LOCAL_RANK") == "0":
-        with suppress(OSError):  # standard error may be closed
-            os.write(2, b"torchrun, which started this process, has ended: the process ends\n")
-    signal.alarm(GRACE_SECONDS)  # works even if no thread of this process can run
-    os.kill(os.getpid(), signal.SIGTERM)
+class LauncherWatch:
+    """Ends this process once its launcher has ended."""
+
+    current: LauncherWatch | None = None
+    """That of this process, None without torchrun."""
+
+    def __init__(self, parent: int, launcher: str):
+        self.parent, self.launcher = parent, launcher
+        self._said = threading.Lock()
+
+    def end_after_launcher(self) -> None:
+        while not launcher_left(self.parent, self.launcher):
+            time.sleep(LOOK_SECONDS)
+        self.say_if_left()
+        signal.alarm(GRACE_SECONDS)  # works even if no thread of this process can run
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    def say_if_left(self) -> None:
+        """Say, once and on a machine's first rank, that the launcher has ended, if it has."""
+        first = os.environ.get("LOCAL_RANK") == "0"
+        if first and launcher_left(self.parent, self.launcher) and self._said.acquire(blocking=False):
+            with suppress(OSError):  # standard error may be closed
+                os.write(2, b"torchrun, which started this process, has ended: the process ends\n")

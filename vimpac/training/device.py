@@ -7,12 +7,12 @@ import os
 import numpy as np
 import torch
 
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
+from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.ops.dispatch import MISSING, Call, check_environment, choose, named_by_environment, pick, why_not
 from vimpac.ops.libraries import LIBRARIES
 from vimpac.ops.samples import sample_calls
-from vimpac.training.distributed import World
 from vimpac.training.plan import BatchPlan
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -60,7 +60,7 @@ def plain_ops(calls: list[Call], device: torch.device) -> str | None:
     return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
 
-def check_graphs(config: TrainConfig, plan: BatchPlan, world: World) -> None:
+def check_graphs(config: PretrainConfig, plan: BatchPlan, world: World) -> None:
     """Raises InputError if --graphs cannot be used with the other options, the device or the number of processes."""
     if not config.graphs:
         return

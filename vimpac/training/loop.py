@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from vimpac import distributed
 from vimpac.checkpoint import list_checkpoints, save_checkpoint
-from vimpac.config import TrainConfig
-from vimpac.data.format import TokenizerInfo
+from vimpac.config import RunConfig
+from vimpac.distributed import World
 from vimpac.errors import Stopped
-from vimpac.training import distributed
 from vimpac.training.batch import Batch
 from vimpac.training.device import seed_dropout
-from vimpac.training.distributed import World
 from vimpac.training.graphs import GraphedStep
 from vimpac.training.loader import BatchLoader
 from vimpac.training.metrics import MetricsLog
@@ -32,6 +31,7 @@ from vimpac.training.plan import BatchPlan, Schedule
 from vimpac.training.profile import UpdateProfile
 from vimpac.training.progress import Progress
 from vimpac.training.signals import StopRequest
+from vimpac.weights import Training
 
 
 class Task(Protocol):
@@ -60,16 +60,16 @@ class Loop:
         task: Task,
         optimizer: torch.optim.Optimizer,
         scaler: torch.amp.GradScaler,
-        config: TrainConfig,
+        config: RunConfig,
         plan: BatchPlan,
         schedule: Schedule,
         world: World,
-        tokenizer: TokenizerInfo,
+        training: Training,
         step: int = 0,
     ):
         self.task, self.module, self.optimizer, self.scaler = task, task.module, optimizer, scaler
         self.config, self.plan, self.schedule, self.world = config, plan, schedule, world
-        self.run, self.tokenizer, self.step = Path(config.output), tokenizer, step
+        self.run, self.training, self.step = Path(config.output), training, step
         # Reading the metrics makes the host wait for the GPU, and all hosts for each other.
         self.look_every = config.log_every if world.device.type == "cuda" else 1
         self.stop = StopRequest(world, self.look_every)
@@ -109,9 +109,9 @@ class Loop:
     def update(self) -> dict[str, Any]:
         """One update of the weights. Returns the metrics as scalars on the device."""
         config, plan = self.config, self.plan
-        rate = learning_rate(self.step, self.schedule.decay_steps, config.warmup, config.learning_rate)
+        rate = learning_rate(self.step, self.schedule.decay_steps, config.warmup, config.peak_learning_rate)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group.get("rate_scale", 1.0)
         self.optimizer.zero_grad(set_to_none=self.graphed is None)
         if self.loader is None:
             self.loader = BatchLoader(self.make_batch, self.first_samples(), self.world.device)
@@ -185,7 +185,7 @@ class Loop:
             state = {
                 "step": self.step,
                 "config": asdict(self.config),
-                "tokenizer": asdict(self.tokenizer),
+                **self.training.to_header(),
                 "world_size": self.world.size,
                 "model": self.module.model.state_dict(),
                 "optimizer": optimizer,

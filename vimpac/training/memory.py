@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vimpac.config import ModelConfig, TrainConfig
+from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.processes.limits import memory_left
@@ -36,7 +36,7 @@ class MemoryUse:
     device: torch.device
 
     @classmethod
-    def from_config(cls, config: TrainConfig, micro_batch: int, device: torch.device) -> MemoryUse:
+    def from_config(cls, config: PretrainConfig, micro_batch: int, device: torch.device) -> MemoryUse:
         contrasted = config.contrastive_videos if config.alpha > 0 else 0
         options = config.activation_checkpointing, config.precision, config.compile == "on"
         return cls(config.model, micro_batch, contrasted, *options, device)

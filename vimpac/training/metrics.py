@@ -13,12 +13,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from vimpac import distributed
 from vimpac.checkpoint import list_checkpoints
+from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.files.atomic import naming, write_text
 from vimpac.files.checked import check_regular
-from vimpac.training import distributed
-from vimpac.training.distributed import World
 from vimpac.training.events import EventLog
 from vimpac.training.progress import Progress
 

@@ -12,17 +12,18 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from vimpac import weights
+from vimpac import distributed, weights
 from vimpac.checkpoint import list_checkpoints
-from vimpac.config import SynthesizeConfig, TokenizeConfig, TrainConfig
+from vimpac.config import PretrainConfig, SynthesizeConfig, TokenizeConfig
 from vimpac.data.clips import ClipPairs, split_videos
+from vimpac.data.rates import frame_step
 from vimpac.data.store import TokenStore
+from vimpac.data.views import center_view
+from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.evaluation.pretraining import evaluate, most_frequent_token
 from vimpac.processes.meeting import GONE
-from vimpac.training import distributed
 from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of, plain_ops, resolve_compile
-from vimpac.training.distributed import World
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
@@ -35,7 +36,7 @@ from vimpac.training.signals import handling_signals
 METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
 
 
-def pretrain(config: TrainConfig) -> dict | None:
+def pretrain(config: PretrainConfig) -> dict | None:
     """Run `config` to its end and return the evaluation (None on ranks other than the first).
 
     Raises InputError for anything the user can fix, Stopped after SIGTERM, SIGHUP or SIGINT.
@@ -44,7 +45,7 @@ def pretrain(config: TrainConfig) -> dict | None:
         return _pretrain(config, world, held)
 
 
-def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None:
+def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | None:
     # Open the store.
     store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world))
     config = fit_to_store(replace(config, data=str(store.folder)), store)
@@ -63,7 +64,7 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
         keep_freed_memory()
     with explaining_model_size(world.device):
         loop = pretraining_loop(config, store, clips.training, plan, schedule, world, checkpoint, compiled)
-    start_run(run, description, world, loop.step, held)
+    start_run(run, description, store, world, loop.step, held)
     log = MetricsLog(run, world, loop.step, METRICS)
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
         for note in (
@@ -89,15 +90,15 @@ def _pretrain(config: TrainConfig, world: World, held: ExitStack) -> dict | None
             return None
         # Write the model, evaluate it, draw the curves.
         with handling_signals(loop.stop_now):
-            return finish(loop, clips, store, log, progress)
+            return finish(loop, config, clips, store, log, progress)
 
 
-def finish(loop: Loop, clips: Clips, store: TokenStore, log: MetricsLog, progress: Progress) -> dict:
+def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, log: MetricsLog, progress: Progress) -> dict:
     """Write the model, evaluate it on held-out videos, draw the curves."""
     if loop.stop.number is not None:  # during the last update
         loop.stop_now(loop.stop.number, None)
-    step, batches = loop.module, loop.config.eval_batches
-    weights.save(step.model, loop.run / "model.safetensors", asdict(store.tokenizer))
+    step, batches = loop.module, config.eval_batches
+    weights.save(step.model, loop.run / "model.safetensors", asdict(store.tokenizer), loop.training.fps)
     most_frequent = most_frequent_token(clips.training, step.masking.vocab_size)
     padded = step.padded or clips.held_out.padded
     with torch.compiler.set_stance("force_eager"):  # not worth another compilation
@@ -134,19 +135,22 @@ class Clips(NamedTuple):
     contrasted: int
 
 
-def split_clips(config: TrainConfig, store: TokenStore) -> Clips:
+def split_clips(config: PretrainConfig, store: TokenStore) -> Clips:
     training, held_out = split_videos(store, config.held_out)
+    every = frame_step(store, config.fps)
+    views = range(len(store.views)) if config.all_views else [center_view(store)]
     contrasted = min(config.contrastive_videos, len(held_out))
 
     def pairs(videos: np.ndarray, seed: int, distinct: int) -> ClipPairs:
-        return ClipPairs(store, videos, config.model.grid[0], config.model.pad_id, seed, distinct, config.d_max)
+        shape = config.model.grid[0], config.model.pad_id
+        return ClipPairs(store, videos, *shape, seed, distinct, config.d_max, views, every)
 
     return Clips(
         pairs(training, config.seed, config.contrastive_videos), pairs(held_out, config.seed + 1, contrasted), contrasted
     )
 
 
-def fit_to_store(config: TrainConfig, store: TokenStore) -> TrainConfig:
+def fit_to_store(config: PretrainConfig, store: TokenStore) -> PretrainConfig:
     """The configuration with the store's vocabulary size and, with fit_frame_size, its grid.
 
     Raises InputError if the store's frame size is not the configured one.
@@ -187,7 +191,7 @@ def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world:
     return store
 
 
-def check_machine(config: TrainConfig, plan: BatchPlan, world: World) -> tuple[list[Call], MemoryUse]:
+def check_machine(config: PretrainConfig, plan: BatchPlan, world: World) -> tuple[list[Call], MemoryUse]:
     """Raises InputError for what this machine cannot do. Returns the run's op calls, and what its memory use depends on."""
     calls = op_calls_of(config.model, config.precision, world.device)
     check_backends(calls)

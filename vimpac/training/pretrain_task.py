@@ -9,21 +9,22 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from vimpac.config import TrainConfig
+from vimpac import distributed
+from vimpac.config import PretrainConfig
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
+from vimpac.distributed import World
 from vimpac.model.losses import Objective
 from vimpac.model.masking import Masking
-from vimpac.training import distributed
 from vimpac.training.batch import ROWS, Batch
 from vimpac.training.device import autocast_dtype
-from vimpac.training.distributed import World
 from vimpac.training.graphs import row_multiple
 from vimpac.training.loop import Loop
 from vimpac.training.optim import adamw
 from vimpac.training.plan import BatchPlan, Schedule
 from vimpac.training.start import continue_stage, initial_model, restore
 from vimpac.training.step import PretrainStep
+from vimpac.weights import Training
 
 
 class PretrainTask:
@@ -98,7 +99,7 @@ class PretrainTask:
 
 
 def pretraining_loop(
-    config: TrainConfig,
+    config: PretrainConfig,
     store: TokenStore,
     pairs: ClipPairs,
     plan: BatchPlan,
@@ -126,4 +127,6 @@ def pretraining_loop(
     if compiled:
         model.compile_parts()
     task = PretrainTask(module, pairs, plan, world, config.graphs)
-    return Loop(task, optimizer, scaler, config, plan, schedule, world, store.tokenizer, step)
+    return Loop(
+        task, optimizer, scaler, config, plan, schedule, world, Training(store.tokenizer, config.fps or store.fps), step
+    )

@@ -11,7 +11,7 @@ import torch
 from torch.autograd import DeviceType  # pyright: ignore[reportPrivateImportUsage]  # as torch's own examples do
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from vimpac.training.distributed import World
+from vimpac.distributed import World
 from vimpac.training.progress import Progress
 
 WARM_UP, UPDATES = 3, 3  # updates before the profile, and in it

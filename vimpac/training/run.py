@@ -1,32 +1,34 @@
 """The run folder: which run may write there, and whether it is the run that created the folder.
 
-RUN/config.json        the configuration, the tokenizer and the size of the store
-RUN/metrics.jsonl      one line per update, then one with the evaluation
-RUN/checkpoints/       the newest checkpoints
-RUN/tensorboard/       the same metrics as events, if tensorboard is installed
-RUN/model.safetensors  the trained model
-RUN/curves.png         a plot of the metrics, if matplotlib is installed
+RUN/config.json            the configuration, the tokenizer, the size of the store, the labels of fine-tuning
+RUN/tokenizer.safetensors  a copy of the store's tokenizer, so that the run goes from a video file to the model's answer
+RUN/metrics.jsonl          one line per update, then one with the evaluation
+RUN/checkpoints/           the newest checkpoints
+RUN/tensorboard/           the same metrics as events, if tensorboard is installed
+RUN/model.safetensors      the trained model
+RUN/curves.png             a plot of the metrics, if matplotlib is installed
 """
 
 from __future__ import annotations
 
 import json
+import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 
+from vimpac import distributed
 from vimpac.checkpoint import FOLDER, check_tokenizer, list_checkpoints, load_checkpoint
-from vimpac.data.format import TokenizerInfo
+from vimpac.config import FinetuneConfig, PretrainConfig, RunConfig
+from vimpac.data.format import TOKENIZER, TokenizerInfo
 from vimpac.data.store import TokenStore
+from vimpac.distributed import World
 from vimpac.errors import InputError
-from vimpac.files.atomic import LOCK, TEMPORARY, locked
+from vimpac.files.atomic import LOCK, TEMPORARY, locked, replacing
 from vimpac.files.checked import load_json, typed, unsealed, write_json
-from vimpac.training import distributed
 from vimpac.training.device import resolve_precision
-from vimpac.training.distributed import World
 from vimpac.training.metrics import read_lines
 
 WRITTEN_LAST = ("model.safetensors", "curves.png", "profile.json")
@@ -38,14 +40,16 @@ MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
         *("compile", "graphs", "activation_checkpointing", "shard_optimizer", "micro_batch"),
+        *("labels", "classes", "validation_data"),  # files, whose contents are compared
+        *("validate_every", "keep_best", "eval_clips", "eval_views", "compare_scratch"),
     }
 )
 
 
-def describe(config: Any, store: TokenStore) -> dict:
-    """The contents of config.json for a run with this configuration (a dataclass) on this store."""
+def describe(config: RunConfig, store: TokenStore, **more: dict) -> dict:
+    """The contents of config.json for a run with this configuration on this store. more: what else a resume must not change."""
     contents = {"videos": len(store), "frames": int(store.frames.sum()), "fps": store.fps}
-    return {"config": asdict(config), "tokenizer": asdict(store.tokenizer), "store": contents}
+    return {"config": asdict(config), "tokenizer": asdict(store.tokenizer), "store": contents, **more}
 
 
 def open_run(run: Path, description: dict, resume: bool, store: TokenStore, device: torch.device) -> dict | None:
@@ -66,7 +70,7 @@ def open_run(run: Path, description: dict, resume: bool, store: TokenStore, devi
     return None
 
 
-def start_run(run: Path, description: dict, world: World, step: int, held: ExitStack) -> None:
+def start_run(run: Path, description: dict, store: TokenStore, world: World, step: int, held: ExitStack) -> None:
     """Create and lock the run folder, once every rank is ready to train. The lock lasts until `held` closes.
 
     Raises InputError on all ranks if another run holds the lock, if the ranks' steps differ, or if checkpoints are missing.
@@ -84,6 +88,9 @@ def start_run(run: Path, description: dict, world: World, step: int, held: ExitS
             write_json(run / "config.json", description, indent=2)
         elif not list_checkpoints(run):
             check_none_is_missing(run, description["config"]["save_every"])
+        if (store.folder / TOKENIZER).is_file() and not (run / TOKENIZER).exists():
+            with replacing(run / TOKENIZER) as temporary:
+                shutil.copyfile(store.folder / TOKENIZER, temporary)
 
     distributed.on_first_rank(make, world)
 
@@ -121,6 +128,7 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
     """
     check_tokenizer(saved["tokenizer"], store, path)
     now = json.loads(json.dumps(description))
+    saved = {**saved, "config": with_later_options(saved["config"], now["config"])}
     before, after = (
         {**x, "precision": resolve_precision(x.get("precision"), device)} for x in (saved["config"], now["config"])
     )
@@ -130,10 +138,19 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
         raise InputError(
             f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
         )
+    others = now.keys() - {"config", "tokenizer", "store"}
+    if changed := "; ".join(filter(None, (differences(saved.get(name) or {}, now[name]) for name in sorted(others)))):
+        raise InputError(f"cannot resume {path.parent} with other labels: {changed}. Give the first ones, {elsewhere}")
     if changed := differences(saved["store"], now["store"]):
         raise InputError(
             f"cannot resume {path.parent} on other videos: {changed} in {store.folder}. Give --data the first one, {elsewhere}"
         )
+
+
+def with_later_options(before: dict, now: dict) -> dict:
+    """A saved configuration with the defaults of options that did not exist when it was written."""
+    kind = FinetuneConfig if "labels" in now else PretrainConfig
+    return {**{name: x for name, x in json.loads(json.dumps(asdict(kind()))).items() if name in now}, **before}
 
 
 def differences(before: dict, now: dict, ignored: frozenset[str] = frozenset()) -> str:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from vimpac.distributed import World
 from vimpac.errors import Stopped
-from vimpac.training.distributed import World
+from vimpac.processes.ranks import LauncherWatch
 
 
 class StopRequest:
@@ -48,6 +49,8 @@ class StopRequest:
 
     def as_exception(self, checkpoint: Path) -> Stopped:
         """The exception that ends the run. Its signal is SIGTERM if another process received the signal."""
+        if self.number is None and LauncherWatch.current:  # another rank may notice first that the launcher has ended
+            LauncherWatch.current.say_if_left()
         number = signal.SIGTERM if self.number is None else self.number
         return Stopped(number, f"{checkpoint} is written, continue with --resume")
 

@@ -32,7 +32,7 @@ def initial_model(config: ModelConfig, init_from: str | None, tokenizer_digest: 
         return PretrainModel(config)
     from vimpac import weights  # imports safetensors, which a fresh start does not need
 
-    model = weights.load(model_file(Path(init_from)), config.grid, tokenizer_digest)
+    model = weights.load_trained(init_from, config.grid, tokenizer_digest).model
     if not isinstance(model, PretrainModel) or shape_of(model.config) != shape_of(config):
         raise InputError(
             f"init_from={init_from} holds a {type(model).__name__} of shape {shape_of(model.config)}, expected a "
@@ -41,18 +41,6 @@ def initial_model(config: ModelConfig, init_from: str | None, tokenizer_digest: 
     fresh = PretrainModel(config)  # the configuration's dropout, not the file's
     fresh.load_state_dict(model.state_dict())
     return fresh
-
-
-def model_file(path: Path) -> Path:
-    """`path` itself if it is a file; in a run folder the model, or the newest checkpoint if the run has not ended."""
-    if not path.is_dir():
-        return path
-    found = [x for x in (*list_checkpoints(path), path / "model.safetensors") if x.exists()]
-    if not found:
-        raise InputError(
-            f"init_from={path} is a folder without a model.safetensors or checkpoints: expected a run folder, or one of these"
-        )
-    return found[-1]
 
 
 def shape_of(config: ModelConfig) -> dict:
