@@ -124,7 +124,7 @@ def test_chunks_cover_all_videos(monkeypatch):
 def test_reads_ahead_in_order(clips):
     chunks = chunks_of(len(clips))
     for (chunk, tokens), expected in zip(read_ahead(clips, chunks), chunks, strict=True):
-        assert chunk == expected and np.array_equal(tokens, clips.read(chunk.first, chunk.count))
+        assert chunk == expected and np.array_equal(tokens, clips.read(chunk.first, chunk.videos))
     assert list(read_ahead(clips, [])) == []
 
 

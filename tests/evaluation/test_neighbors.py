@@ -57,7 +57,7 @@ def test_leave_one_out_by_hand(k):
     expected = []
     for i in range(30):
         others = np.arange(30) != i
-        near = sorted(((cosine(x[i], x[j]), labels[j]) for j in np.flatnonzero(others)))[-k:]
+        near = sorted((cosine(x[i], x[j]), labels[j]) for j in np.flatnonzero(others))[-k:]
         votes = Counter()
         for similarity, label in near:
             votes[label] += math.exp(similarity / 0.07)

@@ -10,8 +10,8 @@ from vimpac.evaluation.normalise import fit_normaliser, unit_length
 def correlated(n, dimensions=6, seed=0):
     """Far from the origin, with directions of very different variance, as [CLS] states."""
     rng = np.random.default_rng(seed)
-    mixed = rng.normal(size=(n, dimensions)) @ np.diag(10.0 ** -np.arange(dimensions)) @ rng.normal(size=(dimensions, dimensions))
-    return (mixed + 50).astype(np.float32)
+    directions = np.diag(10.0 ** -np.arange(dimensions)) @ rng.normal(size=(dimensions, dimensions))
+    return (rng.normal(size=(n, dimensions)) @ directions + 50).astype(np.float32)
 
 
 def test_none_changes_nothing():

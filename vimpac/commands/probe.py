@@ -81,7 +81,7 @@ def source_of(config: ProbeConfig) -> LabelSource:
 
     return LabelSource(
         str(config.labels),
-        None if config.kind == "auto" else config.kind,
+        config.kind,
         config.column,
         config.split_number,
         None if config.classes is None else str(config.classes),

@@ -110,9 +110,9 @@ def write_features(
         with closing(_Writer(out, settings)) as writer:
             for chunk, tokens in read_ahead(clips, mine):
                 vectors = chunk_vectors(model, tokens, look)
-                check_finite(vectors, names[chunk.first : chunk.first + chunk.count])
+                check_finite(vectors, names[chunk.first : chunk.first + chunk.videos])
                 writer.add(chunk, vectors)
-                tick(chunk.count)
+                tick(chunk.videos)
         _together(world)
         on_first_rank(lambda: _finish(out, settings, names), world)
     return True
@@ -240,8 +240,8 @@ def _finish(out: Path, settings: FeatureSettings, names: Sequence[str]) -> None:
             missing.discard(number)
             for name, x in vectors.items():
                 rows = whole.setdefault(name, np.empty((len(names), x.shape[1]), np.float32))
-                rows[chunk.first : chunk.first + chunk.count] = x[row : row + chunk.count]
-            row += chunk.count
+                rows[chunk.first : chunk.first + chunk.videos] = x[row : row + chunk.videos]
+            row += chunk.videos
     assert not missing, f"no part has chunks {missing}"
     fitted = {name: fit_normaliser(x, settings.normalize) for name, x in whole.items()}
     tensors = {name: fitted[name](x) for name, x in whole.items()}

@@ -112,7 +112,7 @@ class Chunk(NamedTuple):
 
     number: int
     first: int
-    count: int
+    videos: int
 
 
 def chunks_of(videos: int) -> list[Chunk]:
@@ -126,7 +126,7 @@ def read_ahead(clips: Clips, chunks: Iterable[Chunk]) -> Iterator[tuple[Chunk, n
     with ThreadPoolExecutor(1) as reader:
         waiting = None
         for chunk in chunks:
-            ahead = chunk, reader.submit(clips.read, chunk.first, chunk.count)
+            ahead = chunk, reader.submit(clips.read, chunk.first, chunk.videos)
             if waiting:
                 yield waiting[0], waiting[1].result()
             waiting = ahead
@@ -162,10 +162,10 @@ def all_vectors(
     found: dict[str, Tensor] = {}
     for chunk, tokens in read_ahead(clips, chunks_of(len(clips))[world.rank :: world.size]):
         part = {"histogram": chunk_histograms(tokens, codes)} if model is None else chunk_vectors(model, tokens, look)
-        check_finite(part, names[chunk.first : chunk.first + chunk.count])
+        check_finite(part, names[chunk.first : chunk.first + chunk.videos])
         for name, x in part.items():
-            found.setdefault(name, torch.zeros(len(clips), x.shape[1]))[chunk.first : chunk.first + chunk.count] = x
-        tick(chunk.count)
+            found.setdefault(name, torch.zeros(len(clips), x.shape[1]))[chunk.first : chunk.first + chunk.videos] = x
+        tick(chunk.videos)
     sizes = vector_sizes(model, look.layer, codes)
     whole = {name: found.get(name, torch.zeros(len(clips), size)) for name, size in sizes.items()}
     return {name: sum_over_ranks(x, world).numpy() for name, x in whole.items()}  # the other ranks' rows are 0

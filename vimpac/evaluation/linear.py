@@ -51,10 +51,10 @@ def held_out_part(names: Sequence[str], labels: np.ndarray, share: float = HELD_
 
     A class of one video stays whole in the other part.
     """
-    order = np.array([zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names])
+    order = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
     held = np.zeros(len(names), bool)
     for label in np.unique(labels):
         mine = np.flatnonzero(labels == label)
         count = max(round(share * len(mine)), 1) if len(mine) > 1 else 0
-        held[sorted(mine, key=lambda i: (order[i], names[i]))[:count]] = True
+        held[np.array(sorted(mine, key=lambda i: (order[i], names[i]))[:count], np.int64)] = True
     return held

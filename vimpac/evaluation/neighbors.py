@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -41,7 +41,8 @@ def knn_leave_one_out(x: np.ndarray, labels: np.ndarray, neighbors: int) -> np.n
 def _classifier(neighbors: int) -> KNeighborsClassifier:
     from sklearn.neighbors import KNeighborsClassifier
 
-    return KNeighborsClassifier(neighbors, weights=_votes, algorithm="brute", metric="cosine")
+    votes: Any = _votes  # sklearn's signature says str
+    return KNeighborsClassifier(neighbors, weights=votes, algorithm="brute", metric="cosine")
 
 
 def _votes(distances: np.ndarray) -> np.ndarray:

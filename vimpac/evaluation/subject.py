@@ -88,7 +88,7 @@ def open_subject(model: Path, store: Path, config: LookConfig) -> Subject:
     grid = (config.frames or shape.grid[0], *tokens.grid)
     if grid != shape.grid:
         trained = weights.load_trained(model, grid, tokens.tokenizer.digest)
-    every = frame_step(tokens, trained.fps if config.fps is None else config.fps)
+    every = frame_step(tokens, trained.training.fps if config.fps is None else config.fps)
     found = Subject(trained, tokens, center_view(tokens), every, shape.grid)
     found.clips()  # raises if clips are too long
     return found
