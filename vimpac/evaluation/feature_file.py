@@ -56,15 +56,12 @@ class FeatureSettings:
     normalize: Normalisation
 
     def difference(self, other: FeatureSettings) -> str:
-        """`name was …, now …` of the fields that differ; self is what there was."""
+        """What differs in `other`, such as `another model (…), clips was 3, now 2`; self is what there was."""
         before, now = asdict(self), asdict(other)
-        names = {"model": "the model's weights", "store": "the store's videos"}
-
-        def shown(name: str, value: object) -> object:
-            return f"{value}"[:12] if name in names else value
-
         changed = [name for name in now if before[name] != now[name]]
-        return "; ".join(f"{names.get(x, x)} were {shown(x, before[x])}, now {shown(x, now[x])}" for x in changed)
+        digests = [x for x in changed if x in ("model", "store")]
+        said = [f"another {name} ({before[name][:12]}…, now {now[name][:12]}…)" for name in digests]
+        return "; ".join(said + [f"{name} was {before[name]}, now {now[name]}" for name in changed if name not in digests])
 
 
 def model_digest(model: torch.nn.Module) -> str:

@@ -54,7 +54,7 @@ def held_out_part(names: Sequence[str], labels: np.ndarray, share: float = HELD_
     order = [zlib.crc32(name.encode("utf-8", "surrogateescape")) for name in names]
     held = np.zeros(len(names), bool)
     for label in np.unique(labels):
-        mine = np.flatnonzero(labels == label)
+        mine = np.flatnonzero(labels == label).tolist()
         count = max(round(share * len(mine)), 1) if len(mine) > 1 else 0
-        held[np.array(sorted(mine, key=lambda i: (order[i], names[i]))[:count], np.int64)] = True
+        held[sorted(mine, key=lambda i: (order[i], names[i]))[:count]] = True
     return held

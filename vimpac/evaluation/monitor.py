@@ -41,8 +41,8 @@ def monitor(
 
     clips: int64 [n, clips, views, T, H, W], as `TestClips.read(0, n)` gives; n up to MONITOR_VIDEOS. labels: int64 [n].
     knn_accuracy: share of videos whose label the nearest of the others vote for (leave-one-out, see `neighbors`).
-    effective_rank: RankMe of the features minus their mean. What all videos share would otherwise hide the rest: the rank of
-    uncentred features is near 1 however well they tell videos apart.
+    effective_rank: RankMe of the features as they are. Without what all videos share, it would not see a collapse: the rank of
+    the noise around one point is high.
     Leaves the model as it was, in its mode, and torch's generator untouched. Raises InputError for one class or one video.
     """
     check_labels(labels)
@@ -53,7 +53,7 @@ def monitor(
     finally:
         model.train(training)
     guesses = knn_leave_one_out(x, labels, resolve_neighbors(None, len(x) - 1))
-    return {"knn_accuracy": float((guesses == labels).mean()), "effective_rank": effective_rank(x - x.mean(0))}
+    return {"knn_accuracy": float((guesses == labels).mean()), "effective_rank": effective_rank(x)}
 
 
 def check_labels(labels: np.ndarray) -> None:

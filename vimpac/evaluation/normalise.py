@@ -39,8 +39,8 @@ class Normaliser(NamedTuple):
 def fit_normaliser(x: np.ndarray, kind: Normalisation) -> Normaliser:
     """Fits on vectors [n, D]. Raises InputError to whiten fewer than two.
 
-    The covariance for whitening is shrunk as Ledoit and Wolf (2004) have it: the plain one of fewer videos than directions would
-    make all of them equally far from each other. It still takes several videos per dimension to whiten well.
+    The covariance for whitening is shrunk as Ledoit and Wolf (2004) have it: the plain one of fewer videos than dimensions
+    would make all of them equally far from each other. It still takes several videos per dimension to whiten well.
     """
     if kind in ("none", "l2"):
         return Normaliser(kind)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vimpac.model.backbone import INIT_STD, NORM_EPS, init_weights
+from vimpac.model.backbone import INIT_STD, NORM_EPS
 
 
 class AttentiveProbe(nn.Module):
@@ -25,8 +25,7 @@ class AttentiveProbe(nn.Module):
         self.kv = nn.Linear(width, 2 * width)
         self.expand, self.contract = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
         self.classifier = nn.Linear(width, classes)
-        self.apply(init_weights)
-        nn.init.normal_(self.query, std=INIT_STD)
+        nn.init.normal_(self.query, std=INIT_STD)  # linear layers as torch has them: their scale fits any width
 
     def forward(self, states: Tensor, pad: Tensor) -> Tensor:
         """Token states [B, L, C], pad [B, L] bool (True: not attended to) → logits [B, classes]."""
