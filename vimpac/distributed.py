@@ -41,8 +41,11 @@ class World:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Start the process group if there is more than one process, and end it afterwards."""
+def join_world(again: str = AGAIN) -> Iterator[World]:
+    """Start the process group if there is more than one process, and end it afterwards.
+
+    again: what to do if a process is lost.
+    """
     place = read_place()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -56,7 +59,7 @@ def join_world() -> Iterator[World]:
     if place.size == 1:
         yield World(0, 1, device)
         return
-    with meet(place, f"{GONE}: {AGAIN}") as meeting, explaining_lost_peers(lambda: f"{GONE}: {AGAIN}"):
+    with meet(place, f"{GONE}: {again}") as meeting, explaining_lost_peers(lambda: f"{GONE}: {again}"):
         try:
             start_group(place, device, meeting)
             yield World(place.rank, place.size, device, meeting)

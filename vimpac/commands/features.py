@@ -38,7 +38,7 @@ def features(
     from vimpac.evaluation.subject import open_subject
     from vimpac.training.device import autocast_dtype, resolve_precision
 
-    with join_world() as world:
+    with join_world("run the same command again, which goes on with what is missing") as world:
         subject = open_subject(model, store, config)
         clips = subject.clips(clips=config.clips)
         settings = subject.settings(config, config.normalize, resolve_precision(config.precision, world.device))

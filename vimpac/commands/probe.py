@@ -50,7 +50,7 @@ def probe(
     from vimpac.evaluation.subject import open_subject
     from vimpac.training.device import autocast_dtype
 
-    with join_world() as world:
+    with join_world("run the same command again") as world:
         subject = open_subject(model, store, config)
         labels = label_store(subject.store, source_of(config)).divided(config.held_out)
         measured = config.split or ("test" if "test" in labels.splits else "validation")
