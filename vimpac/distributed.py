@@ -44,7 +44,7 @@ class World:
 def join_world(again: str = AGAIN) -> Iterator[World]:
     """Start the process group if there is more than one process, and end it afterwards.
 
-    again: what to do if a process is lost.
+    again: how to go on after another process has ended, for the error.
     """
     place = read_place()
     device = torch.device("cpu")
@@ -171,6 +171,15 @@ def gather_rows(x: Tensor, world: World) -> list[Tensor]:
         return [x]
     rows = [torch.empty_like(x) for _ in range(world.size)]
     dist.all_gather(rows, x)
+    return rows
+
+
+def gather_on_first(x: Tensor, world: World) -> list[Tensor] | None:
+    """Every rank's tensor, in order, on the first rank; None on the others. They must have one shape."""
+    if world.size == 1:
+        return [x]
+    rows = [torch.empty_like(x) for _ in range(world.size)] if world.is_first else None
+    dist.gather(x, rows, dst=0)
     return rows
 
 

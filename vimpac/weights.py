@@ -127,7 +127,8 @@ def model_file(path: Path) -> Path:
     found = [x for x in (*list_checkpoints(path), path / "model.safetensors") if x.exists()]
     if not found:
         raise InputError(
-            f"{path} is a folder without a model.safetensors or checkpoints: expected a run folder, or a model file"
+            f"cannot read model {path}: it is a folder without a model.safetensors or checkpoints; expected a run folder, a "
+            "model.safetensors or a checkpoint of a run"
         )
     return found[-1]
 

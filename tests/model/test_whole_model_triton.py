@@ -12,6 +12,7 @@ from runs import make_step
 from vimpac.config import ModelConfig, PretrainConfig
 from vimpac.model import PretrainModel
 from vimpac.ops import axial_attention_packed, info_nce, masked_cross_entropy
+from vimpac.training.batch import map_tensors
 
 pytest.importorskip("triton", reason="triton is not installed")
 
@@ -119,7 +120,7 @@ def test_autocast(kernels, monkeypatch):
 
 def batch(step, ids, sample_ids):
     """As the loader makes it: on the CPU, then copied."""
-    return step.batch(ids.cpu(), sample_ids).map(lambda x: x.to(DEVICE))
+    return map_tensors(step.batch(ids.cpu(), sample_ids), lambda x: x.to(DEVICE))
 
 
 def train(backend, updates, monkeypatch, dtype=None):

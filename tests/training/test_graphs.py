@@ -9,7 +9,7 @@ from torch.autograd import DeviceType
 
 from updates import loop_of
 from vimpac.distributed import World
-from vimpac.training.batch import ROWS
+from vimpac.training.batch import ROWS, map_tensors
 from vimpac.training.graphs import GraphedStep, _Capture, row_multiple
 from vimpac.training.profile import start, table, waits
 
@@ -87,7 +87,7 @@ def test_a_gpus_profile_counts_kernels_once(monkeypatch):
 def test_a_step_asks_for_no_value(store_folder, options):
     """On tensors without values: whatever had to know one would raise."""
     loop = loop_of(store_folder, model={"dropout": 0.1}, **options)
-    batch = loop.make_batch(0).map(lambda x: x.to("meta"))
+    batch = map_tensors(loop.make_batch(0), lambda x: x.to("meta"))
     step = loop.module.to("meta")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("VIMPAC_BACKEND", "reference")

@@ -7,7 +7,7 @@ import torch
 
 from updates import loop_of, update
 from vimpac.errors import InputError
-from vimpac.training.batch import ROWS, Batch
+from vimpac.training.batch import ROWS, Batch, tensors_of
 from vimpac.training.loader import BatchLoader
 
 pytestmark = pytest.mark.usefixtures("one_thread", "wide")
@@ -74,7 +74,7 @@ def test_batches_are_made_on_the_host_whatever_backend_is_named(store_folder, mo
     loop = loop_of(store_folder)
     expected = loop.make_batch(0)
     monkeypatch.setenv("VIMPAC_BACKEND", named)
-    assert all(torch.equal(x, y) for x, y in zip(loop.make_batch(0).tensors, expected.tensors, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(tensors_of(loop.make_batch(0)), tensors_of(expected), strict=True))
 
 
 def test_batches_made_ahead_change_nothing(store_folder, monkeypatch):

@@ -13,9 +13,11 @@ from io import TextIOWrapper
 from vimpac import __version__
 from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
+from vimpac.commands.evaluate import evaluate
 from vimpac.commands.features import features
 from vimpac.commands.import_checkpoint import import_checkpoint
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
+from vimpac.commands.predict import predict
 from vimpac.commands.probe import probe
 from vimpac.commands.similar import similar
 from vimpac.commands.synthesize import synthesize
@@ -54,6 +56,8 @@ COMMANDS: Commands = {
     "features": features,
     "probe": probe,
     "similar": similar,
+    "evaluate": evaluate,
+    "predict": predict,
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),
     "labels": Group(labels.DESCRIPTION, labels.LABELS),
     "doctor": doctor,

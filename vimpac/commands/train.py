@@ -67,8 +67,8 @@ def holding_to(config: PretrainConfig | FinetuneConfig, words: Sequence[str]) ->
         shape = sorted(word for word in given if word.startswith("--model.") and word != "--model.dropout")
         if shape and config.start not in (None, FROM_SCRATCH):
             raise InputError(
-                f"{shape[0]} cannot be chosen here, the model's shape is that of --from {config.start}: leave it out, or train a "
-                f"new model with --from {FROM_SCRATCH}"
+                f"{shape[0]} cannot be chosen here, the model's shape is that of --from {config.start}: leave it out, or train "
+                f"a new model with --from {FROM_SCRATCH}"
             )
         return config
     if config.fit_frame_size and "--model.grid" in given and "--fit-frame-size" not in given:

@@ -47,21 +47,29 @@ class TestClips:
 
     def starts(self, video: int) -> np.ndarray:
         """The first frame of each clip of a video of the store: int64 [k]."""
-        last = int(last_start(self.store.frames[video : video + 1], self.clip_frames, self.every)[0])
-        if self.clips == 1:
-            return np.array([last // 2])
-        return np.round(np.linspace(0, last, self.clips)).astype(np.int64)
+        return clip_starts(int(self.store.frames[video]), self.clips, self.clip_frames, self.every)
 
     def read(self, first: int, count: int) -> np.ndarray:
         """Videos first … first + count - 1: int64 [count, k, views, T, H, W]. Each video is read once."""
-        shape = (self.clips, len(self.views), self.clip_frames, *self.store.grid)
-        out = np.full((count, *shape), self.pad_id, np.int64)
-        places = np.arange(self.clip_frames) * self.every
-        for row, video in zip(out, self.videos[first : first + count].tolist(), strict=True):
-            frames = int(self.store.frames[video])
-            views = np.array(self.views)
-            whole = self.store.read_clips(np.full_like(views, video), 0 * views, frames, views)  # [views, frames, H, W]
-            for clip, start in zip(row, self.starts(video), strict=True):
-                kept = start + places[start + places < frames]
-                clip[:, : len(kept)] = whole[:, kept]
-        return out
+        views, clips = np.array(self.views), []
+        for video in self.videos[first : first + count].tolist():
+            whole = self.store.read_clips(np.full_like(views, video), 0 * views, int(self.store.frames[video]), views)
+            clips.append(cut_clips(whole, self.starts(video), self.clip_frames, self.pad_id, self.every))
+        return np.stack(clips)
+
+
+def clip_starts(frames: int, clips: int, clip_frames: int, every: int = 1) -> np.ndarray:
+    """The first frame of each clip of a video of so many frames, spread evenly; of one clip in the middle: int64 [k]."""
+    last = int(last_start(np.array([frames]), clip_frames, every)[0])
+    return np.array([last // 2]) if clips == 1 else np.round(np.linspace(0, last, clips)).astype(np.int64)
+
+
+def cut_clips(whole: np.ndarray, starts: np.ndarray, clip_frames: int, pad_id: int, every: int = 1) -> np.ndarray:
+    """Clips of a video's ids [views, frames, H, W] that begin at starts [k]: int64 [k, views, T, H, W], PAD past its end."""
+    views, frames, *size = whole.shape
+    out = np.full((len(starts), views, clip_frames, *size), pad_id, np.int64)
+    places = np.arange(clip_frames) * every
+    for clip, start in zip(out, starts.tolist(), strict=True):
+        kept = start + places[start + places < frames]
+        clip[:, : len(kept)] = whole[:, kept]
+    return out

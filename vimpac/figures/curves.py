@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 
 import numpy as np
 
 from vimpac.errors import InputError
-from vimpac.files.atomic import replacing
+from vimpac.figures.canvas import new_figure, write_png
 from vimpac.files.checked import check_regular
 
 # Okabe and Ito's palette: distinguishable with any colour vision, and by lightness in print.
@@ -43,12 +42,7 @@ def plot_curves(metrics_jsonl: Path, out_png: Path) -> None:
     Raises InputError if there is nothing to draw, a line is not JSON, or matplotlib is missing.
     """
     series, final = read_metrics(Path(metrics_jsonl))
-    out_png = Path(out_png)
-    figure = _draw(series, final)
-    if not out_png.parent.is_dir():
-        raise InputError(f"cannot write {out_png}: its folder does not exist; make it first")
-    with replacing(out_png) as temporary:
-        figure.savefig(temporary, format="png", dpi=130)
+    write_png(_draw(series, final), Path(out_png), dpi=130)
 
 
 def read_metrics(path: Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -102,10 +96,8 @@ def _is_finite(value) -> bool:
 
 
 def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
-    """A matplotlib Figure, made without pyplot, whose state belongs to the caller."""
-    Figure, FigureCanvasAgg = _matplotlib()
-    figure = Figure(figsize=(12, 6.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    """A matplotlib Figure."""
+    figure = new_figure(12, 6.2, "curves")
     figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1)
     panels = iter(figure.subplots(2, 3).flat)
     if any(name in series for name in LOSSES):
@@ -120,20 +112,6 @@ def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
     for unused in panels:
         unused.set_axis_off()
     return figure
-
-
-def _matplotlib() -> tuple[type, type]:
-    """matplotlib's Figure and its canvas for files."""
-    backend = os.environ.pop("MPLBACKEND", None)  # matplotlib cannot be imported if this names no backend
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("drawing curves needs matplotlib: pip install matplotlib") from error
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
-    return Figure, FigureCanvasAgg
 
 
 def _losses(axes, series: dict[str, np.ndarray]) -> None:

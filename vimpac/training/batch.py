@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,24 @@ class Batch(NamedTuple):
     share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 unless it is part of a larger batch
     masked_count: int  # masked positions
 
-    def map(self, f: Callable[[Tensor], Tensor]) -> Batch:
-        """f applied to every tensor."""
-        return self._replace(**{name: f(x) for name, x in self._asdict().items() if isinstance(x, Tensor)})
 
-    @property
-    def tensors(self) -> list[Tensor]:
-        return [x for x in self if isinstance(x, Tensor)]
+class LabelledBatch(NamedTuple):
+    """Clips of n videos and their labels."""
+
+    tokens: Tensor  # [n, T, H, W] integer: the ids
+    labels: Tensor  # [n] int64
+
+
+AnyBatch = TypeVar("AnyBatch", Batch, LabelledBatch)
+
+
+def map_tensors(batch: AnyBatch, f: Callable[[Tensor], Tensor]) -> AnyBatch:
+    """The batch with f applied to every tensor."""
+    return batch._replace(**{name: f(x) for name, x in batch._asdict().items() if isinstance(x, Tensor)})
+
+
+def tensors_of(batch: Batch | LabelledBatch) -> list[Tensor]:
+    return [x for x in batch if isinstance(x, Tensor)]
 
 
 def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:

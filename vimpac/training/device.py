@@ -7,7 +7,7 @@ import os
 import numpy as np
 import torch
 
-from vimpac.config import ModelConfig, PretrainConfig
+from vimpac.config import ModelConfig, RunConfig
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.ops.dispatch import MISSING, Call, check_environment, choose, named_by_environment, pick, why_not
@@ -60,7 +60,7 @@ def plain_ops(calls: list[Call], device: torch.device) -> str | None:
     return "; ".join(f"{', '.join(dict.fromkeys(ops))} {slow}: {reasons}" for reasons, ops in found.items()) or None
 
 
-def check_graphs(config: PretrainConfig, plan: BatchPlan, world: World) -> None:
+def check_graphs(config: RunConfig, plan: BatchPlan, world: World) -> None:
     """Raises InputError if --graphs cannot be used with the other options, the device or the number of processes."""
     if not config.graphs:
         return
@@ -71,7 +71,7 @@ def check_graphs(config: PretrainConfig, plan: BatchPlan, world: World) -> None:
     if plan.parts > 1:
         whole = plan.micro_batch * plan.parts
         raise InputError(
-            f"--graphs needs contrastive_videos={config.contrastive_videos} in one pass, micro_batch={plan.micro_batch} makes "
+            f"--graphs needs contrastive_videos={whole} in one pass, micro_batch={plan.micro_batch} makes "
             f"{plan.parts} parts: leave it out, or --micro-batch {whole}"
         )
     if config.activation_checkpointing == "full" and config.model.dropout > 0:

@@ -10,12 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor, nn
 
-from vimpac.training.batch import ROWS, Batch
+from vimpac.training.batch import ROWS, AnyBatch, map_tensors, tensors_of
 from vimpac.training.device import generator_of
 
 WARM_UP = 3  # runs before a capture: autotuning, compilation, cuBLAS workspaces
@@ -26,29 +26,29 @@ def row_multiple(tokens: int, share: float) -> int:
     return max(ROWS, math.ceil(tokens * share / 8 / ROWS) * ROWS)
 
 
-class GraphedStep:
+class GraphedStep(Generic[AnyBatch]):
     """Replays run(batch) → metrics, which adds to the gradients of a module's parameters, from a graph.
 
     Gradients must keep their memory: zero them, do not set them to None. Dropout is drawn from torch's generator as seeded
     before each call. A capture leaves gradients, buffers (batch norm's) and the generator unchanged.
     """
 
-    def __init__(self, run: Callable[[Batch], dict[str, Tensor]], module: nn.Module, capture: Callable | None = None):
+    def __init__(self, run: Callable[[AnyBatch], dict[str, Tensor]], module: nn.Module, capture: Callable | None = None):
         self.run, self.module = run, module
         self.capture = capture or _Capture()
-        self.graphs: dict[tuple, tuple[Batch, Callable[[], dict[str, Tensor]]]] = {}
+        self.graphs: dict[tuple, tuple[AnyBatch, Callable[[], dict[str, Tensor]]]] = {}
 
-    def __call__(self, batch: Batch) -> dict[str, Tensor]:
-        shapes = tuple((x.shape, x.dtype) for x in batch.tensors)
+    def __call__(self, batch: AnyBatch) -> dict[str, Tensor]:
+        shapes = tuple((x.shape, x.dtype) for x in tensors_of(batch))
         if shapes not in self.graphs:
-            inputs = batch.map(torch.clone)
+            inputs = map_tensors(batch, torch.clone)
             self.graphs[shapes] = inputs, self.prepare(inputs)
         inputs, replay = self.graphs[shapes]
-        for static, x in zip(inputs.tensors, batch.tensors, strict=True):
+        for static, x in zip(tensors_of(inputs), tensors_of(batch), strict=True):
             static.copy_(x)
         return {name: x.clone() for name, x in replay().items()}  # the next graph may overwrite this one's results
 
-    def prepare(self, inputs: Batch) -> Callable[[], dict[str, Tensor]]:
+    def prepare(self, inputs: AnyBatch) -> Callable[[], dict[str, Tensor]]:
         """Captures run(inputs), then restores the module's state."""
         parameters = [p for p in self.module.parameters() if p.requires_grad]
         for p in parameters:

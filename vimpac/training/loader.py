@@ -6,13 +6,14 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Generic
 
 import torch
 
-from vimpac.training.batch import Batch
+from vimpac.training.batch import AnyBatch, map_tensors, tensors_of
 
 
-class BatchLoader:
+class BatchLoader(Generic[AnyBatch]):
     """Iterates over make(first) for each sample number of `firsts`, on `device`.
 
     ahead: how many batches a thread prepares ahead of the one in use; 0 = each batch is prepared when next() needs it.
@@ -22,7 +23,7 @@ class BatchLoader:
     host does not. next() raises what `make` raises. `waited`: seconds that the consumer has waited so far.
     """
 
-    def __init__(self, make: Callable[[int], Batch], firsts: Iterable[int], device: torch.device, ahead: int | None = None):
+    def __init__(self, make: Callable[[int], AnyBatch], firsts: Iterable[int], device: torch.device, ahead: int | None = None):
         self.make, self.firsts, self.device = make, iter(firsts), device
         self.ahead = (2 if device.type == "cuda" else 0) if ahead is None else ahead
         self.waited = 0.0
@@ -32,10 +33,10 @@ class BatchLoader:
         self._thread = ThreadPoolExecutor(1, "batches", **here) if self.ahead else None
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
 
-    def __iter__(self) -> Iterator[Batch]:
+    def __iter__(self) -> Iterator[AnyBatch]:
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> AnyBatch:
         started = time.perf_counter()
         if self._thread is None:
             batch, ready = self._load(next(self.firsts))
@@ -49,7 +50,7 @@ class BatchLoader:
         if ready is not None:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(ready)
-            for x in batch.tensors:  # allocated on the other stream, which must not reuse them while this one reads
+            for x in tensors_of(batch):  # allocated on the other stream, which must not reuse them while this one reads
                 x.record_stream(stream)
         return batch
 
@@ -58,12 +59,12 @@ class BatchLoader:
         while len(self._waiting) < self.ahead and (first := next(self.firsts, None)) is not None:
             self._waiting.append(self._thread.submit(self._load, first))
 
-    def _load(self, first: int) -> tuple[Batch, torch.Event | None]:
+    def _load(self, first: int) -> tuple[AnyBatch, torch.Event | None]:
         batch = self.make(first)
         if self._stream is None:
             return batch, None
         with torch.cuda.stream(self._stream):
-            batch = batch.map(lambda x: x.pin_memory().to(self.device, non_blocking=True))
+            batch = map_tensors(batch, lambda x: x.pin_memory().to(self.device, non_blocking=True))
             return batch, self._stream.record_event()
 
     def close(self) -> None:

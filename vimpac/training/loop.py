@@ -21,7 +21,6 @@ from vimpac.checkpoint import list_checkpoints, save_checkpoint
 from vimpac.config import RunConfig
 from vimpac.distributed import World
 from vimpac.errors import Stopped
-from vimpac.training.batch import Batch
 from vimpac.training.device import seed_dropout
 from vimpac.training.graphs import GraphedStep
 from vimpac.training.loader import BatchLoader
@@ -40,15 +39,19 @@ class Task(Protocol):
     module: Any
     """nn.Module with forward(batch) → {"loss": with gradient, other metrics}. Checkpoints hold its `model`."""
 
-    def make_batch(self, first: int, videos: int) -> Batch:
-        """Samples first, first + 1, …, on the CPU."""
+    def make_batch(self, first: int, videos: int) -> Any:
+        """Samples first, first + 1, …, on the CPU: a batch of `vimpac.training.batch`."""
         ...
 
-    def accumulate(self, loop: Loop, first: int, unit: list[Batch]) -> dict[str, Tensor]:
+    def accumulate(self, loop: Loop, first: int, unit: list[Any]) -> dict[str, Tensor]:
         """Adds the gradients of micro-steps first, first + 1, …, one for each batch of `unit`, by calls of `loop.micro_step`.
 
         Returns their part of the update's metrics.
         """
+        ...
+
+    def measure(self, loop: Loop) -> dict[str, float]:
+        """What is measured after update `loop.step`, on all ranks; empty when nothing is due."""
         ...
 
 
@@ -87,8 +90,11 @@ class Loop:
         try:
             while self.step < self.schedule.steps:
                 with profile.update(self.schedule.steps - self.step) if profile else nullcontext():
-                    log.add(self.update())
+                    metrics = self.update()
                 self.step += 1
+                with log.untimed():
+                    metrics |= self.task.measure(self)
+                log.add(metrics)
                 last = self.step == self.schedule.steps
                 due = self.step % config.save_every == 0
                 # Several processes must agree to stop, which makes all of them wait.
@@ -133,7 +139,7 @@ class Loop:
             self.scaler.update()
         return {"step": self.step + 1, "learning_rate": rate, "grad_norm": norm, **sums}
 
-    def micro_step(self, i: int, batch: Batch, gradient: Tensor | None = None) -> dict[str, Tensor]:
+    def micro_step(self, i: int, batch: Any, gradient: Tensor | None = None) -> dict[str, Tensor]:
         """Add the gradients of micro-step i of this update, and return its metrics. gradient: as for `forward_backward`."""
         self.seed(i)
         last = i == self.plan.micro_steps - 1
@@ -141,7 +147,7 @@ class Loop:
         with nullcontext() if last or self.world.size == 1 else self.parallel.no_sync():
             return self.graphed(batch) if self.graphed else self.forward_backward(batch, gradient)
 
-    def forward_backward(self, batch: Batch, gradient: Tensor | None = None) -> dict[str, Tensor]:
+    def forward_backward(self, batch: Any, gradient: Tensor | None = None) -> dict[str, Tensor]:
         """Add a micro-step's gradients to those of the parameters, and return its metrics.
 
         gradient: with gradient caching, the gradient of the update's loss with respect to this batch's [CLS] states.
@@ -170,7 +176,7 @@ class Loop:
             for i in range(self.plan.micro_steps):
                 yield step * self.config.batch_size + (i * ranks + self.world.rank) * micro_batch
 
-    def make_batch(self, first: int) -> Batch:
+    def make_batch(self, first: int) -> Any:
         return self.task.make_batch(first, self.plan.micro_batch)
 
     @property

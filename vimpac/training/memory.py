@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from vimpac.config import ModelConfig, PretrainConfig
+from vimpac.config import ModelConfig, RunConfig
 from vimpac.errors import InputError
 from vimpac.layouts import parse_layout
 from vimpac.processes.limits import memory_left
@@ -28,6 +28,8 @@ class MemoryUse:
 
     model: ModelConfig
     videos: int
+    clips: int
+    """Of a video in a forward pass."""
     contrasted: int
     """Videos of a contrastive batch, 0 without the contrastive task."""
     activation_checkpointing: str
@@ -36,19 +38,18 @@ class MemoryUse:
     device: torch.device
 
     @classmethod
-    def from_config(cls, config: PretrainConfig, micro_batch: int, device: torch.device) -> MemoryUse:
-        contrasted = config.contrastive_videos if config.alpha > 0 else 0
+    def of_run(cls, config: RunConfig, videos: int, clips: int, contrasted: int, device: torch.device) -> MemoryUse:
         options = config.activation_checkpointing, config.precision, config.compile == "on"
-        return cls(config.model, micro_batch, contrasted, *options, device)
+        return cls(config.model, videos, clips, contrasted, *options, device)
 
     def activation_bytes(self) -> int:
-        """Bytes that the layers store per video (two clips) for backward, by the table of docs/performance.md."""
+        """Bytes that the layers store per video for backward, by the table of docs/performance.md."""
         model = self.model
         blocks = len(parse_layout(model.layout, model.heads))
         selective = 5 * blocks + 6 if self.compiled else 4 * blocks + 5
         units = {"none": 6 * blocks + 10, "selective": selective, "full": 1}[self.activation_checkpointing]
         row = model.width * (4 if self.precision in ("auto", "fp32") else 2)
-        return 2 * (math.prod(model.grid) + 1) * row * units * model.layers
+        return self.clips * (math.prod(model.grid) + 1) * row * units * model.layers
 
     def check_fits(self) -> None:
         """Raises InputError if a forward pass on a CPU stores more than this machine has available.

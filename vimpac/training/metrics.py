@@ -7,7 +7,8 @@ import json
 import math
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -41,6 +42,13 @@ class MetricsLog:
 
     def add(self, metrics: dict) -> None:
         self.waiting.append(metrics)
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """What happens inside does not count as training in videos_per_second."""
+        started = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - started
 
     def flush(self, progress: Progress, batch_size: int, may_overflow: bool, waited: float = 0.0) -> None:
         """Write the metrics since the last call. Raises InputError if a loss or the gradient is not finite.

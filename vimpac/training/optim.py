@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,18 +15,29 @@ if TYPE_CHECKING:  # it imports all of torch.jit
 
 
 def adamw(
-    model: nn.Module, weight_decay: float, betas: tuple[float, float], eps: float, shard: bool = False
+    model: nn.Module,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    shard: bool = False,
+    rate_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
     """AdamW over all parameters that require a gradient. No weight decay for biases and norm weights, as released.
 
     shard: ZeRO-1, each rank of the process group keeps the moments of a part of the parameters and updates only that part.
+    rate_scale: by a parameter's name, what its learning rate is multiplied by; each group keeps it as its `rate_scale`.
     """
     norms = {id(p) for m in model.modules() if is_norm(m) for p in m.parameters(recurse=False)}
-    decayed, undecayed = [], []
+    found: dict[tuple[float, bool], list] = {(1.0, True): [], (1.0, False): []}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            (undecayed if id(p) in norms or name.endswith(".bias") else decayed).append((name, p))
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
+            decayed = id(p) not in norms and not name.endswith(".bias")
+            found.setdefault((rate_scale(name), decayed), []).append((name, p))
+    groups = [
+        {"params": named, "weight_decay": weight_decay if decayed else 0.0, "rate_scale": scale}
+        for (scale, decayed), named in found.items()
+        if named
+    ]
     options = {"lr": 0.0, "betas": betas, "eps": eps, "fused": True}
     if not shard:
         return torch.optim.AdamW(groups, **options)

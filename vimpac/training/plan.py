@@ -57,6 +57,29 @@ def plan_batches(batch_size: int, contrastive_videos: int, micro_batch: int | No
     return BatchPlan(micro_batch, batch_size // (micro_batch * ranks), group, parts)
 
 
+MOST_CLIPS = 128
+"""Clips of a forward pass of fine-tuning, if none are asked for."""
+
+
+def plan_classification(batch_size: int, micro_batch: int | None, ranks: int) -> BatchPlan:
+    """Split an update of `batch_size` videos, one clip each. Raises InputError if it cannot be split evenly."""
+    if batch_size % ranks:
+        below = batch_size // ranks * ranks
+        near = _or(x for x in (below, below + ranks) if x)
+        raise InputError(f"batch_size={batch_size} cannot be split evenly over {ranks} processes: use --batch-size {near}")
+    own = batch_size // ranks
+    fits = [n for n in range(1, own + 1) if own % n == 0]
+    if micro_batch is None:
+        micro_batch = max(n for n in fits if n <= MOST_CLIPS)
+    if own % micro_batch:
+        near = sorted(sorted(fits, key=lambda n: abs(n - micro_batch))[:2])
+        raise InputError(
+            f"micro_batch={micro_batch} does not divide the {own} videos of an update in each of {ranks} processes: use "
+            f"--micro-batch {_or(near)}"
+        )
+    return BatchPlan(micro_batch, own // micro_batch, 1)
+
+
 def _uneven_batch(batch_size: int, contrastive_videos: int, micro_batch: int | None, ranks: int, videos: int) -> str:
     """Why an update is not a multiple of `videos`, in terms of the given options, and the nearest values that fit."""
     below = batch_size // videos * videos

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import shutil
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -13,8 +12,7 @@ import numpy as np
 import torch
 
 from vimpac import distributed, weights
-from vimpac.checkpoint import list_checkpoints
-from vimpac.config import PretrainConfig, SynthesizeConfig, TokenizeConfig
+from vimpac.config import PretrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
 from vimpac.data.rates import frame_step
 from vimpac.data.store import TokenStore
@@ -22,8 +20,10 @@ from vimpac.data.views import center_view
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.evaluation.pretraining import evaluate, most_frequent_token
-from vimpac.processes.meeting import GONE
-from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of, plain_ops, resolve_compile
+from vimpac.model import PretrainModel
+from vimpac.model.losses import Objective
+from vimpac.model.masking import Masking
+from vimpac.training.device import plain_ops, resolve_compile
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
@@ -31,6 +31,7 @@ from vimpac.training.plan import BatchPlan, plan_batches, plan_steps
 from vimpac.training.pretrain_task import pretraining_loop
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
+from vimpac.training.session import check_machine, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
@@ -47,14 +48,16 @@ def pretrain(config: PretrainConfig) -> dict | None:
 
 def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | None:
     # Open the store.
-    store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world))
+    store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world)[0])
     config = fit_to_store(replace(config, data=str(store.folder)), store)
     clips = split_clips(config, store)
     # Plan the run. Nothing is written before all options are checked.
     plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
     videos = len(clips.training.videos)
     schedule = plan_steps(config.steps, config.epochs, config.schedule_epochs, config.batch_size, videos)
-    calls, memory = check_machine(config, plan, world)
+    contrasted = config.contrastive_videos if config.alpha > 0 else 0
+    memory = MemoryUse.of_run(config, plan.micro_batch, 2, contrasted, world.device)
+    calls = check_machine(config, memory, plan, world)
     run, description = Path(config.output), describe(config, store)
     resumes = (run / "config.json").exists()
     checkpoint = open_run(run, description, config.resume, store, world.device)
@@ -67,7 +70,7 @@ def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | N
     start_run(run, description, store, world, loop.step, held)
     log = MetricsLog(run, world, loop.step, METRICS)
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
-        for note in (
+        notes = (
             f"{run} holds no run to resume: a new run starts" if config.resume and not resumes else None,
             few_videos(videos, config.contrastive_videos),
             plain_ops(calls, world.device),
@@ -75,16 +78,9 @@ def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | N
             log.gap(None if config.continue_from else 1) if checkpoint else None,
             why_not and f"training without torch.compile, which does not work here: {why_not}",
             gradient_caching(plan, world.size, config.contrastive_videos) if config.alpha > 0 else None,
-        ):
-            if note:
-                progress.note(note)
+        )
         # Train.
-        with (
-            handling_signals(loop.stop.handle),
-            memory.explaining(),
-            distributed.explaining_lost_peers(lambda: lost_peers(run)),
-        ):
-            loop.train(log, progress)
+        train_to_end(loop, log, progress, memory, notes)
         loop.leave_processes()  # only the first rank evaluates
         if not world.is_first:
             return None
@@ -97,24 +93,11 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
     """Write the model, evaluate it on held-out videos, draw the curves."""
     if loop.stop.number is not None:  # during the last update
         loop.stop_now(loop.stop.number, None)
-    step, batches = loop.module, config.eval_batches
+    step = loop.module
     weights.save(step.model, loop.run / "model.safetensors", asdict(store.tokenizer), loop.training.fps)
-    most_frequent = most_frequent_token(clips.training, step.masking.vocab_size)
-    padded = step.padded or clips.held_out.padded
     with torch.compiler.set_stance("force_eager"):  # not worth another compilation
-        found = evaluate(
-            step.model,
-            step.objective,
-            step.masking,
-            clips.held_out,
-            batches,
-            clips.contrasted,
-            loop.plan.micro_batch,
-            most_frequent,
-            padded,
-            step.autocast,
-        )
-    result = {"final": True, "step": loop.step, **found, "held_out_videos": len(clips.held_out.videos)}
+        found = evaluate_held_out(step.model, config, clips, loop.plan.micro_batch, step.autocast)
+    result = {"final": True, "step": loop.step, **found}
     log.write([result])
     log.note_failure(progress)
     if importlib.util.find_spec("matplotlib"):
@@ -125,6 +108,26 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
         progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
     return result
+
+
+def evaluate_held_out(
+    model: PretrainModel, config: PretrainConfig, clips: Clips, micro_batch: int, autocast: torch.dtype | None
+) -> dict:
+    """The evaluation at the end of a run with this configuration: `evaluate` on the held-out clips."""
+    most_frequent = most_frequent_token(clips.training, config.model.vocab_size)
+    found = evaluate(
+        model,
+        Objective.from_config(config),
+        Masking.from_config(config),
+        clips.held_out,
+        config.eval_batches,
+        clips.contrasted,
+        micro_batch,
+        most_frequent,
+        clips.training.padded or clips.held_out.padded,
+        autocast,
+    )
+    return {**found, "held_out_videos": len(clips.held_out.videos)}
 
 
 class Clips(NamedTuple):
@@ -168,39 +171,6 @@ def fit_to_store(config: PretrainConfig, store: TokenStore) -> PretrainConfig:
     return replace(config, model=model)
 
 
-def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world: World) -> Path:
-    """A store of generated videos next to the run folder. The first rank makes it unless it exists already."""
-    from vimpac.data.build import tokenize_videos
-    from vimpac.data.synthetic import synthesize
-
-    if not videos:
-        raise InputError(
-            "--data is missing: expected a token store; make one with `vimpac tokenize VIDEOS STORE`, then --data STORE"
-        )
-    size, folder = 8 * grid[1], Path(output).parent / "synthetic"
-    files, store = folder / f"videos-{videos}", folder / f"tokens-{videos}-{size}px"
-
-    def make() -> None:
-        if not (files / "labels.csv").exists():  # written last
-            shutil.rmtree(files, ignore_errors=True)  # left by a run that was interrupted while drawing
-            synthesize(files, SynthesizeConfig(videos=videos))
-        if not (store / "store.json").exists():
-            tokenize_videos(files, store, TokenizeConfig(frame_size=size))
-
-    distributed.on_first_rank(make, world)
-    return store
-
-
-def check_machine(config: PretrainConfig, plan: BatchPlan, world: World) -> tuple[list[Call], MemoryUse]:
-    """Raises InputError for what this machine cannot do. Returns the run's op calls, and what its memory use depends on."""
-    calls = op_calls_of(config.model, config.precision, world.device)
-    check_backends(calls)
-    memory = MemoryUse.from_config(config, plan.micro_batch, world.device)
-    memory.check_fits()
-    check_graphs(config, plan, world)
-    return calls, memory
-
-
 def few_videos(videos: int, contrasted: int) -> str | None:
     if videos >= contrasted:
         return None
@@ -217,8 +187,3 @@ def gradient_caching(plan: BatchPlan, ranks: int, contrasted: int) -> str | None
         f"contrastive_videos={contrasted} needs gradient caching in {plan.parts} parts of {plan.micro_batch * ranks}: each "
         "clip has two forward passes; use a larger --micro-batch if memory allows"
     )
-
-
-def lost_peers(run: Path) -> str:
-    kept = list_checkpoints(run)
-    return f"{GONE}; the last checkpoint is {kept[-1] if kept else 'not written yet'}: {distributed.AGAIN}"

@@ -64,6 +64,9 @@ class PretrainTask:
             sums["cl_loss"] = objective.temperature * sums["contrastive_loss"]
         return sums
 
+    def measure(self, loop: Loop) -> dict[str, float]:
+        return {}
+
     def cache_gradients(self, loop: Loop, first: int, unit: list[Batch]) -> tuple[list[Tensor], Tensor]:
         """The first pass of gradient caching over the parts of a contrastive batch. Adds the gradients of the contrastive head.
 

@@ -22,6 +22,7 @@ from vimpac.errors import InputError
 from vimpac.model import PretrainModel
 from vimpac.model.positions import IN_BACKBONE, interpolate_state
 from vimpac.model.state import check_state
+from vimpac.training.finetune_step import FinetuneStep
 from vimpac.training.optim import group_names, load_whole_state
 from vimpac.training.step import PretrainStep
 
@@ -49,7 +50,11 @@ def shape_of(config: ModelConfig) -> dict:
 
 
 def restore(
-    checkpoint: dict, run: Path, module: PretrainStep, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+    checkpoint: dict,
+    run: Path,
+    module: PretrainStep | FinetuneStep,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
 ) -> int:
     """Load this run's own checkpoint and return its step. Raises InputError for one that does not fit.
 
@@ -70,7 +75,9 @@ def restore(
     return checkpoint["step"]
 
 
-def load(weights: dict[str, Tensor], moments: dict, module: PretrainStep, optimizer: torch.optim.Optimizer) -> None:
+def load(
+    weights: dict[str, Tensor], moments: dict, module: PretrainStep | FinetuneStep, optimizer: torch.optim.Optimizer
+) -> None:
     """Load weights and moments. The optimizer's options, such as the weight decay, stay those of this run."""
     own = [{name: x for name, x in group.items() if name != "params"} for group in optimizer.param_groups]
     module.model.load_state_dict(weights)

@@ -1,0 +1,324 @@
+"""`vimpac evaluate`: how good is a model on a store's videos?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+
+import tyro
+
+from vimpac.console import count, say
+from vimpac.errors import InputError
+from vimpac.processes.ranks import begin_rank, read_place
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    import torch
+
+    from vimpac.data.labelled import LabelSource
+    from vimpac.data.store import TokenStore
+    from vimpac.data.test_clips import TestClips
+    from vimpac.distributed import World
+    from vimpac.evaluation.classified import Classified
+    from vimpac.weights import TrainedModel
+
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+Views = Literal["test", "center"]
+Kind = Literal["auto", "csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", "ssv2", "diving48", "howto100m"]
+AGAIN = "start the evaluation again"
+SHOWN = 5  # confusions that are printed
+
+
+class Options(NamedTuple):
+    """How an evaluation is made."""
+
+    clips: int
+    views: Views
+    frames: int | None
+    fps: float | None
+    batch: int
+    precision: Precision
+    output: Path | None
+
+
+def evaluate(
+    checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
+    store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")],
+    labels: Path | None = None,
+    split: str | None = None,
+    clips: int = 10,
+    views: Views = "test",
+    output: Path | None = None,
+    frames: int | None = None,
+    fps: float | None = None,
+    batch: int = 32,
+    precision: Precision = "auto",
+    kind: Kind = "auto",
+    column: str | None = None,
+    split_number: int | None = None,
+    classes: Path | None = None,
+    allow_two_splits: bool = False,
+    allow_empty_classes: bool = False,
+) -> None:
+    """Measure a model on the videos of a store, and write numbers, scores and pictures to a folder.
+
+    A fine-tuned model classifies the labelled videos of a split. The softmax is averaged over clips, spread evenly in time, and
+    over the store's test views. A pre-trained model needs no labels: its two tasks are evaluated on held-out videos with the
+    settings of its run, beside predictors that need no model. Under torchrun all processes share the videos.
+
+    Example: vimpac evaluate runs/ucf101 store/ --labels ucfTrainTestlist/ --split test
+
+    Args:
+        checkpoint: A run folder, a model.safetensors or a checkpoint.
+        store: Folder that `vimpac tokenize` wrote, with the model's tokenizer.
+        labels: A label file, or the folder of a data set's files.
+        split: Which videos to classify; None = test, or validation where the labels have no test.
+        clips: Clips of each video.
+        views: test = the store's crops that are not flipped, center = one of them.
+        output: Folder to write; None = evaluation-SPLIT beside the model. An earlier evaluation there is replaced.
+        frames: Frames of a clip; None = the model's. Its positions are interpolated.
+        fps: Frames a second of a clip, which must divide the store's; None = the model's.
+        batch: Clips of a forward pass.
+        precision: Autocast dtype; auto = bf16 on a GPU that has it, else fp32.
+        kind: The format of the labels. auto recognises it from the content.
+        column: The label column of a CSV, by default `label`.
+        split_number: Which of the three splits of UCF101 or HMDB51, by default the first.
+        classes: File with the name of a class on each line, for a CSV or a list of numbers.
+        allow_two_splits: Accept a video that is in two splits.
+        allow_empty_classes: Accept a class without videos.
+    """
+    begin_rank()
+    read_place()
+    options = _checked(Options(clips, views, frames, fps, batch, precision, output))
+    from vimpac import distributed
+    from vimpac.data.labelled import LabelSource
+    from vimpac.data.store import TokenStore
+    from vimpac.model import ClassificationModel
+
+    source = None
+    if labels is not None:
+        named = None if kind == "auto" else kind
+        listed = None if classes is None else str(classes)
+        source = LabelSource(str(labels), named, column, split_number, listed, allow_two_splits, allow_empty_classes)
+    with distributed.join_world(AGAIN) as world, ExitStack() as held, _explaining_memory(batch):
+        tokens = TokenStore(store)
+        trained = _load(checkpoint, tokens, frames)
+        if isinstance(trained.model, ClassificationModel):
+            _classify(trained, tokens, source, split, options, world, held)
+        else:
+            _pretraining(trained, tokens, options, world, held)
+
+
+def _checked(options: Options) -> Options:
+    for name, least, most in (("clips", 1, 10_000), ("batch", 1, 1 << 20), ("frames", 1, 4096)):
+        value = getattr(options, name)
+        if value is not None and not least <= value <= most:
+            raise InputError(f"{name} is {value}, expected {least} to {most}")
+    if options.fps is not None and not 1e-3 <= options.fps <= 1e4:
+        raise InputError(f"fps is {options.fps}, expected a positive number of frames a second, such as 2")
+    return options
+
+
+def _load(checkpoint: Path, store: TokenStore, frames: int | None) -> TrainedModel:
+    """The model, which takes the store's frames and ids. Its positions are interpolated to the number of frames, if given."""
+    from vimpac.evaluation.inputs import check_store
+    from vimpac.weights import load_trained
+
+    trained = load_trained(checkpoint, tokenizer_digest=store.tokenizer.digest)
+    check_store(trained.model, trained.file, store)
+    if frames is None or frames == trained.model.config.grid[0]:
+        return trained
+    return load_trained(checkpoint, grid=(frames, *store.grid), tokenizer_digest=store.tokenizer.digest)
+
+
+def _run_config(trained: TrainedModel) -> dict[str, Any]:
+    """The options of the model's run; none for a model that lies alone."""
+    from vimpac.training.run import read_description
+
+    path = None if trained.run is None else trained.run / "config.json"
+    return read_description(path)["config"] if path is not None and path.is_file() else {}
+
+
+def _classify(
+    trained: TrainedModel,
+    store: TokenStore,
+    source: LabelSource | None,
+    split: str | None,
+    options: Options,
+    world: World,
+    held: ExitStack,
+) -> None:
+    from vimpac import distributed
+    from vimpac.data.labelled import label_store
+    from vimpac.data.rates import frame_step
+    from vimpac.data.report import Report
+    from vimpac.data.test_clips import TestClips
+    from vimpac.data.views import center_view, test_views
+    from vimpac.evaluation.classified import Classified
+    from vimpac.evaluation.classify import score_videos
+    from vimpac.evaluation.inputs import choose_split, class_names, model_labels
+    from vimpac.model import ClassificationModel
+
+    model = trained.model
+    assert isinstance(model, ClassificationModel)
+    if source is None:
+        raise InputError(f"{trained.file} is a fine-tuned model, which is evaluated on labelled videos: give --labels FILE")
+    # Read what there is to evaluate, and check all of it.
+    fps = options.fps or trained.training.fps
+    every = frame_step(store, fps)
+    labelled = label_store(store, source)
+    names = class_names(trained.training.class_names, labelled.classes, model.classifier.out_features, source.path)
+    chosen, found = choose_split(labelled, split, _run_config(trained).get("held_out"))
+    truth = model_labels(found, labelled.classes, names, source.path)
+    views = test_views(store) if options.views == "test" else [center_view(store)]
+    clips = TestClips(store, found.videos, options.clips, views, model.config.grid[0], model.config.pad_id, every)
+    _check_clips(clips)
+    precision, autocast = _precision(options, world.device)
+    folder = _open_output(trained, options.output, chosen, world, held)
+    if world.is_first:
+        _say_inputs(trained, clips, labelled.notes, chosen, names)
+    # Score the videos.
+    report = Report(len(range(world.rank, len(clips), world.size)), "evaluating", "clips", world.is_first)
+    with distributed.explaining_lost_peers(lambda: AGAIN):
+        scores = score_videos(model.to(world.device), clips, world, options.batch, autocast, clips.padded, report)
+    report.close()
+    # Write the files.
+    settings = {
+        "model": str(trained.file),
+        "store": str(store.folder),
+        "labels": source.path,
+        "clips": options.clips,
+        "views": len(clips.views),
+        "frames": clips.clip_frames,
+        "fps": store.fps / every,
+        "precision": precision,
+        "batch": options.batch,
+    }
+
+    def write() -> None:
+        assert scores is not None and folder is not None
+        result = Classified(chosen, clips, truth, scores, names)
+        notes = result.write(folder.temporary, settings)
+        held.close()
+        _say_result(result, notes, folder.final)
+
+    distributed.on_first_rank(write, world)
+
+
+def _check_clips(clips: TestClips) -> None:
+    """Raises InputError if no video has as many clips."""
+    longest = int(clips.store.frames[clips.videos].max())
+    if clips.clips > longest:
+        raise InputError(
+            f"clips is {clips.clips}, but the longest of the videos has {longest} frames, so that clips would only repeat: "
+            f"give --clips {min(10, longest)}"
+        )
+
+
+class _Output(NamedTuple):
+    final: Path
+    temporary: Path
+
+
+def _open_output(trained: TrainedModel, given: Path | None, what: str, world: World, held: ExitStack) -> _Output | None:
+    """On the first rank, the folder to write, held until the evaluation is done. Raises InputError if it must not be written."""
+    from vimpac import distributed
+    from vimpac.evaluation.folder import replacing_folder
+    from vimpac.evaluation.inputs import output_beside
+
+    final = given or output_beside(trained.file, trained.run, what)
+    opened: list[_Output] = []
+    distributed.on_first_rank(lambda: opened.append(_Output(final, held.enter_context(replacing_folder(final)))), world)
+    return opened[0] if opened else None
+
+
+def _precision(options: Options, device: torch.device) -> tuple[str, torch.dtype | None]:
+    from vimpac.training.device import autocast_dtype, resolve_precision
+
+    return resolve_precision(options.precision, device), autocast_dtype(options.precision, device)
+
+
+@contextmanager
+def _explaining_memory(batch: int) -> Iterator[None]:
+    """Turns a GPU's lack of memory into an InputError."""
+    import torch
+
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise InputError(
+            f"a forward pass of {batch} clips does not fit into the GPU's memory: give a smaller --batch"
+        ) from error
+
+
+def _say_inputs(trained: TrainedModel, clips: TestClips, notes: Sequence[str], split: str, names: Sequence[str]) -> None:
+    shape = f"clips of {count(clips.clip_frames, 'frame')} at {clips.store.fps / clips.every:g} a second"
+    say(f"{trained.file}: {count(len(names), 'class', 'classes')}, {shape}")
+    each = f"{count(clips.clips, 'clip')} × {count(len(clips.views), 'view')} of each"
+    say(f"{clips.store.folder}: {count(len(clips), 'video')} of the split {split}, {each}")
+    for note in notes:
+        say(f"  note               {note}")
+
+
+def _say_result(found: Classified, notes: Sequence[str], folder: Path) -> None:
+    numbers = found.numbers()
+    by_clips = [f"{clips}: {x['top1']:.3f}" for clips, x in numbers["by_clips"].items()]
+    rows = {
+        "top-1": f"{numbers['top1']:.4f}",
+        "top-5": f"{numbers['top5']:.4f}",
+        "mean of classes": f"{numbers['mean_class_accuracy']:.4f}",
+        "most frequent": f"{numbers['most_frequent_accuracy']:.4f}, by always answering the class with the most videos",
+        "top-1 by clips": ", ".join(by_clips),
+    }
+    for name, value in rows.items():
+        say(f"  {name:<17}  {value}")
+    for x in numbers["confusions"][:SHOWN]:
+        say(f"  {'confused':<17}  {x['label']} taken for {x['prediction']}: {x['videos']} of {count(x['of'], 'video')}")
+    for note in notes:
+        say(f"  {'note':<17}  {note}")
+    say(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
+
+
+def _pretraining(trained: TrainedModel, store: TokenStore, options: Options, world: World, held: ExitStack) -> None:
+    """Both pre-training tasks on held-out videos. One process does it, since retrieval compares all clips of a batch."""
+    from vimpac import distributed
+    from vimpac.config import PretrainConfig
+    from vimpac.evaluation.folder import write_pretraining
+    from vimpac.files.checked import typed
+    from vimpac.model import PretrainModel
+    from vimpac.training.pretrain import evaluate_held_out, split_clips
+
+    model, saved = trained.model, _run_config(trained)
+    assert isinstance(model, PretrainModel)
+    config = typed(PretrainConfig, saved) if saved else PretrainConfig()
+    config = replace(config, data=str(store.folder), model=model.config, fps=options.fps or trained.training.fps)
+    clips = split_clips(config, store)
+    precision, autocast = _precision(options, world.device)
+    folder = _open_output(trained, options.output, "held-out", world, held)
+    settings = {
+        "model": str(trained.file),
+        "store": str(store.folder),
+        "frames": model.config.grid[0],
+        "fps": options.fps or trained.training.fps or store.fps,
+        "precision": precision,
+        "batch": options.batch,
+    }
+
+    def work() -> None:
+        assert folder is not None
+        say(f"{trained.file}: pre-trained, clips of {count(model.config.grid[0], 'frame')} at {settings['fps']:g} a second")
+        say(f"{store.folder}: {count(len(clips.held_out.videos), 'held-out video')} of {len(store)}")
+        if not saved:
+            say(f"  {'note':<30}  no config.json beside the model: held-out videos, masks and losses are the defaults'")
+        found = evaluate_held_out(model.to(world.device), config, clips, max(1, options.batch // 2), autocast)
+        write_pretraining(folder.temporary, settings, found)
+        held.close()
+        for name, value in found.items():
+            say(f"  {name:<30}  {'-' if value is None else f'{value:.4f}' if isinstance(value, float) else value}")
+        say(f"wrote {folder.final}: {', '.join(sorted(path.name for path in folder.final.iterdir()))}")
+
+    distributed.on_first_rank(work, world)

@@ -1,0 +1,73 @@
+"""What the runs of all tasks share, from checking the machine to the end of training."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from vimpac import distributed
+from vimpac.checkpoint import list_checkpoints
+from vimpac.config import RunConfig, SynthesizeConfig, TokenizeConfig
+from vimpac.distributed import World
+from vimpac.errors import InputError
+from vimpac.processes.meeting import GONE
+from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of
+from vimpac.training.loop import Loop
+from vimpac.training.memory import MemoryUse
+from vimpac.training.metrics import MetricsLog
+from vimpac.training.plan import BatchPlan
+from vimpac.training.progress import Progress
+from vimpac.training.signals import handling_signals
+
+
+def check_machine(config: RunConfig, memory: MemoryUse, plan: BatchPlan, world: World) -> list[Call]:
+    """Raises InputError for what this machine cannot do. Returns the run's op calls."""
+    calls = op_calls_of(config.model, config.precision, world.device)
+    check_backends(calls)
+    memory.check_fits()
+    check_graphs(config, plan, world)
+    return calls
+
+
+def train_to_end(loop: Loop, log: MetricsLog, progress: Progress, memory: MemoryUse, notes: Sequence[str | None]) -> None:
+    """Say the notes and train. A signal, a lost process and too little memory end it with an explanation."""
+    for note in filter(None, notes):
+        progress.note(note)
+    with (
+        handling_signals(loop.stop.handle),
+        memory.explaining(),
+        distributed.explaining_lost_peers(lambda: lost_peers(loop.run)),
+    ):
+        loop.train(log, progress)
+
+
+def lost_peers(run: Path) -> str:
+    kept = list_checkpoints(run)
+    return f"{GONE}; the last checkpoint is {kept[-1] if kept else 'not written yet'}: {distributed.AGAIN}"
+
+
+def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world: World) -> tuple[Path, Path]:
+    """A store of generated videos next to the run folder, and their labels.csv.
+
+    The first rank makes it unless it exists already.
+    """
+    from vimpac.data.build import tokenize_videos
+    from vimpac.data.synthetic import synthesize
+
+    if not videos:
+        raise InputError(
+            "--data is missing: expected a token store; make one with `vimpac tokenize VIDEOS STORE`, then --data STORE"
+        )
+    size, folder = 8 * grid[1], Path(output).parent / "synthetic"
+    files, store = folder / f"videos-{videos}", folder / f"tokens-{videos}-{size}px"
+
+    def make() -> None:
+        if not (files / "labels.csv").exists():  # written last
+            shutil.rmtree(files, ignore_errors=True)  # left by a run that was interrupted while drawing
+            synthesize(files, SynthesizeConfig(videos=videos))
+        if not (store / "store.json").exists():
+            tokenize_videos(files, store, TokenizeConfig(frame_size=size))
+
+    distributed.on_first_rank(make, world)
+    return store, files / "labels.csv"
