@@ -286,7 +286,10 @@ MISTAKES = [
     ("probe model.safetensors store --labels one.csv", "training videos are of the class 'a', expected at least two classes"),
     ("probe model.safetensors store --labels strangers.csv", "2 of 2 labelled videos are not in the store, such as 'x.mp4'"),
     ("probe model.safetensors store --labels missing.csv", "the labels missing.csv do not exist"),
-    ("similar model.safetensors store video-03.mp4", "expected a name of the store, such as video-003.mp4"),
+    (
+        "similar model.safetensors store video-03.mp4",
+        "expected a name of the store, such as video-023.mp4, video-013.mp4, video-003.mp4",
+    ),
     ("similar model.safetensors store video-003.mp4 --layer 0 --vector contrastive", "no vector contrastive at this layer"),
     ("similar model.safetensors store video-003.mp4 --count 0", "count must be at least 1, got 0"),
     ("similar model.safetensors store video-003.mp4 --features full", "full is not empty and holds no features"),
@@ -315,6 +318,7 @@ def mistaken(here, capsys):
 
 def test_mistakes_are_one_line_before_any_work(mistaken, capsys, monkeypatch):
     monkeypatch.setattr("vimpac.evaluation.features.clip_vectors", lambda *_: pytest.fail("work has begun"))
+    monkeypatch.setattr("vimpac.evaluation.attentive.States.batch", lambda *_: pytest.fail("work has begun"))
     for words, said in MISTAKES:
         error = refused(capsys, mistaken, *words.split())
         assert said in error, f"{words}: {error}"

@@ -10,8 +10,8 @@ import numpy as np
 
 from vimpac.config.probe import SimilarConfig
 from vimpac.data.jobs import encode_views
-from vimpac.data.rates import last_start
 from vimpac.data.store import TokenStore
+from vimpac.data.test_clips import clip_starts
 from vimpac.data.tokenizers import load_tokenizer
 from vimpac.data.video import decode
 from vimpac.distributed import World
@@ -46,8 +46,7 @@ def find_query(store: TokenStore, video: str, view: int) -> int | np.ndarray:
 
 def clips_of(ids: np.ndarray, clips: int, clip_frames: int, pad_id: int, every: int) -> np.ndarray:
     """Clips [1, clips, 1, T, h, w] of a video's ids [frames, h, w], as `TestClips` takes them from a store."""
-    last = int(last_start(np.array([len(ids)]), clip_frames, every)[0])
-    starts = np.array([last // 2]) if clips == 1 else np.round(np.linspace(0, last, clips)).astype(np.int64)
+    starts = clip_starts(len(ids), clips, clip_frames, every)
     out = np.full((1, clips, 1, clip_frames, *ids.shape[1:]), pad_id, np.int64)
     for clip, start in zip(out[0, :, 0], starts, strict=True):
         taken = ids[start::every][:clip_frames]
