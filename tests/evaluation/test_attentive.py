@@ -123,9 +123,22 @@ def test_the_same_again(backbone):
     assert (runs[0] - runs[3]).abs().max() > 1e-2
 
 
+def test_the_seed_draws_the_weights(backbone, monkeypatch):
+    clips, seen = SomeTokens(8, 0), []
+    forward = AttentiveProbe.forward
+    monkeypatch.setattr(
+        AttentiveProbe, "forward", lambda self, *x: seen.append(self.query.detach().clone()) or forward(self, *x)
+    )
+    for seed in (0, 1, 0):
+        attentive_probe(
+            states(backbone, clips), clips.labels, states(backbone, clips), 2, TRAINING._replace(epochs=1, seed=seed)
+        )
+    assert torch.equal(seen[0], seen[4]) and not torch.equal(seen[0], seen[2])
+
+
 def test_states_are_the_backbones(backbone):
     clips = SomeTokens(6, 0)
-    x, pad = states(backbone, clips, batch=5).batch(np.array([3, 1]))
+    x, pad = States(backbone, clips, np.array([5, 1, 3]), Look(batch=5)).batch(np.array([2, 1]))
     with torch.no_grad():
         expected = backbone.backbone(torch.from_numpy(clips.tokens[[3, 1]]).flatten(0, 2))[1].reshape(2, 96, 16)
     torch.testing.assert_close(x, expected, rtol=1e-5, atol=1e-5)  # other batch sizes

@@ -30,7 +30,7 @@ from vimpac.files.atomic import locked
 from vimpac.model import PretrainModel
 
 ONE = World(0, 1, torch.device("cpu"))
-SETTINGS = FeatureSettings("m" * 64, "s" * 64, 25, 1, 2, 3, 2.0, 0, "fp32", "none")
+SETTINGS = FeatureSettings("m" * 64, "s" * 64, 1, 2, 3, 2.0, 0, "fp32", "none")
 
 
 class Killed(Exception):

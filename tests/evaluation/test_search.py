@@ -98,5 +98,9 @@ def test_unknown_names(store_folder):
     assert find_query(store, "video-003.mp4", 0) == 3
     with pytest.raises(InputError, match=r"video-03\.mp4 is neither a video of .* nor a file: expected .* video-003\.mp4"):
         find_query(store, "video-03.mp4", 0)
-    with pytest.raises(InputError, match=r"expected a name of the store, such as video-000\.mp4"):
+    with pytest.raises(
+        InputError, match=r"expected a name of the store, such as video-000\.mp4, video-001\.mp4, video-002\.mp4$"
+    ):
         find_query(store, "zzz", 0)
+    with pytest.raises(InputError, match=r"such as video-004\.mp4, video-014\.mp4, video-024\.mp4$"):
+        find_query(store, "4.mp4", 0)

@@ -45,7 +45,6 @@ class FeatureSettings:
     """Digest of the weights: `model_digest`."""
     store: str
     """Digest of tokenizer, names and lengths: `store_digest`."""
-    videos: int
     layer: int
     clips: int
     """Per video, over which vectors are averaged."""

@@ -33,9 +33,12 @@ def find_query(store: TokenStore, video: str, view: int) -> int | np.ndarray:
     if video in store.names:
         return store.names.index(video)
     if not Path(video).is_file():
-        close = difflib.get_close_matches(video, store.names, SUGGESTIONS, 0.5)
-        expected = f"such as {', '.join(close)}" if close else f"such as {store.names[0]}"
-        raise InputError(f"{video} is neither a video of {store.folder} nor a file: expected a name of the store, {expected}")
+        ends = [name for name in store.names if name.endswith(video)]
+        close = ends or difflib.get_close_matches(video, store.names, SUGGESTIONS, 0.5) or store.names
+        expected = ", ".join(close[:SUGGESTIONS])
+        raise InputError(
+            f"{video} is neither a video of {store.folder} nor a file: expected a name of the store, such as {expected}"
+        )
     tokenizer = load_tokenizer(store.folder)
     try:
         chunks = decode(video, store.fps, store.frame_size, [store.views[view]])

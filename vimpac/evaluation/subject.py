@@ -51,7 +51,6 @@ class Subject:
         return FeatureSettings(
             model=model_digest(model),
             store=store_digest(self.store),
-            videos=len(self.store),
             layer=model.config.layers if config.layer is None else config.layer,
             clips=config.clips,
             clip_frames=self.clip_frames,
