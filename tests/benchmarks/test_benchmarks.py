@@ -24,6 +24,7 @@ SCRIPTS = {  # script → implementations that need not be there
     "attn_layouts": {},
     "train_step": {},
     "data": {},
+    "evaluate": {},
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from pyarrow import parquet
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
-from labelled_stores import CLASSES, CODES, classifier, run_command, save_run, write_labelled_store
+from labelled_stores import CLASSES, CODES, classifier, run_command, save_run
 from labelled_stores import labelled as labelled  # a fixture
 from refusals import tree
 from runs import tiny_config, write_store
@@ -224,10 +224,10 @@ def test_without_pyarrow_matplotlib_or_tokenizer(labelled, capsys, monkeypatch):
             "the class 'fly' and 1 more of other.csv is none of the model's 4, expected 'jump', 'run'",
         ),
         ("run store --labels store.csv --fps 1.5", "fps=1.5 does not divide the 2 frames a second of store store"),
-        ("run store --labels store.csv --fps -1", "fps is -1.0, expected a positive number"),
-        ("run store --labels store.csv --clips 0", "clips is 0, expected 1 to 10000"),
+        ("run store --labels store.csv --fps -1", "fps must be a positive number, got -1.0"),
+        ("run store --labels store.csv --clips 0", "clips must be at least 1, got 0"),
         ("run store --labels store.csv --clips 13", "clips is 13, but the longest of the videos has 12 frames"),
-        ("run store --labels store.csv --batch 0", "batch is 0, expected 1 to"),
+        ("run store --labels store.csv --batch 0", "batch must be at least 1, got 0"),
         ("run store --labels store.csv --frames 99", "a clip of 99 frames is longer than every video in store"),
         ("run store --labels store.csv --output store", "store holds shard-00000-00000.bin, which no evaluation wrote"),
         ("run store --labels store.csv --output store.csv", "store.csv exists and is no folder"),

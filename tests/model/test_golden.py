@@ -9,20 +9,18 @@ where the released program itself is further than that from float64, by half tha
 
 import math
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
 
+from golden_files import TOLERANCE, distance, load, released_weights
 from vimpac.config import ModelConfig
 from vimpac.ops import info_nce, masked_cross_entropy
 from vimpac.released import from_authors, released_names
 
 CONFIG = ModelConfig(layers=2, width=32, heads=4, grid=(3, 4, 6), dropout=0.0, head_layers=2, head_width=64, head_out=16)
 CASES = {"default": (CONFIG, 2), "prenorm": (replace(CONFIG, norm="pre"), 1)}  # threads: as many as round like the file
-TOLERANCE = 1e-5  # of a tensor's norm: float32 rounding (6e-8) over a few hundred additions and eight layers
 # Batch norm subtracts the mean over the batch, so these have no gradient at all; what is left is rounding.
 WITHOUT_GRADIENT = {"cls_head.hidden.0.linear.bias"}
 
@@ -34,14 +32,6 @@ def golden(request):
     torch.set_num_threads(threads)
     yield load(request.param) | {"config": config}
     torch.set_num_threads(before)
-
-
-def load(name):
-    return load_file(Path(__file__).parents[1] / "golden" / f"{name}.safetensors")
-
-
-def released_weights(golden):
-    return {name[2:]: x for name, x in golden.items() if name.startswith("w/")}
 
 
 def run(golden, dtype=torch.float32, pinned=True):
@@ -59,11 +49,6 @@ def run(golden, dtype=torch.float32, pinned=True):
     out["out/nce_loss"] = info_nce(*features.chunk(2), temperature=0.2) * 0.2
     (out["out/mlm_loss"] + out["out/nce_loss"]).backward()
     return out, {name: p.grad for name, p in model.named_parameters()}, released_names(model)
-
-
-def distance(a, b):
-    a, b = a.detach().double(), b.detach().double()
-    return float((a - b.reshape(a.shape)).norm() / b.norm())
 
 
 @pytest.mark.parametrize("key", ["cls", "tokens", "masked_logits", "features", "mlm_loss", "nce_loss"])

@@ -11,10 +11,16 @@ from runs import arguments, run, tiny_config
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.training.device import check_graphs, op_calls_of, plain_ops, resolve_compile
+from vimpac.training.memory import MemoryUse
 from vimpac.training.plan import BatchPlan
-from vimpac.training.pretrain import check_machine
+from vimpac.training.session import check_machine
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
+
+
+def machine(config):
+    memory = MemoryUse.of_run(config, 4, 2, 4, CPU)
+    return check_machine(config, memory, BatchPlan(4, 1, 1), World(0, 1, CPU))
 
 
 @pytest.mark.parametrize(
@@ -48,7 +54,7 @@ def test_refused_before_anything_is_written(store_folder, tmp_path):
 def test_backends_that_are_none_are_refused_at_start(monkeypatch, named, op):
     monkeypatch.setenv("VIMPAC_BACKEND", named)
     with pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: {op}: no backend '.*'; it has"):
-        check_machine(tiny_config(), BatchPlan(4, 1, 1), World(0, 1, CPU))
+        machine(tiny_config())
 
 
 @pytest.mark.parametrize(
@@ -79,7 +85,7 @@ def test_backends_that_cannot_run_the_model_are_refused_at_start(monkeypatch, na
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **{"dropout": 0.1} | options))
     refusal = nullcontext() if refused is None else pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: .*{refused}")
     with refusal:
-        check_machine(config, BatchPlan(4, 1, 1), World(0, 1, CPU))
+        machine(config)
 
 
 def test_ops_without_kernels_are_said(monkeypatch, tmp_path):

@@ -17,6 +17,11 @@ CPU, CUDA = torch.device("cpu"), torch.device("cuda", 0)
 SMALL = PretrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_videos=128)
 
 
+def memory_of(config, videos, device):
+    """Of pre-training, two clips a video."""
+    return MemoryUse.of_run(config, videos, 2, config.contrastive_videos if config.alpha > 0 else 0, device)
+
+
 @pytest.mark.parametrize("precision, kept", [("auto", 1), ("bf16", 1 / 2)])
 @pytest.mark.parametrize(
     "saving, compiled, units", [("none", "on", 22), ("selective", "off", 13), ("selective", "on", 16), ("full", "on", 1)]
@@ -24,25 +29,25 @@ SMALL = PretrainConfig(model=ModelConfig.small(), batch_size=1024, contrastive_v
 def test_activations_are_those_of_the_table(saving, compiled, units, precision, kept):
     """docs/performance.md, whose numbers tests/model/test_recompute.py counts."""
     config = dataclasses.replace(SMALL, activation_checkpointing=saving, precision=precision, compile=compiled)
-    assert MemoryUse.from_config(config, 128, CPU).activation_bytes() == 6 * units * 2562 * 512 * 4 * kept
+    assert memory_of(config, 128, CPU).activation_bytes() == 6 * units * 2562 * 512 * 4 * kept
 
 
 def test_what_does_not_fit_is_refused_on_a_cpu(monkeypatch):
     """The system would end the process without a word."""
     monkeypatch.setattr(memory, "available_memory", lambda: 20 << 30)
     with pytest.raises(InputError) as raised:
-        MemoryUse.from_config(SMALL, 128, CPU).check_fits()
+        memory_of(SMALL, 128, CPU).check_fits()
     said = str(raised.value)
     assert said.startswith("128 videos per forward pass need about 49 GiB of activations for backward, 20 GiB are available")
     assert "--micro-batch 32 takes about 25%" in said and "--activation-checkpointing full" in said  # 64 would take 24 GiB
-    MemoryUse.from_config(SMALL, 32, CPU).check_fits()
+    memory_of(SMALL, 32, CPU).check_fits()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")  # two processes share it
     with pytest.raises(InputError, match="--micro-batch 16 takes about 50%"):
-        MemoryUse.from_config(SMALL, 32, CPU).check_fits()
+        memory_of(SMALL, 32, CPU).check_fits()
     monkeypatch.setattr(memory, "available_memory", lambda: None)  # unknown
-    MemoryUse.from_config(SMALL, 128, CPU).check_fits()
+    memory_of(SMALL, 128, CPU).check_fits()
     monkeypatch.setattr(memory, "available_memory", lambda: 1)  # a GPU's own is another one
-    MemoryUse.from_config(SMALL, 128, CUDA).check_fits()
+    memory_of(SMALL, 128, CUDA).check_fits()
 
 
 def test_available_memory():
@@ -61,7 +66,7 @@ def test_available_memory():
 )
 def test_out_of_memory(error):
     config = tiny_config(contrastive_videos=128, batch_size=128)
-    with pytest.raises(InputError) as raised, MemoryUse.from_config(config, 128, CPU).explaining():
+    with pytest.raises(InputError) as raised, memory_of(config, 128, CPU).explaining():
         raise error
     said = str(raised.value)
     assert "out of memory on cpu with 128 videos per forward pass" in said and "--micro-batch 64 takes about 50%" in said
@@ -69,13 +74,13 @@ def test_out_of_memory(error):
 
 
 def test_another_error_is_not_out_of_memory():
-    with pytest.raises(RuntimeError, match="shape"), MemoryUse.from_config(tiny_config(), 4, CPU).explaining():
+    with pytest.raises(RuntimeError, match="shape"), memory_of(tiny_config(), 4, CPU).explaining():
         raise RuntimeError("shape '[3]' is invalid")
 
 
 def test_advice_follows_the_options():
     config = tiny_config(activation_checkpointing="full", alpha=0.0)
-    with pytest.raises(InputError) as raised, MemoryUse.from_config(config, 1, CPU).explaining():
+    with pytest.raises(InputError) as raised, memory_of(config, 1, CPU).explaining():
         raise torch.OutOfMemoryError("no")
     assert "a smaller model or grid" in str(raised.value) and "--micro-batch" not in str(raised.value)
 

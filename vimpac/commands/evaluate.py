@@ -6,10 +6,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import tyro
 
+from vimpac.config.evaluate import EvaluateConfig
 from vimpac.console import count, say
 from vimpac.errors import InputError
 from vimpac.processes.ranks import begin_rank, read_place
@@ -26,101 +27,43 @@ if TYPE_CHECKING:
     from vimpac.evaluation.classified import Classified
     from vimpac.weights import TrainedModel
 
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-Views = Literal["test", "center"]
-Kind = Literal["auto", "csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", "ssv2", "diving48", "howto100m"]
 AGAIN = "start the evaluation again"
 SHOWN = 5  # confusions that are printed
-
-
-class Options(NamedTuple):
-    """How an evaluation is made."""
-
-    clips: int
-    views: Views
-    frames: int | None
-    fps: float | None
-    batch: int
-    precision: Precision
-    output: Path | None
 
 
 def evaluate(
     checkpoint: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="CHECKPOINT")],
     store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")],
-    labels: Path | None = None,
-    split: str | None = None,
-    clips: int = 10,
-    views: Views = "test",
-    output: Path | None = None,
-    frames: int | None = None,
-    fps: float | None = None,
-    batch: int = 32,
-    precision: Precision = "auto",
-    kind: Kind = "auto",
-    column: str | None = None,
-    split_number: int | None = None,
-    classes: Path | None = None,
-    allow_two_splits: bool = False,
-    allow_empty_classes: bool = False,
+    config: Annotated[EvaluateConfig, tyro.conf.arg(name="")],
 ) -> None:
     """Measure a model on the videos of a store, and write numbers, scores and pictures to a folder.
 
-    A fine-tuned model classifies the labelled videos of a split. The softmax is averaged over clips, spread evenly in time, and
-    over the store's test views. A pre-trained model needs no labels: its two tasks are evaluated on held-out videos with the
-    settings of its run, beside predictors that need no model. Under torchrun all processes share the videos.
+    A fine-tuned model classifies the labelled videos of a split. The softmax is averaged over clips and over the store's test
+    views. A pre-trained model needs no labels: both of its tasks are evaluated on held-out videos with the settings of its run,
+    beside predictors that need no model. Under torchrun all processes share the videos.
 
     Example: vimpac evaluate runs/ucf101 store/ --labels ucfTrainTestlist/ --split test
 
     Args:
         checkpoint: A run folder, a model.safetensors or a checkpoint.
         store: Folder that `vimpac tokenize` wrote, with the model's tokenizer.
-        labels: A label file, or the folder of a data set's files.
-        split: Which videos to classify; None = test, or validation where the labels have no test.
-        clips: Clips of each video.
-        views: test = the store's crops that are not flipped, center = one of them.
-        output: Folder to write; None = evaluation-SPLIT beside the model. An earlier evaluation there is replaced.
-        frames: Frames of a clip; None = the model's. Its positions are interpolated.
-        fps: Frames a second of a clip, which must divide the store's; None = the model's.
-        batch: Clips of a forward pass.
-        precision: Autocast dtype; auto = bf16 on a GPU that has it, else fp32.
-        kind: The format of the labels. auto recognises it from the content.
-        column: The label column of a CSV, by default `label`.
-        split_number: Which of the three splits of UCF101 or HMDB51, by default the first.
-        classes: File with the name of a class on each line, for a CSV or a list of numbers.
-        allow_two_splits: Accept a video that is in two splits.
-        allow_empty_classes: Accept a class without videos.
     """
     begin_rank()
     read_place()
-    options = _checked(Options(clips, views, frames, fps, batch, precision, output))
     from vimpac import distributed
-    from vimpac.data.labelled import LabelSource
     from vimpac.data.store import TokenStore
     from vimpac.model import ClassificationModel
+    from vimpac.training.memory import keep_freed_memory
 
-    source = None
-    if labels is not None:
-        named = None if kind == "auto" else kind
-        listed = None if classes is None else str(classes)
-        source = LabelSource(str(labels), named, column, split_number, listed, allow_two_splits, allow_empty_classes)
-    with distributed.join_world(AGAIN) as world, ExitStack() as held, _explaining_memory(batch):
+    with distributed.join_world(AGAIN) as world, ExitStack() as held, _explaining_memory(config.batch):
+        if world.device.type == "cpu":
+            keep_freed_memory()
         tokens = TokenStore(store)
-        trained = _load(checkpoint, tokens, frames)
+        trained = _load(checkpoint, tokens, config.frames)
         if isinstance(trained.model, ClassificationModel):
-            _classify(trained, tokens, source, split, options, world, held)
+            _classify(trained, tokens, config, world, held)
         else:
-            _pretraining(trained, tokens, options, world, held)
-
-
-def _checked(options: Options) -> Options:
-    for name, least, most in (("clips", 1, 10_000), ("batch", 1, 1 << 20), ("frames", 1, 4096)):
-        value = getattr(options, name)
-        if value is not None and not least <= value <= most:
-            raise InputError(f"{name} is {value}, expected {least} to {most}")
-    if options.fps is not None and not 1e-3 <= options.fps <= 1e4:
-        raise InputError(f"fps is {options.fps}, expected a positive number of frames a second, such as 2")
-    return options
+            _pretraining(trained, tokens, config, world, held)
 
 
 def _load(checkpoint: Path, store: TokenStore, frames: int | None) -> TrainedModel:
@@ -143,15 +86,7 @@ def _run_config(trained: TrainedModel) -> dict[str, Any]:
     return read_description(path)["config"] if path is not None and path.is_file() else {}
 
 
-def _classify(
-    trained: TrainedModel,
-    store: TokenStore,
-    source: LabelSource | None,
-    split: str | None,
-    options: Options,
-    world: World,
-    held: ExitStack,
-) -> None:
+def _classify(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack) -> None:
     from vimpac import distributed
     from vimpac.data.labelled import label_store
     from vimpac.data.rates import frame_step
@@ -165,38 +100,38 @@ def _classify(
 
     model = trained.model
     assert isinstance(model, ClassificationModel)
-    if source is None:
+    if config.labels is None:
         raise InputError(f"{trained.file} is a fine-tuned model, which is evaluated on labelled videos: give --labels FILE")
     # Read what there is to evaluate, and check all of it.
-    fps = options.fps or trained.training.fps
-    every = frame_step(store, fps)
+    every = frame_step(store, config.fps or trained.training.fps)
+    source = _source(config.labels, config)
     labelled = label_store(store, source)
     names = class_names(trained.training.class_names, labelled.classes, model.classifier.out_features, source.path)
-    chosen, found = choose_split(labelled, split, _run_config(trained).get("held_out"))
+    chosen, found = choose_split(labelled, config.split, _run_config(trained).get("held_out"))
     truth = model_labels(found, labelled.classes, names, source.path)
-    views = test_views(store) if options.views == "test" else [center_view(store)]
-    clips = TestClips(store, found.videos, options.clips, views, model.config.grid[0], model.config.pad_id, every)
+    views = test_views(store) if config.views == "test" else [center_view(store)]
+    clips = TestClips(store, found.videos, config.clips, views, model.config.grid[0], model.config.pad_id, every)
     _check_clips(clips)
-    precision, autocast = _precision(options, world.device)
-    folder = _open_output(trained, options.output, chosen, world, held)
+    precision, autocast = _precision(config, world.device)
+    folder = _open_output(trained, config.output, chosen, world, held)
     if world.is_first:
         _say_inputs(trained, clips, labelled.notes, chosen, names)
     # Score the videos.
     report = Report(len(range(world.rank, len(clips), world.size)), "evaluating", "clips", world.is_first)
     with distributed.explaining_lost_peers(lambda: AGAIN):
-        scores = score_videos(model.to(world.device), clips, world, options.batch, autocast, clips.padded, report)
+        scores = score_videos(model.to(world.device), clips, world, config.batch, autocast, clips.padded, report)
     report.close()
     # Write the files.
     settings = {
         "model": str(trained.file),
         "store": str(store.folder),
         "labels": source.path,
-        "clips": options.clips,
+        "clips": config.clips,
         "views": len(clips.views),
         "frames": clips.clip_frames,
         "fps": store.fps / every,
         "precision": precision,
-        "batch": options.batch,
+        "batch": config.batch,
     }
 
     def write() -> None:
@@ -219,13 +154,21 @@ def _check_clips(clips: TestClips) -> None:
         )
 
 
+def _source(labels: Path, config: EvaluateConfig) -> LabelSource:
+    from vimpac.data.labelled import LabelSource
+
+    classes = None if config.classes is None else str(config.classes)
+    how = config.kind, config.column, config.split_number, classes
+    return LabelSource(str(labels), *how, config.allow_two_splits, config.allow_empty_classes)
+
+
 class _Output(NamedTuple):
     final: Path
     temporary: Path
 
 
 def _open_output(trained: TrainedModel, given: Path | None, what: str, world: World, held: ExitStack) -> _Output | None:
-    """On the first rank, the folder to write, held until the evaluation is done. Raises InputError if it must not be written."""
+    """On the first rank, the folder to write, held to the end. Raises InputError if it must not be written."""
     from vimpac import distributed
     from vimpac.evaluation.folder import replacing_folder
     from vimpac.evaluation.inputs import output_beside
@@ -236,10 +179,10 @@ def _open_output(trained: TrainedModel, given: Path | None, what: str, world: Wo
     return opened[0] if opened else None
 
 
-def _precision(options: Options, device: torch.device) -> tuple[str, torch.dtype | None]:
+def _precision(config: EvaluateConfig, device: torch.device) -> tuple[str, torch.dtype | None]:
     from vimpac.training.device import autocast_dtype, resolve_precision
 
-    return resolve_precision(options.precision, device), autocast_dtype(options.precision, device)
+    return resolve_precision(config.precision, device), autocast_dtype(config.precision, device)
 
 
 @contextmanager
@@ -283,7 +226,7 @@ def _say_result(found: Classified, notes: Sequence[str], folder: Path) -> None:
     say(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def _pretraining(trained: TrainedModel, store: TokenStore, options: Options, world: World, held: ExitStack) -> None:
+def _pretraining(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack) -> None:
     """Both pre-training tasks on held-out videos. One process does it, since retrieval compares all clips of a batch."""
     from vimpac import distributed
     from vimpac.config import PretrainConfig
@@ -294,18 +237,18 @@ def _pretraining(trained: TrainedModel, store: TokenStore, options: Options, wor
 
     model, saved = trained.model, _run_config(trained)
     assert isinstance(model, PretrainModel)
-    config = typed(PretrainConfig, saved) if saved else PretrainConfig()
-    config = replace(config, data=str(store.folder), model=model.config, fps=options.fps or trained.training.fps)
-    clips = split_clips(config, store)
-    precision, autocast = _precision(options, world.device)
-    folder = _open_output(trained, options.output, "held-out", world, held)
+    run = typed(PretrainConfig, saved) if saved else PretrainConfig()
+    run = replace(run, data=str(store.folder), model=model.config, fps=config.fps or trained.training.fps)
+    clips = split_clips(run, store)
+    precision, autocast = _precision(config, world.device)
+    folder = _open_output(trained, config.output, "held-out", world, held)
     settings = {
         "model": str(trained.file),
         "store": str(store.folder),
         "frames": model.config.grid[0],
-        "fps": options.fps or trained.training.fps or store.fps,
+        "fps": config.fps or trained.training.fps or store.fps,
         "precision": precision,
-        "batch": options.batch,
+        "batch": config.batch,
     }
 
     def work() -> None:
@@ -314,7 +257,7 @@ def _pretraining(trained: TrainedModel, store: TokenStore, options: Options, wor
         say(f"{store.folder}: {count(len(clips.held_out.videos), 'held-out video')} of {len(store)}")
         if not saved:
             say(f"  {'note':<30}  no config.json beside the model: held-out videos, masks and losses are the defaults'")
-        found = evaluate_held_out(model.to(world.device), config, clips, max(1, options.batch // 2), autocast)
+        found = evaluate_held_out(model.to(world.device), run, clips, max(1, config.batch // 2), autocast)
         write_pretraining(folder.temporary, settings, found)
         held.close()
         for name, value in found.items():

@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vimpac.config.evaluate import PredictConfig
 from vimpac.console import count, say
 from vimpac.errors import InputError
 
@@ -21,17 +22,7 @@ if TYPE_CHECKING:
 def predict(
     model: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="MODEL")],
     videos: Annotated[tuple[Path, ...], tyro.conf.Positional, tyro.conf.arg(metavar="VIDEO…")],
-    top: int = 5,
-    clips: int = 10,
-    views: Literal["test", "center"] = "test",
-    frames: int | None = None,
-    fps: float | None = None,
-    tokenizer_path: Path | None = None,
-    batch: int = 32,
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto",
-    workers: int | None = None,
-    video_timeout: float = 3600.0,
-    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
+    config: Annotated[PredictConfig, tyro.conf.arg(name="")],
 ) -> None:
     """Classify video files with a fine-tuned model: the likeliest classes of each, with their probabilities.
 
@@ -42,20 +33,7 @@ def predict(
     Args:
         model: A run folder, a model.safetensors or a checkpoint.
         videos: Video files, or folders of them.
-        top: Classes of each video to list.
-        clips: Clips of each video, over which the probabilities are averaged.
-        views: test = three crops, from the top left to the bottom right, center = one.
-        frames: Frames of a clip; None = the model's. Its positions are interpolated.
-        fps: Frames a second of a clip; None = the model's.
-        tokenizer_path: Tokenizer, or a store that has it; None = tokenizer.safetensors beside the model.
-        batch: Clips of a forward pass.
-        precision: Autocast dtype; auto = bf16 on a GPU that has it, else fp32.
-        workers: Processes that decode; None = one for each core.
-        video_timeout: The longest that reading a file may take, in seconds.
-        as_json: Print a JSON object a line instead, {"video", "classes": [{"class", "probability"}]} or {"video", "error"}.
     """
-    _check(top=top, clips=clips, batch=batch, **({} if frames is None else {"frames": frames}))
-    _check(**({} if workers is None else {"workers": workers}))
     if not videos:
         raise InputError("no video is given, expected video files or folders: vimpac predict MODEL VIDEO…")
     import torch
@@ -65,41 +43,38 @@ def predict(
     from vimpac.model import ClassificationModel
     from vimpac.processes.limits import share_of_cores
     from vimpac.training.device import autocast_dtype
+    from vimpac.training.memory import keep_freed_memory
     from vimpac.weights import load_trained
 
     trained = load_trained(model)
     if not isinstance(trained.model, ClassificationModel):
         raise InputError(f"{trained.file} is a pre-trained model, which knows no classes: fine-tune it first")
-    grid, rate = trained.model.config.grid, fps or trained.training.fps
+    grid, rate = trained.model.config.grid, config.fps or trained.training.fps
     if grid[1] != grid[2]:
         raise InputError(
             f"{trained.file} takes frames of {grid[1]}×{grid[2]} tokens, expected a square: videos are cropped to one"
         )
-    if rate is None or not 1e-3 <= rate <= 1e4:
-        given = f"fps is {rate}, expected" if rate is not None else f"{trained.file} does not say its frame rate: give --fps,"
-        raise InputError(f"{given} a positive number of frames a second, such as 2")
-    tokenizer, path = tokenizer_of(trained, tokenizer_path)
+    if rate is None:
+        raise InputError(
+            f"{trained.file} does not say its frame rate: give --fps, a positive number of frames a second, such as 2"
+        )
+    tokenizer, path = tokenizer_of(trained, config.tokenizer_path)
     files = _files(videos)
-    if frames is not None and frames != grid[0]:
-        trained = load_trained(model, (frames, *grid[1:]))
+    if config.frames is not None and config.frames != grid[0]:
+        trained = load_trained(model, (config.frames, *grid[1:]))
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     classifier, device = trained.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(classifier, ClassificationModel)
-    predictor = Predictor(
-        classifier.to(device), tokenizer, path, rate, view_set(views), clips, batch, autocast_dtype(precision, device)
-    )
+    looks = view_set(config.views), config.clips, config.batch, autocast_dtype(config.precision, device)
+    predictor = Predictor(classifier.to(device), tokenizer, path, rate, *looks)
     failed = []
-    for name, found in predictor.predict(files, workers or share_of_cores(1), video_timeout):
+    for name, found in predictor.predict(files, config.workers or share_of_cores(1), config.video_timeout):
         if isinstance(found, str):
             failed.append(name)
-        _print(name, found, trained, top, as_json)
+        _print(name, found, trained, config)
     if failed:
         raise InputError(f"{len(failed)} of {count(len(files), 'video')} could not be classified, such as {failed[0]}")
-
-
-def _check(**values: int) -> None:
-    for name, value in values.items():
-        if not 1 <= value <= 1 << 20:
-            raise InputError(f"{name} is {value}, expected 1 to {1 << 20}")
 
 
 def _files(videos: tuple[Path, ...]) -> list[str]:
@@ -113,14 +88,14 @@ def _files(videos: tuple[Path, ...]) -> list[str]:
     return list(dict.fromkeys(named))
 
 
-def _print(name: str, found: np.ndarray | str, trained: TrainedModel, top: int, as_json: bool) -> None:
+def _print(name: str, found: np.ndarray | str, trained: TrainedModel, config: PredictConfig) -> None:
     names = trained.training.class_names
     if isinstance(found, str):
-        say(json.dumps({"video": name, "error": found}) if as_json else f"{name}: {found}")
+        say(json.dumps({"video": name, "error": found}) if config.as_json else f"{name}: {found}")
         return
-    order = (-found).argsort(kind="stable")[:top].tolist()
+    order = (-found).argsort(kind="stable")[: config.top].tolist()
     listed = [(names[i] if names else f"class {i}", float(found[i])) for i in order]
-    if as_json:
+    if config.as_json:
         classes = [{"class": label, "probability": probability} for label, probability in listed]
         say(json.dumps({"video": name, "classes": classes}))
         return

@@ -22,7 +22,7 @@ def frame_step(store: TokenStore, fps: float | None) -> int:
     k = round(store.fps / fps)
     if k < 1 or not math.isclose(k * fps, store.fps, rel_tol=SLACK):
         below = [store.fps / n for n in range(1, 65)]
-        near = sorted(dict.fromkeys(sorted(below, key=lambda rate: abs(math.log(rate / fps)))[:3]))
+        near = sorted(dict.fromkeys(sorted(below, key=lambda rate: abs(math.log(rate / fps)))[:2]))
         raise InputError(
             f"fps={fps:g} does not divide the {store.fps:g} frames a second of store {store.folder}: give --fps "
             f"{' or '.join(f'{rate:g}' for rate in near)}, or tokenize the videos again with --fps {fps:g}"

@@ -26,9 +26,9 @@ from vimpac.evaluation.scores import (
     confusion_order,
     worst_confusions,
 )
-from vimpac.files.checked import write_json
 from vimpac.figures.confusion import plot_confusion
 from vimpac.figures.mistakes import Mistake, plot_mistakes
+from vimpac.files.checked import write_json
 
 MISTAKES = 12
 """Mistakes on the contact sheet."""
@@ -99,9 +99,9 @@ class Classified:
         }
 
     def write(self, folder: Path, settings: Mapping[str, Any]) -> list[str]:
-        """Writes the files of an evaluation. settings: what else evaluation.json says. Returns what could not be written, and why.
+        """Writes the files of an evaluation into a folder, evaluation.json last. Returns what could not be written, and why.
 
-        The folder must exist; evaluation.json is written last.
+        settings: what else evaluation.json says.
         """
         order = confusion_order(self.confusion)
         ordered, names = self.confusion[np.ix_(order, order)], [self.classes[i] for i in order]
@@ -148,7 +148,7 @@ def evenly(frames: int, count: int) -> np.ndarray:
     return np.round(np.linspace(0, frames - 1, count)).astype(int)
 
 
-def _number(x: np.floating) -> float:
+def _number(x: Any) -> float:
     """The float32 in as many digits as it has."""
     value = float(f"{x:.9g}")
     assert math.isfinite(value)

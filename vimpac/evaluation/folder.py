@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from vimpac.errors import InputError
-from vimpac.files.atomic import LOCK, TEMPORARY, locked, make_folder, replacing
+from vimpac.files.atomic import LOCK, TEMPORARY, locked, replacing
 from vimpac.files.checked import load_json, write_json
 
 FORMAT = "vimpac-evaluation"
@@ -46,7 +46,8 @@ def check_replaceable(folder: Path) -> None:
         )
     if present and not _is_evaluation(folder / INDEX):
         raise InputError(
-            f"{folder} holds no {INDEX} of an evaluation, expected a new folder or an earlier evaluation; choose another --output"
+            f"{folder} holds no {INDEX} of an evaluation, expected a new folder or an earlier evaluation; choose another "
+            "--output"
         )
 
 
@@ -59,13 +60,13 @@ def _is_evaluation(path: Path) -> bool:
 
 @contextmanager
 def replacing_folder(folder: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `folder`, which takes its place if the body ends well. Checks that it may, before and after.
+    """Yields an empty folder beside `folder`, which takes its place if the body ends well.
 
-    A folder that is replaced is there until the new one is complete. Raises InputError if another evaluation writes it.
+    A folder that is replaced is there until the new one is complete. Raises InputError if it must not be replaced, or if
+    another evaluation is writing it.
     """
     folder = folder.resolve()
     check_replaceable(folder)
-    make_folder(folder.parent)
     temporary, old = (folder.with_name(folder.name + end) for end in (TEMPORARY, OLD))
     with locked(temporary, f"{folder} is being written by another evaluation; wait for its end, or choose another --output"):
         if old.exists() and not folder.exists():  # a run was killed between the two renames below

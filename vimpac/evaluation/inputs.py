@@ -45,11 +45,11 @@ def choose_split(labels: StoreLabels, name: str | None, held_out: float | None) 
 
 
 def class_names(names: Sequence[str] | None, labels: Sequence[str], classes: int, source: str) -> tuple[str, ...]:
-    """The names of the model's classes: its own, else those of the labels. Raises InputError if their number is not `classes`."""
+    """The names of the model's classes: its own, else those of the labels. Raises InputError if these are not as many."""
     if names is None and len(labels) != classes:
         raise InputError(
-            f"{source} has {len(labels)} classes, the model {classes}: expected the labels that it was fine-tuned on (for a CSV "
-            "of some of the classes, name all of them with --classes)"
+            f"{source} has {len(labels)} classes, the model {classes}: expected the labels that it was fine-tuned on (for "
+            "a CSV of some of the classes, name all of them with --classes)"
         )
     return tuple(labels if names is None else names)
 

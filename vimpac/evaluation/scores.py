@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -115,5 +114,4 @@ def worst_confusions(confusion: np.ndarray, count: int) -> list[Confusion]:
 def confident_mistakes(scores: np.ndarray, labels: np.ndarray, count: int) -> np.ndarray:
     """The rows with a wrong answer, the highest score of a wrong class first, at most `count`: int [≤ count]."""
     wrong = np.flatnonzero(ranks(scores, labels) > 0)
-    order: Sequence[int] = np.argsort(-scores[wrong].max(1), kind="stable")
-    return wrong[order][:count]
+    return wrong[np.argsort(-scores[wrong].max(1), kind="stable")][:count]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 
@@ -15,10 +16,17 @@ from vimpac.files.checked import check_regular
 # Okabe and Ito's palette: distinguishable with any colour vision, and by lightness in print.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#6E6E6E"
 LOSSES = {"loss": ("total", BLUE), "mask_loss": ("mask", ORANGE), "contrastive_loss": ("contrastive", GREEN)}
+MASK_ACCURACY = {"mask_accuracy": ("training", GREEN)}
 BASELINES = {
     "mask_accuracy": ("held out", BLUE),
     "nearest_copy_accuracy": ("nearest copy", ORANGE),
     "most_frequent_accuracy": ("most frequent", GREY),
+}
+ACCURACY = {"accuracy": ("training", GREEN), "validation_top1": ("validation", BLUE)}
+REFERENCES = {
+    "top1": ("all clips", BLUE),
+    "from_scratch_top1": ("from scratch", ORANGE),
+    "chance": ("chance", GREY),
 }
 RETRIEVAL = {
     "retrieval_accuracy": ("model", BLUE),
@@ -35,7 +43,7 @@ LABEL_GAP = 0.085  # of a panel's height, between labels beside it
 
 
 def plot_curves(metrics_jsonl: Path, out_png: Path) -> None:
-    """Draws losses, mask accuracy with its baselines, retrieval, learning rate, gradient norm and speed of a run.
+    """Draws losses, accuracy with its baselines, retrieval, learning rate, gradient norm and speed of a run.
 
     Each line of the file is an object with `step` and values. Missing and null values are left out, and so are panels without
     any. The line with "final": true gives the dashed reference lines. The picture replaces `out_png` once it is complete.
@@ -102,8 +110,10 @@ def _draw(series: dict[str, np.ndarray], final: dict[str, float]):
     panels = iter(figure.subplots(2, 3).flat)
     if any(name in series for name in LOSSES):
         _losses(next(panels), series)
-    if "mask_accuracy" in series or any(name in final for name in BASELINES):
-        _mask_accuracy(next(panels), series, final)
+    if "accuracy" in series:
+        _accuracy(next(panels), "Accuracy", ACCURACY, REFERENCES, series, final)
+    elif "mask_accuracy" in series or any(name in final for name in BASELINES):
+        _accuracy(next(panels), "Mask accuracy", MASK_ACCURACY, BASELINES, series, final)
     if all(name in final for name in RETRIEVAL):
         _retrieval(next(panels), final)
     for name, title in SINGLES.items():
@@ -120,18 +130,24 @@ def _losses(axes, series: dict[str, np.ndarray]) -> None:
     for name, (label, colour) in LOSSES.items():
         if name in series:
             end = _curve(axes, series[name], colour)
-            labels.append((end, label, colour))
+            labels.append((end, "" if "accuracy" in series else label, colour))  # fine-tuning has one loss
     axes.set_ylim(bottom=0)
     _label_beside(axes, labels)
 
 
-def _mask_accuracy(axes, series: dict[str, np.ndarray], final: dict[str, float]) -> None:
-    _style(axes, "Mask accuracy")
+Lines: TypeAlias = dict[str, tuple[str, str]]  # by the name of a metric its label and colour
+
+
+def _accuracy(
+    axes, title: str, curves: Lines, references: Lines, series: dict[str, np.ndarray], final: dict[str, float]
+) -> None:
+    """Curves of a run's metrics, and dashed lines at those of its evaluation."""
+    _style(axes, title)
     labels = []
-    if "mask_accuracy" in series:
-        end = _curve(axes, series["mask_accuracy"], GREEN)
-        labels.append((end, "training", GREEN))
-    for name, (label, colour) in BASELINES.items():
+    for name, (label, colour) in curves.items():
+        if name in series:
+            labels.append((_curve(axes, series[name], colour), label, colour))
+    for name, (label, colour) in references.items():
         if name in final:
             axes.axhline(final[name], color=colour, linestyle=(0, (5, 3)), linewidth=1.3)
             labels.append((final[name], f"{label} {final[name]:.3f}", colour))

@@ -20,6 +20,7 @@ from vimpac.evaluation.classify import score_videos
 from vimpac.evaluation.folder import replacing_folder
 from vimpac.evaluation.scores import accuracies, average
 from vimpac.training.device import plain_ops, resolve_compile
+from vimpac.training.facts import end_facts, start_facts
 from vimpac.training.finetune_data import FinetuneClips, FinetuneData, make_clips, read_data
 from vimpac.training.finetune_start import fit_to_store, read_start, start_notes, starting_model
 from vimpac.training.finetune_step import FinetuneStep
@@ -105,6 +106,7 @@ def _finetune(config: FinetuneConfig, world: World, held: ExitStack, compared: d
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
         notes = (
             f"{run} holds no run to resume: a new run starts" if config.resume and not resumes else None,
+            *start_facts(loop, store, len(data.training.videos), len(data.validation.videos)),
             *start_notes(before, config, fps, data.classes),
             *data.notes,
             plain_ops(calls, world.device),
@@ -163,6 +165,7 @@ def finish(
     else:
         progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
+    progress.note(end_facts(loop.run))
     return result
 
 

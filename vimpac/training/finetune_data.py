@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from vimpac.config import FinetuneConfig
-from vimpac.console import count
 from vimpac.data.labelled import LabelledVideos, LabelSource, StoreLabels, label_store
 from vimpac.data.labelled_clips import LabelledClips
 from vimpac.data.rates import frame_step
@@ -17,7 +16,6 @@ from vimpac.data.views import center_view, test_views, training_views
 from vimpac.errors import InputError
 
 VALIDATION_SPLITS = ("validation", "test")
-FEW = 20  # videos whose accuracy says little
 
 
 class FinetuneData(NamedTuple):
@@ -72,8 +70,6 @@ def read_data(config: FinetuneConfig, labels: str, store: TokenStore) -> Finetun
     notes = [f"labels: {note}" for note in found.notes]
     if held_store is not store:
         notes += [f"labels of {held_store.folder}: {note}" for note in held.notes]
-    if len(validation.videos) < FEW:
-        notes.append(f"{count(len(validation.videos), 'validation video')}: too few for an accuracy to mean much")
     return FinetuneData(found.classes, training, validation, held_store, validation_split, tuple(notes))
 
 

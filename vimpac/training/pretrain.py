@@ -24,6 +24,7 @@ from vimpac.model import PretrainModel
 from vimpac.model.losses import Objective
 from vimpac.model.masking import Masking
 from vimpac.training.device import plain_ops, resolve_compile
+from vimpac.training.facts import end_facts, start_facts
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
@@ -72,6 +73,7 @@ def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | N
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
         notes = (
             f"{run} holds no run to resume: a new run starts" if config.resume and not resumes else None,
+            *start_facts(loop, store, videos, len(clips.held_out.videos)),
             few_videos(videos, config.contrastive_videos),
             plain_ops(calls, world.device),
             None if checkpoint else log.recomputed(),
@@ -107,6 +109,7 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
     else:
         progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
     progress.summary(result)
+    progress.note(end_facts(loop.run))
     return result
 
 

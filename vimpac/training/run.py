@@ -31,6 +31,7 @@ from vimpac.files.checked import load_json, typed, unsealed, write_json
 from vimpac.training.device import resolve_precision
 from vimpac.training.metrics import read_lines
 
+NAMES = {"config", "tokenizer", "store"}  # of config.json; that of fine-tuning also has labels
 WRITTEN_LAST = ("model.safetensors", "curves.png", "profile.json")
 
 # Options that change neither samples nor masks, and losses only by rounding and the draws of dropout. (micro_batch is an
@@ -112,10 +113,11 @@ def check_none_is_missing(run: Path, save_every: int) -> None:
 def read_description(path: Path) -> dict:
     """The contents of config.json. Raises InputError if it is damaged."""
     try:
-        saved = unsealed(*load_json(path), {"config", "tokenizer", "store"})
+        fields, data = load_json(path)
+        saved = unsealed(fields, data, NAMES | ({"labels"} & fields.keys()))
         typed(TokenizerInfo, saved["tokenizer"], "tokenizer")
-        if not (isinstance(saved["config"], dict) and isinstance(saved["store"], dict)):
-            raise InputError("its config or store is not an object")
+        if not all(isinstance(saved[name], dict) for name in saved):
+            raise InputError("its config, store or labels are not an object")
     except InputError as error:
         raise InputError(f"{path} is damaged ({error}): give another --output") from None
     return saved

@@ -1,0 +1,85 @@
+"""Options of `vimpac evaluate` and `vimpac predict`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from vimpac.config.checks import MOST_VIDEOS, counts, positive
+from vimpac.config.finetune import LabelKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoringConfig:
+    """How a fine-tuned model scores a video."""
+
+    clips: int = 10
+    """Clips of each video, spread evenly in time."""
+    views: Literal["test", "center"] = "test"
+    """test = three upright crops (those of the store, if it has fewer), center = one."""
+    frames: int | None = None
+    """T, frames of a clip; None = the model's. Its positions are interpolated."""
+    fps: float | None = None
+    """Frames a second of a clip; None = the model's. It must divide the store's."""
+    batch: int = 32
+    """Clips of a forward pass."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast dtype; auto = bf16 on a GPU that has it, else fp32."""
+
+    def __post_init__(self):
+        for name in ("clips", "batch"):
+            counts(name, getattr(self, name), MOST_VIDEOS)
+        if self.frames is not None:
+            counts("frames", self.frames, 4096)
+        if self.fps is not None:
+            positive("fps", self.fps, 1e-3, 1e3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ScoringConfig):
+    """What `vimpac evaluate` measures."""
+
+    labels: Path | None = None
+    """A label file, or the folder of a data set's files. A pre-trained model needs none."""
+    split: str | None = None
+    """The split that is measured; None = test, or validation where there is none."""
+    output: Path | None = None
+    """Folder to write; None = evaluation-SPLIT in the run folder, or beside the model. It replaces an earlier evaluation."""
+    kind: LabelKind | None = None
+    """Format of the labels; None = recognised from the content."""
+    column: str | None = None
+    """The label column of a CSV; None = `label`."""
+    split_number: int | None = None
+    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
+    classes: Path | None = None
+    """File with the name of a class on each line, for a CSV or a list of numbers."""
+    allow_two_splits: bool = False
+    """Accept a video that is in two splits."""
+    allow_empty_classes: bool = False
+    """Accept a class without videos."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PredictConfig(ScoringConfig):
+    """What `vimpac predict` prints."""
+
+    top: int = 5
+    """Classes of each video to list."""
+    tokenizer_path: Path | None = None
+    """The model's tokenizer, or a store that has it; None = tokenizer.safetensors in the run folder, or beside the model."""
+    workers: int | None = None
+    """Processes that decode; None = one for each core."""
+    video_timeout: float = 3600.0
+    """Seconds that reading one video may take."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print a JSON object a line: {"video", "classes": [{"class", "probability"}]}, or {"video", "error"}."""
+
+    def __post_init__(self):
+        super().__post_init__()
+        counts("top", self.top, MOST_VIDEOS)
+        if self.workers is not None:
+            counts("workers", self.workers, 4096)
+        positive("video_timeout", self.video_timeout, 1, 1e9)
