@@ -14,9 +14,12 @@ from vimpac import __version__
 from vimpac.commands import figures, labels, train
 from vimpac.commands.convert_dalle import convert_dalle
 from vimpac.commands.evaluate import evaluate
+from vimpac.commands.features import features
 from vimpac.commands.import_checkpoint import import_checkpoint
 from vimpac.commands.options import Commands, Group, OwnParser, command_name, read_command
 from vimpac.commands.predict import predict
+from vimpac.commands.probe import probe
+from vimpac.commands.similar import similar
 from vimpac.commands.synthesize import synthesize
 from vimpac.commands.tokenize import tokenize
 from vimpac.commands.verify import verify
@@ -50,6 +53,9 @@ COMMANDS: Commands = {
     "convert-dalle": convert_dalle,
     "import-checkpoint": import_checkpoint,
     "train": OwnParser(TRAIN, train.main),
+    "features": features,
+    "probe": probe,
+    "similar": similar,
     "evaluate": evaluate,
     "predict": predict,
     "figures": Group(figures.DESCRIPTION, figures.FIGURES),

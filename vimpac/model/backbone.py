@@ -7,6 +7,7 @@ layers, norms and attention all read and write that matrix directly.
 from __future__ import annotations
 
 import math
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
@@ -60,16 +61,17 @@ class Backbone(nn.Module):
             for block in blocks:
                 nn.init.normal_(block.project.weight, std=INIT_STD / math.sqrt(len(blocks)))
 
-    def forward(self, tokens: Tensor, padded: bool = True) -> tuple[Tensor, Tensor]:
+    def forward(self, tokens: Tensor, padded: bool = True, layers: int | None = None) -> tuple[Tensor, Tensor]:
         """Token ids [B, T, H, W] of any integer dtype, below vocab_size + 5 → [CLS] [B, C] and hidden states [B, T, H, W, C].
 
         padded: False promises that no id is PAD, so that attention needs no masks.
+        layers: run only the first `layers` layers (0 = the embedding alone), with pre-norm the final norm too; None = all.
         Raises ValueError when the grid is not the configured one, or for ids that are not integers.
         """
-        hidden, cls = unpack(self.rows(tokens, padded), tokens.shape)
+        hidden, cls = unpack(self.rows(tokens, padded, layers), tokens.shape)
         return cls, hidden
 
-    def rows(self, tokens: Tensor, padded: bool = True) -> Tensor:
+    def rows(self, tokens: Tensor, padded: bool = True, layers: int | None = None) -> Tensor:
         """The states of `forward` as one matrix [B·T·H·W + B, C], tokens first."""
         if tuple(tokens.shape[1:]) != self.config.grid:
             raise ValueError(
@@ -86,7 +88,7 @@ class Backbone(nn.Module):
         x = self.embed(tokens, cls, None if seeds is None else seeds[-1, 0])
         full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         with recomputing(self.activation_checkpointing == "selective"):
-            for i, layer in enumerate(self.layers):
+            for i, layer in enumerate(islice(self.layers, layers)):
                 arguments = (x, pad, None if seeds is None else seeds[i])
                 if full:  # saves the generator's state only if dropout draws from it, since a CUDA graph does not allow that
                     x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=seeds is not None)
