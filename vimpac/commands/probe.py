@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,7 @@ def probe(
         store: Folder that `vimpac tokenize` wrote, with the model's tokenizer.
     """
     begin_rank()
+    from vimpac.commands.looking import ticking
     from vimpac.data.labelled import label_store
     from vimpac.distributed import join_world
     from vimpac.evaluation.attentive import AttentiveTraining
@@ -62,10 +64,10 @@ def probe(
         look = Look(config.layer, config.batch, clips.padded, autocast_dtype(config.precision, world.device))
         network = subject.trained.model.to(world.device)
         training = (config.epochs, config.learning_rate, config.weight_decay, config.batch_videos, config.seed)
-        note = say if world.is_first else lambda line: None
-        for line in (*labels.notes, *subject.notes()):
-            note(f"note: {line}")
-        rows = run_probes(network, clips, task, config.probes, neighbors, look, AttentiveTraining(*training), world, note)
+        for line in (*labels.notes, *subject.notes()) if world.is_first else ():
+            say(f"note: {line}")
+        report = partial(ticking, shown=world.is_first)
+        rows = run_probes(network, clips, task, config.probes, neighbors, look, AttentiveTraining(*training), world, report)
         if world.is_first:
             for line in table(rows, task, measured):
                 say(line)
