@@ -7,12 +7,12 @@ from sklearn.linear_model import LogisticRegression
 from vimpac.evaluation.linear import STRENGTHS, held_out_part, linear_probe
 
 
-def examples(n, seed, noise=1.0):
+def examples(n, seed):
     """Three classes in the last three of 12 features, which vary a thousand times less than the others."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     x = rng.normal(size=(n, 12))
-    x[:, 9:] += 2 * np.eye(3)[labels] / noise
+    x[:, 9:] += 2 * np.eye(3)[labels]
     return (x * np.array([1000.0] * 9 + [1.0] * 3)).astype(np.float32), labels
 
 
@@ -35,15 +35,6 @@ def test_chooses_what_a_loop_chooses():
     guesses, c = linear_probe(train, labels, test, held)
     assert c == strength and np.array_equal(guesses, expected)
     assert (guesses == truth).mean() > 0.7
-
-
-def test_strength_matters():
-    """On noise, more than the smallest C learns the training videos by heart; on clean classes it helps."""
-    (train, labels), (test, _) = examples(60, 0, noise=0.1), examples(9, 1)
-    held = held_out_part([str(i) for i in range(60)], labels)
-    clean = linear_probe(train, labels, test, held).strength
-    noisy = linear_probe(train, np.random.default_rng(3).permutation(labels), test, held).strength
-    assert clean in STRENGTHS and noisy in STRENGTHS
 
 
 def test_without_a_held_out_part():
