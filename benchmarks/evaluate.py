@@ -51,8 +51,8 @@ PRESETS = {
 }
 TINY = {"layers": 1, "width": 16, "heads": 2, "attention_width": None, "mlp_width": None, "grid": (3, 4, 4), "vocab_size": 50}
 CLASSES, CLIPS, FRAMES = 400, 10, (40, 120)
-VIDEOS = {"cpu": 3, "cuda": 64, "quick": 2}
-ROUNDS = {"cpu": 5, "cuda": 5, "quick": 2}
+VIDEOS = {"cpu": 2, "cuda": 64, "quick": 2}
+ROUNDS = {"cpu": 4, "cuda": 5, "quick": 2}
 BOUNDS = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 2e-2}  # of scores, after all layers
 GOAL = 0.9
 BARE = "bare forward passes"

@@ -12,6 +12,7 @@ import torch
 from pyarrow import parquet
 from sklearn.metrics import balanced_accuracy_score, confusion_matrix, top_k_accuracy_score
 
+from labelled import tuning, write_labelled
 from labelled_stores import CLASSES, CODES, classifier, run_command, save_run
 from labelled_stores import labelled as labelled  # a fixture
 from refusals import tree
@@ -160,12 +161,17 @@ def test_labels_without_splits_are_divided_as_the_run_did(labelled, capsys):
     rows = parquet.read_table("run/evaluation-validation/scores.parquet").to_pylist()
     assert [row["video"] for row in rows] == [store.names[i] for i in held_out.videos] and 0 < len(rows) < 14
     assert found("run/evaluation-all")["videos"] == 14
+    out = capsys.readouterr().out
+    assert (
+        out.count("  note               the split all holds videos that the model was trained on\n") == 1 == out.count("note ")
+    )
 
 
 def test_options_of_clips(labelled, capsys):
     """Every second frame; one view; more frames, with interpolated positions."""
     words = ["--clips", "1", "--views", "center", "--fps", "1", "--frames", "4"]
     out = evaluate(capsys, *words)
+    assert "  note               positions are interpolated from 3 frames to 4\n" in out
     assert "clips of 4 frames at 1 a second" in out and "1 clip × 1 view of each" in out
     numbers = found()
     assert {name: numbers[name] for name in ("clips", "views", "frames", "fps")} == dict(clips=1, views=1, frames=4, fps=1.0)
@@ -282,6 +288,55 @@ def test_a_pretrained_run_is_evaluated_as_at_its_end(finished_run, store_folder,
     assert f"  mask_accuracy                   {numbers['mask_accuracy']:.4f}\n" in out
     assert cli.main(["evaluate", str(checkpoint), str(store_folder)]) == 0
     assert found(run / f"evaluation-held-out-{checkpoint.stem}")["held_out_videos"] == expected["held_out_videos"]
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_fine_tuned_run_is_evaluated_as_at_its_end(tmp_path, capsys, undrawn, splits):
+    """The same videos, held out by the run where the labels tell no split, the same clips: the same numbers."""
+    folder, run = write_labelled(tmp_path), tmp_path / "run"
+    labels = folder / "labels.csv"
+    if not splits:
+        labels.write_text("".join(line.rpartition(",")[0] + "\n" for line in labels.read_text().splitlines()))
+    words = tuning(folder, run, steps=3, eval_clips=3, keep_best=True)
+    assert cli.main(["train", *words]) == 0
+    expected = json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])
+    words = [str(folder / "tokens"), "--labels", str(labels), "--clips", "3"]
+    assert cli.main(["evaluate", str(run), *words]) == 0
+    numbers = found(run / "evaluation-validation")
+    for name in ("top1", "top5", "mean_class_accuracy", "most_frequent_accuracy", "videos", "clips", "views"):
+        assert numbers[name] == expected[name], name
+    (checkpoint,) = list((run / "checkpoints").iterdir())[-1:]
+    assert cli.main(["evaluate", str(checkpoint), *words]) == 0
+    assert found(run / f"evaluation-validation-{checkpoint.stem}")["videos"] == expected["videos"]
+
+
+def test_a_run_of_an_earlier_version(tmp_path, capsys):
+    shutil.copytree(Path(__file__).parents[1] / "old" / "run", tmp_path / "run")
+    assert cli.main(["evaluate", str(tmp_path / "run"), str(Path(__file__).parents[1] / "old" / "store")]) == 0
+    expected = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[-1])
+    assert found(tmp_path / "run" / "evaluation-held-out")["mask_accuracy"] == expected["mask_accuracy"]
+
+
+def test_a_damaged_run(labelled, capsys):
+    Path("run/config.json").write_text('{"config": {"held_out": "all"}, "tokenizer": null, "store": {}}')
+    assert cli.main(WORDS) == 1
+    assert "error: the run of run/model.safetensors cannot be read: run/config.json is damaged" in capsys.readouterr().err
+    tokenizer = json.dumps(weights.load_trained("run").training.to_header()["tokenizer"])
+    Path("run/config.json").write_text(f'{{"config": {{"held_out": "all"}}, "tokenizer": {tokenizer}, "store": {{}}}}')
+    assert cli.main(WORDS) == 1
+    assert "cannot be read: held_out is 'all', expected a number; evaluate a copy" in capsys.readouterr().err
+
+
+def test_out_of_memory(labelled, capsys, monkeypatch):
+    def forward(*call):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+
+    monkeypatch.setattr("vimpac.evaluation.classify.clip_scores", forward)
+    assert cli.main([*WORDS, "--batch", "64"]) == 1
+    assert (
+        "error: out of memory with --batch 64 clips a forward pass: give fewer, such as --batch 16. torch"
+        in capsys.readouterr().err
+    )
 
 
 def test_a_pretrained_model_that_lies_alone(store_folder, tmp_path, capsys):

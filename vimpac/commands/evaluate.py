@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import tyro
 
@@ -20,6 +19,7 @@ if TYPE_CHECKING:
 
     import torch
 
+    from vimpac.config import RunConfig
     from vimpac.data.labelled import LabelSource
     from vimpac.data.store import TokenStore
     from vimpac.data.test_clips import TestClips
@@ -53,41 +53,53 @@ def evaluate(
     from vimpac import distributed
     from vimpac.data.store import TokenStore
     from vimpac.model import ClassificationModel
-    from vimpac.training.memory import keep_freed_memory
+    from vimpac.training.memory import explaining_batch, keep_freed_memory
 
-    with distributed.join_world(AGAIN) as world, ExitStack() as held, _explaining_memory(config.batch):
+    with distributed.join_world(AGAIN) as world, ExitStack() as held, explaining_batch(config.batch):
         if world.device.type == "cpu":
             keep_freed_memory()
         tokens = TokenStore(store)
-        trained = _load(checkpoint, tokens, config.frames)
-        if isinstance(trained.model, ClassificationModel):
-            _classify(trained, tokens, config, world, held)
-        else:
-            _pretraining(trained, tokens, config, world, held)
+        trained, notes = _load(checkpoint, tokens, config.frames)
+        work = _classify if isinstance(trained.model, ClassificationModel) else _pretraining
+        work(trained, notes, tokens, config, world, held)
 
 
-def _load(checkpoint: Path, store: TokenStore, frames: int | None) -> TrainedModel:
-    """The model, which takes the store's frames and ids. Its positions are interpolated to the number of frames, if given."""
+def _load(checkpoint: Path, store: TokenStore, frames: int | None) -> tuple[TrainedModel, list[str]]:
+    """The model, which takes the store's frames and ids, and notes on it: its positions are interpolated to other `frames`."""
     from vimpac.evaluation.inputs import check_store
     from vimpac.weights import load_trained
 
     trained = load_trained(checkpoint, tokenizer_digest=store.tokenizer.digest)
     check_store(trained.model, trained.file, store)
-    if frames is None or frames == trained.model.config.grid[0]:
-        return trained
-    return load_trained(checkpoint, grid=(frames, *store.grid), tokenizer_digest=store.tokenizer.digest)
+    own = trained.model.config.grid[0]
+    if frames is None or frames == own:
+        return trained, []
+    trained = load_trained(checkpoint, grid=(frames, *store.grid), tokenizer_digest=store.tokenizer.digest)
+    return trained, [f"positions are interpolated from {count(own, 'frame')} to {frames}"]
 
 
-def _run_config(trained: TrainedModel) -> dict[str, Any]:
-    """The options of the model's run; none for a model that lies alone."""
+Config = TypeVar("Config", bound="RunConfig")
+
+
+def _run_config(trained: TrainedModel, kind: type[Config]) -> Config | None:
+    """The options of the model's run; None for a model that lies alone. Raises InputError if config.json is damaged."""
+    from vimpac.files.checked import typed
     from vimpac.training.run import read_description
 
-    path = None if trained.run is None else trained.run / "config.json"
-    return read_description(path)["config"] if path is not None and path.is_file() else {}
+    if trained.run is None:
+        return None
+    path = trained.run / "config.json"
+    try:
+        return typed(kind, read_description(path)["config"])
+    except InputError as error:
+        raise InputError(f"the run of {trained.file} cannot be read: {error}; evaluate a copy of the model alone") from None
 
 
-def _classify(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack) -> None:
+def _classify(
+    trained: TrainedModel, notes: list[str], store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack
+) -> None:
     from vimpac import distributed
+    from vimpac.config import FinetuneConfig
     from vimpac.data.labelled import label_store
     from vimpac.data.rates import frame_step
     from vimpac.data.report import Report
@@ -107,7 +119,8 @@ def _classify(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, 
     source = _source(config.labels, config)
     labelled = label_store(store, source)
     names = class_names(trained.training.class_names, labelled.classes, model.classifier.out_features, source.path)
-    chosen, found = choose_split(labelled, config.split, _run_config(trained).get("held_out"))
+    run = _run_config(trained, FinetuneConfig)
+    chosen, found = choose_split(labelled, config.split, run and run.held_out)
     truth = model_labels(found, labelled.classes, names, source.path)
     views = test_views(store) if config.views == "test" else [center_view(store)]
     clips = TestClips(store, found.videos, config.clips, views, model.config.grid[0], model.config.pad_id, every)
@@ -115,21 +128,20 @@ def _classify(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, 
     precision, autocast = _precision(config, world.device)
     folder = _open_output(trained, config.output, chosen, world, held)
     if world.is_first:
-        _say_inputs(trained, clips, labelled.notes, chosen, names)
+        if run is not None and chosen in ("train", "all"):
+            notes = [*notes, f"the split {chosen} holds videos that the model was trained on"]
+        _say_inputs(trained, clips, [*labelled.notes, *notes], chosen, names)
     # Score the videos.
     report = Report(len(range(world.rank, len(clips), world.size)), "evaluating", "clips", world.is_first)
-    with distributed.explaining_lost_peers(lambda: AGAIN):
-        scores = score_videos(model.to(world.device), clips, world, config.batch, autocast, clips.padded, report)
+    scores = score_videos(model.to(world.device), clips, world, config.batch, autocast, clips.padded, report)
     report.close()
     # Write the files.
+    shape = {"clips": config.clips, "views": len(clips.views), "frames": clips.clip_frames, "fps": store.fps / every}
     settings = {
         "model": str(trained.file),
         "store": str(store.folder),
         "labels": source.path,
-        "clips": config.clips,
-        "views": len(clips.views),
-        "frames": clips.clip_frames,
-        "fps": store.fps / every,
+        **shape,
         "precision": precision,
         "batch": config.batch,
     }
@@ -137,9 +149,9 @@ def _classify(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, 
     def write() -> None:
         assert scores is not None and folder is not None
         result = Classified(chosen, clips, truth, scores, names)
-        notes = result.write(folder.temporary, settings)
+        missing = result.write(folder.temporary, settings)
         held.close()
-        _say_result(result, notes, folder.final)
+        _say_result(result, missing, folder.final)
 
     distributed.on_first_rank(write, world)
 
@@ -185,26 +197,13 @@ def _precision(config: EvaluateConfig, device: torch.device) -> tuple[str, torch
     return resolve_precision(config.precision, device), autocast_dtype(config.precision, device)
 
 
-@contextmanager
-def _explaining_memory(batch: int) -> Iterator[None]:
-    """Turns a GPU's lack of memory into an InputError."""
-    import torch
-
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        raise InputError(
-            f"a forward pass of {batch} clips does not fit into the GPU's memory: give a smaller --batch"
-        ) from error
-
-
 def _say_inputs(trained: TrainedModel, clips: TestClips, notes: Sequence[str], split: str, names: Sequence[str]) -> None:
     shape = f"clips of {count(clips.clip_frames, 'frame')} at {clips.store.fps / clips.every:g} a second"
     say(f"{trained.file}: {count(len(names), 'class', 'classes')}, {shape}")
     each = f"{count(clips.clips, 'clip')} × {count(len(clips.views), 'view')} of each"
     say(f"{clips.store.folder}: {count(len(clips), 'video')} of the split {split}, {each}")
     for note in notes:
-        say(f"  note               {note}")
+        say(f"  {'note':<17}  {note}")
 
 
 def _say_result(found: Classified, notes: Sequence[str], folder: Path) -> None:
@@ -226,19 +225,19 @@ def _say_result(found: Classified, notes: Sequence[str], folder: Path) -> None:
     say(f"wrote {folder}: {', '.join(sorted(path.name for path in folder.iterdir()))}")
 
 
-def _pretraining(trained: TrainedModel, store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack) -> None:
+def _pretraining(
+    trained: TrainedModel, notes: list[str], store: TokenStore, config: EvaluateConfig, world: World, held: ExitStack
+) -> None:
     """Both pre-training tasks on held-out videos. One process does it, since retrieval compares all clips of a batch."""
     from vimpac import distributed
     from vimpac.config import PretrainConfig
     from vimpac.evaluation.folder import write_pretraining
-    from vimpac.files.checked import typed
     from vimpac.model import PretrainModel
     from vimpac.training.pretrain import evaluate_held_out, split_clips
 
-    model, saved = trained.model, _run_config(trained)
+    model, saved = trained.model, _run_config(trained, PretrainConfig)
     assert isinstance(model, PretrainModel)
-    run = typed(PretrainConfig, saved) if saved else PretrainConfig()
-    run = replace(run, data=str(store.folder), model=model.config, fps=config.fps or trained.training.fps)
+    run = replace(saved or PretrainConfig(), data=str(store.folder), model=model.config, fps=config.fps or trained.training.fps)
     clips = split_clips(run, store)
     precision, autocast = _precision(config, world.device)
     folder = _open_output(trained, config.output, "held-out", world, held)
@@ -255,8 +254,9 @@ def _pretraining(trained: TrainedModel, store: TokenStore, config: EvaluateConfi
         assert folder is not None
         say(f"{trained.file}: pre-trained, clips of {count(model.config.grid[0], 'frame')} at {settings['fps']:g} a second")
         say(f"{store.folder}: {count(len(clips.held_out.videos), 'held-out video')} of {len(store)}")
-        if not saved:
-            say(f"  {'note':<30}  no config.json beside the model: held-out videos, masks and losses are the defaults'")
+        alone = ["no config.json beside the model: held-out videos, masks and losses are the defaults"] if saved is None else []
+        for note in (*notes, *alone):
+            say(f"  {'note':<30}  {note}")
         found = evaluate_held_out(model.to(world.device), run, clips, max(1, config.batch // 2), autocast)
         write_pretraining(folder.temporary, settings, found)
         held.close()

@@ -43,7 +43,7 @@ def predict(
     from vimpac.model import ClassificationModel
     from vimpac.processes.limits import share_of_cores
     from vimpac.training.device import autocast_dtype
-    from vimpac.training.memory import keep_freed_memory
+    from vimpac.training.memory import explaining_batch, keep_freed_memory
     from vimpac.weights import load_trained
 
     trained = load_trained(model)
@@ -69,10 +69,11 @@ def predict(
     looks = view_set(config.views), config.clips, config.batch, autocast_dtype(config.precision, device)
     predictor = Predictor(classifier.to(device), tokenizer, path, rate, *looks)
     failed = []
-    for name, found in predictor.predict(files, config.workers or share_of_cores(1), config.video_timeout):
-        if isinstance(found, str):
-            failed.append(name)
-        _print(name, found, trained, config)
+    with explaining_batch(config.batch):
+        for name, found in predictor.predict(files, config.workers or share_of_cores(1), config.video_timeout):
+            if isinstance(found, str):
+                failed.append(name)
+            _print(name, found, trained, config)
     if failed:
         raise InputError(f"{len(failed)} of {count(len(files), 'video')} could not be classified, such as {failed[0]}")
 

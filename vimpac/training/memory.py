@@ -107,6 +107,21 @@ def is_out_of_memory(error: RuntimeError) -> bool:
 
 
 @contextmanager
+def explaining_batch(clips: int) -> Iterator[None]:
+    """If memory runs out in forward passes of so many clips, raise an InputError that says what to change."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        said = str(error).strip().splitlines()[0]
+        raise InputError(
+            f"out of memory with --batch {clips} clips a forward pass: give fewer, such as --batch {max(1, clips // 4)}. torch "
+            f"said: {said}"
+        ) from None
+
+
+@contextmanager
 def explaining_model_size(device: torch.device) -> Iterator[None]:
     """If memory runs out while the model is built, raise an InputError: only a smaller model helps."""
     try:
