@@ -22,8 +22,10 @@ def scaled(train, *others):
 
 
 def test_chooses_what_a_loop_chooses():
-    (train, labels), (test, truth) = examples(150, 0), examples(90, 1)
-    held = held_out_part([f"{i}.mp4" for i in range(150)], labels)
+    """Some labels are wrong: fitted on the held-out videos as well, the largest C would seem best."""
+    (train, labels), (test, truth) = examples(90, 0), examples(90, 1)
+    labels[::4] = (labels[::4] + 1) % 3
+    held = held_out_part([f"{i}.mp4" for i in range(90)], labels)
     best, strength = -1.0, None
     fit, chosen = scaled(train[~held], train[held])
     for c in STRENGTHS:
@@ -34,7 +36,9 @@ def test_chooses_what_a_loop_chooses():
     expected = LogisticRegression(C=strength, max_iter=1000).fit(fit, labels).predict(asked)
     guesses, c = linear_probe(train, labels, test, held)
     assert c == strength and np.array_equal(guesses, expected)
-    assert (guesses == truth).mean() > 0.7
+    assert (guesses == truth).mean() > 0.5
+    leaking = [LogisticRegression(C=c, max_iter=1000).fit(fit, labels).score(fit[held], labels[held]) for c in STRENGTHS]
+    assert STRENGTHS[int(np.argmax(leaking))] != strength
 
 
 def test_without_a_held_out_part():
