@@ -193,7 +193,7 @@ def _kill_rank(rank, hook):
 def test_probe(here, capsys):
     out = vimpac(capsys, "probe", "model.safetensors", "store", "--labels", "labels.csv", "--epochs", 2)
     assert out[-1] == "wrote probe.json"
-    start = out.index("accuracy on the 7 videos of the split test, fitted on 18 videos of 2 classes")
+    start = out.index("accuracy on the 7 videos of the split test, each 0.143 of it, fitted on 18 videos of 2 classes")
     table = out[start + 1 : -1]
     found = unsealed(*load_json(here / "probe.json"), set(json.loads((here / "probe.json").read_text())) - {"checksum"})
     rows = {(row["probe"], row["features"], row["backbone"]): row["top1"] for row in found["results"]}
@@ -224,7 +224,7 @@ def test_probe_without_splits(here, capsys):
     (here / "l.csv").write_text("\n".join(lines) + "\n")
     words = ("probe", "model.safetensors", "store", "--labels", "l.csv", "--probes", "knn", "--output", "new/p.json")
     out = vimpac(capsys, *words)
-    assert "accuracy on the 5 videos of the split validation, fitted on 20 videos of 2 classes" in out
+    assert "accuracy on the 5 videos of the split validation, each 0.200 of it, fitted on 20 videos of 2 classes" in out
     assert (here / "new" / "p.json").exists() and not any("linear" in line or "attentive" in line for line in out)
 
 
