@@ -117,12 +117,23 @@ def test_stopped_and_resumed(tmp_path, model, clips, monkeypatch):
 def test_chunks_that_no_part_holds_yet_survive_an_error(tmp_path, model, clips, monkeypatch):
     """What is complete is published, even before PART_SECONDS."""
     monkeypatch.setattr(feature_file, "PART_SECONDS", 1e9)
+    out = tmp_path / "out"
     with pytest.raises(Killed):
-        write(tmp_path, model, clips, tick=stopping(3))
-    assert [path.name for path in tmp_path.glob("part-*")] == ["part-0000000.safetensors"]
+        write(out, model, clips, tick=stopping(3))
+    assert [path.name for path in out.glob("part-*")] == ["part-0000000.safetensors"]
     finished = []
-    write(tmp_path, model, clips, tick=finished.append)
+    write(out, model, clips, tick=finished.append)
     assert sum(finished) == 25 - 12
+    expected = all_vectors(model, clips, clips.store.names, Look(), ONE)
+    assert all(np.array_equal(read_features(out)[0][name], x) for name, x in expected.items())
+
+
+def test_a_video_that_overflows_is_named(tmp_path, model, clips):
+    with torch.no_grad():
+        model.backbone.embedding.weight[3] = torch.inf
+    with pytest.raises(InputError, match=r"the cls vector of video-000\.mp4 is not finite"):
+        write(tmp_path / "out", model, clips)
+    assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
 def test_any_number_of_processes(tmp_path, model, clips, monkeypatch):

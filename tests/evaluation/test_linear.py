@@ -7,12 +7,12 @@ from sklearn.linear_model import LogisticRegression
 from vimpac.evaluation.linear import STRENGTHS, held_out_part, linear_probe
 
 
-def examples(n, seed, noise=1.0):
+def examples(n, seed):
     """Three classes in the last three of 12 features, which vary a thousand times less than the others."""
     rng = np.random.default_rng(seed)
     labels = np.arange(n) % 3
     x = rng.normal(size=(n, 12))
-    x[:, 9:] += 2 * np.eye(3)[labels] / noise
+    x[:, 9:] += 2 * np.eye(3)[labels]
     return (x * np.array([1000.0] * 9 + [1.0] * 3)).astype(np.float32), labels
 
 
@@ -22,8 +22,10 @@ def scaled(train, *others):
 
 
 def test_chooses_what_a_loop_chooses():
-    (train, labels), (test, truth) = examples(150, 0), examples(90, 1)
-    held = held_out_part([f"{i}.mp4" for i in range(150)], labels)
+    """Some labels are wrong: fitted on the held-out videos as well, the largest C would seem best."""
+    (train, labels), (test, truth) = examples(90, 0), examples(90, 1)
+    labels[::4] = (labels[::4] + 1) % 3
+    held = held_out_part([f"{i}.mp4" for i in range(90)], labels)
     best, strength = -1.0, None
     fit, chosen = scaled(train[~held], train[held])
     for c in STRENGTHS:
@@ -34,16 +36,9 @@ def test_chooses_what_a_loop_chooses():
     expected = LogisticRegression(C=strength, max_iter=1000).fit(fit, labels).predict(asked)
     guesses, c = linear_probe(train, labels, test, held)
     assert c == strength and np.array_equal(guesses, expected)
-    assert (guesses == truth).mean() > 0.7
-
-
-def test_strength_matters():
-    """On noise, more than the smallest C learns the training videos by heart; on clean classes it helps."""
-    (train, labels), (test, _) = examples(60, 0, noise=0.1), examples(9, 1)
-    held = held_out_part([str(i) for i in range(60)], labels)
-    clean = linear_probe(train, labels, test, held).strength
-    noisy = linear_probe(train, np.random.default_rng(3).permutation(labels), test, held).strength
-    assert clean in STRENGTHS and noisy in STRENGTHS
+    assert (guesses == truth).mean() > 0.5
+    leaking = [LogisticRegression(C=c, max_iter=1000).fit(fit, labels).score(fit[held], labels[held]) for c in STRENGTHS]
+    assert STRENGTHS[int(np.argmax(leaking))] != strength
 
 
 def test_without_a_held_out_part():

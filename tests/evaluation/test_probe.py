@@ -1,5 +1,7 @@
 """All probes together: what they are given, baselines, splits, and bad labels."""
 
+from contextlib import contextmanager
+
 import numpy as np
 import pytest
 import torch
@@ -102,12 +104,26 @@ def test_random_backbone(model):
 def test_every_probe(store, model):
     task = divide(labels_of(store, range(28), range(28, 40)), "test")
     clips, noted = TestClips(store, task.videos, 1, [0], 3, VOCABULARY + 1), []
-    rows = run_probes(model, clips, task, ("knn", "linear", "attentive"), 5, Look(), TRAINING, ONE, noted.append)
+
+    @contextmanager
+    def report(title, videos):
+        finished = []
+        yield finished.append
+        noted.append((title, videos, sum(finished)))
+
+    rows = run_probes(model, clips, task, ("knn", "linear", "attentive"), 5, Look(), TRAINING, ONE, report)
     names = ("cls", "mean", "contrastive")
     expected = [(probe, name, b) for b in ("model", "random") for probe in ("knn", "linear") for name in names]
     expected += [("knn", "histogram", "none"), ("linear", "histogram", "none")]
     expected += [("attentive", "tokens", "model"), ("attentive", "tokens", "random")]
-    assert [row[:3] for row in rows] == expected and len(noted) == 5
+    assert [row[:3] for row in rows] == expected
+    assert noted == [
+        ("vectors", 40, 40),
+        ("vectors of a random backbone", 40, 40),
+        ("token histograms", 40, 40),
+        ("attentive probe, model", 56, 56),
+        ("attentive probe, random", 56, 56),
+    ]
     held = held_out_part([task.names[i] for i in task.train], task.train_labels)
     for row in rows[:-2]:
         network = {"model": model, "random": random_backbone(model, 0), "none": None}[row.backbone]

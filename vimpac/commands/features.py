@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated
 
@@ -48,7 +49,7 @@ def features(
                 say(f"note: {note}")
         look = Look(config.layer, config.batch, clips.padded, autocast_dtype(config.precision, world.device))
         network = subject.trained.model.to(world.device)
-        with ticking(len(clips), "features", world) as tick:
+        with ticking("features", math.ceil(len(clips) / world.size), world.is_first) as tick:
             written = write_features(out, settings, network, clips, subject.store.names, look, world, tick)
         if world.is_first:
             say(f"{out}: features of {count(len(clips), 'video')}{'' if written else ', complete already'}")

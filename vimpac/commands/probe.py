@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -41,6 +42,7 @@ def probe(
         store: Folder that `vimpac tokenize` wrote, with the model's tokenizer.
     """
     begin_rank()
+    from vimpac.commands.looking import ticking
     from vimpac.data.labelled import label_store
     from vimpac.distributed import join_world
     from vimpac.evaluation.attentive import AttentiveTraining
@@ -62,10 +64,10 @@ def probe(
         look = Look(config.layer, config.batch, clips.padded, autocast_dtype(config.precision, world.device))
         network = subject.trained.model.to(world.device)
         training = (config.epochs, config.learning_rate, config.weight_decay, config.batch_videos, config.seed)
-        note = say if world.is_first else lambda line: None
-        for line in (*labels.notes, *subject.notes()):
-            note(f"note: {line}")
-        rows = run_probes(network, clips, task, config.probes, neighbors, look, AttentiveTraining(*training), world, note)
+        for line in (*labels.notes, *subject.notes()) if world.is_first else ():
+            say(f"note: {line}")
+        report = partial(ticking, shown=world.is_first)
+        rows = run_probes(network, clips, task, config.probes, neighbors, look, AttentiveTraining(*training), world, report)
         if world.is_first:
             for line in table(rows, task, measured):
                 say(line)
@@ -114,9 +116,9 @@ def write(path: Path, rows: Sequence[Row], task: Task, settings: dict[str, Any])
 
 def table(rows: Sequence[Row], task: Task, split: str) -> Iterator[str]:
     """Lines of text: a probe on a kind of features each, the model beside the random backbone, histograms at the end."""
+    measured = f"accuracy on the {count(len(task.test), 'video')} of the split {split}, each {1 / len(task.test):.3f} of it"
     yield (
-        f"accuracy on the {count(len(task.test), 'video')} of the split {split}, fitted on {count(len(task.train), 'video')} "
-        f"of {count(len(set(task.train_labels.tolist())), 'class', 'classes')}"
+        f"{measured}, fitted on {count(len(task.train), 'video')} of {count(len(set(task.train_labels.tolist())), 'class', 'classes')}"
     )
     yield f"{'probe':<10} {'features':<15} {'model':>7} {'random backbone':>16}"
     found = {(row.probe, row.features, row.backbone): row.top1 for row in rows}

@@ -46,7 +46,7 @@ def similar(
         query = find_query(subject.store, video, subject.view)
         for note in subject.notes():
             say(f"note: {note}")
-        with ticking(len(clips), "features", world) as tick:
+        with ticking("features", len(clips)) as tick:
             vectors = search.vectors(tick)
         for name, score in search.nearest(vectors, query):
             say(f"{score:7.4f}  {name}")

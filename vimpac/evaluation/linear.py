@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-STRENGTHS = tuple(10.0**power for power in range(-4, 3))
+STRENGTHS = tuple(10.0**power for power in range(-4, 5))
 """C of logistic regression, the inverse of its L2 penalty, among which the held-out part of training chooses."""
 HELD_OUT = 0.2
 """Share of each class's training videos that chooses C."""

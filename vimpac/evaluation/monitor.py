@@ -10,8 +10,8 @@ from vimpac.evaluation.features import Look, chunk_vectors
 from vimpac.evaluation.neighbors import knn_leave_one_out, resolve_neighbors
 from vimpac.model import ClassificationModel, PretrainModel
 
-VECTOR = "mean"
-"""What the monitor looks at: docs/probes.md has the accuracy of each vector."""
+VECTOR = "cls"
+"""What the monitor looks at: training raises the rank of [CLS], that of mean-pooled states falls (docs/probes.md)."""
 MONITOR_VIDEOS = 512
 """Videos that are enough to monitor a run: one clip each costs as much as the forward passes of 256 videos of training."""
 

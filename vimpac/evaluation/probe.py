@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -96,6 +98,12 @@ def random_backbone(model: PretrainModel | ClassificationModel, seed: int) -> Pr
     return fresh.to(next(model.parameters()).device).eval()
 
 
+@contextmanager
+def silent(title: str, videos: int) -> Iterator[Callable[[int], None]]:
+    """Reports no progress."""
+    yield lambda finished: None
+
+
 def run_probes(
     model: PretrainModel | ClassificationModel,
     clips: Clips,
@@ -105,40 +113,38 @@ def run_probes(
     look: Look,
     attentive: AttentiveTraining,
     world: World,
-    note: Callable[[str], None] = lambda line: None,
+    report: Callable[[str, int], AbstractContextManager[Callable[[int], None]]] = silent,
 ) -> list[Row]:
     """The results of all probes on the first rank, no rows on the others.
 
-    All ranks call it and share the forward passes for the vectors; the first alone fits the probes. note: called with a line
-    when a part of the work begins. A function of weights, clips and settings: every draw has the seed attentive.seed.
+    All ranks call it and share the forward passes for the vectors; the first alone fits the probes. A function of weights,
+    clips and settings: every draw has the seed attentive.seed. report(title, videos) yields what is called with the number of
+    videos that are finished.
     """
     rows: list[Row] = []
-    others: list[tuple[Backbone, PretrainModel | ClassificationModel | None]]
-    others = [("model", model), ("random", random_backbone(model, attentive.seed)), ("none", None)]
-    for backbone, network in others:
-        if {"knn", "linear"} & set(probes):
-            note(f"{_WORK[backbone]} of {len(clips)} videos")
-            vectors = all_vectors(network, clips, list(task.names), look, world, model.config.vocab_size)
-            if world.is_first:
-                rows += [
-                    _on_vectors(probe, name, backbone, x, task, neighbors)
-                    for probe in probes
-                    if probe != "attentive"
-                    for name, x in vectors.items()
-                ]
+    networks: dict[Backbone, PretrainModel | ClassificationModel]
+    networks = {"model": model, "random": random_backbone(model, attentive.seed)}
+    on_vectors: list[ProbeName] = [probe for probe in probes if probe != "attentive"]
+    everything: dict[Backbone, PretrainModel | ClassificationModel | None] = {**networks, "none": None}
+    for backbone, network in everything.items() if on_vectors else ():
+        with report(_TITLES[backbone], math.ceil(len(clips) / world.size)) as tick:
+            vectors = all_vectors(network, clips, list(task.names), look, world, model.config.vocab_size, tick)
+        if world.is_first:
+            rows += [
+                _on_vectors(probe, name, backbone, x, task, neighbors) for probe in on_vectors for name, x in vectors.items()
+            ]
     if "attentive" in probes:
 
         def train() -> None:
-            for backbone, network in others[:2]:
-                assert network is not None
-                note(f"attentive probe of the {'model' if backbone == 'model' else 'random backbone'}")
-                rows.append(_attentive(backbone, network, clips, task, look, attentive))
+            for backbone, network in networks.items():
+                with report(f"attentive probe, {backbone}", attentive.epochs * len(task.train)) as tick:
+                    rows.append(_attentive(backbone, network, clips, task, look, attentive, tick))
 
         on_first_rank(train, world)
     return rows
 
 
-_WORK = {"model": "vectors", "random": "vectors from a random backbone", "none": "token histograms"}
+_TITLES: dict[Backbone, str] = {"model": "vectors", "random": "vectors of a random backbone", "none": "token histograms"}
 
 
 def _on_vectors(probe: ProbeName, name: str, backbone: Backbone, x: np.ndarray, task: Task, neighbors: int) -> Row:
@@ -158,9 +164,10 @@ def _attentive(
     task: Task,
     look: Look,
     config: AttentiveTraining,
+    tick: Callable[[int], None],
 ) -> Row:
     train, test = States(model, clips, task.train, look), States(model, clips, task.test, look, most_bytes=0)
-    guesses = attentive_probe(train, task.train_labels, test, len(task.classes), config)
+    guesses = attentive_probe(train, task.train_labels, test, len(task.classes), config, tick)
     return Row("attentive", "tokens", backbone, *accuracies(guesses, task.test_labels))
 
 
