@@ -169,7 +169,7 @@ RUN = (
     | dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e30)
     | dict.fromkeys(("epochs", "weight_decay"), 1e6)
     | dict.fromkeys(("warmup", "betas"), 1)
-    | {"seed": 2**63 - 2, "held_out": 2**31, "fps": 1e3}
+    | {"seed": 2**63 - 2, "held_out": 2**31, "fps": 1e3, "split_number": 3}
 )
 MOST = {
     SynthesizeConfig: {"videos": 1e6, "seconds": 1e8, "fps": 240, "size": 4096, "seed": 2**63 - 1},
@@ -180,11 +180,11 @@ MOST = {
     PretrainConfig: RUN
     | dict.fromkeys(("contrastive_videos", "eval_batches"), 1e6)
     | dict.fromkeys(("schedule_epochs", "temperature", "alpha"), 1e6)
-    | {"mask_ratio": 1, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
+    | {"mask_ratio": 1, "probe_every": 2**31 - 1, "d_max": 1e9, "n_blocks": 5 * 16 * 16},
     FinetuneConfig: RUN
     | dict.fromkeys(("train_videos", "eval_clips", "validate_every"), 1e6)
     | dict.fromkeys(("last_dropout", "label_smoothing", "layer_decay"), 1)
-    | {"scratch_epochs": 1e3, "frames": 4096, "split_number": 3},
+    | {"scratch_epochs": 1e3, "frames": 4096},
 }
 LEAST = dict.fromkeys(("learning_rate", "eps", "grad_clip"), 1e-30) | {"epochs": 1e-6, "temperature": 1e-6, "fps": 1e-3}
 LEAST_OF = {TokenizeConfig: {"fps": 0.001, "video_timeout": 1}, SynthesizeConfig: {"fps": 0.1, "seconds": 0.01}}

@@ -76,6 +76,7 @@ def test_a_killed_run_goes_on(tuned, labelled, tmp_path, killed_at):
 def test_several_processes_follow_one(labelled, tmp_path, ranks):
     one, several = tmp_path / "one", tmp_path / "several"
     options = {
+        "steps": 4,
         "model.dropout": 0.0,
         "learning_rate": 1e-3,
         "class_weights": "balanced",
@@ -85,7 +86,7 @@ def test_several_processes_follow_one(labelled, tmp_path, ranks):
     run(tuning(labelled, one, micro_batch=2, **options), tmp_path / "log", hook=undrawn)
     run(tuning(labelled, several, micro_batch=2 if ranks == 3 else 1, **options), tmp_path / "log", ranks, undrawn)
     expected, found = metrics(one), metrics(several)
-    assert len(found) == 13
+    assert len(found) == 5
     for line, same in zip(found, expected, strict=True):
         assert line.keys() == same.keys()
         for name, x in line.items():  # float32 sums in another order

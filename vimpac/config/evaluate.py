@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vimpac.config.checks import MOST_VIDEOS, counts, positive
-from vimpac.config.finetune import LabelKind
+from vimpac.config.labels import LabelKind
 
 
 @dataclass(frozen=True, kw_only=True)

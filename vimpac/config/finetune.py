@@ -8,15 +8,14 @@ from typing import Annotated, Literal
 import tyro
 
 from vimpac.config.checks import LARGEST, MOST_VIDEOS, SMALLEST, counts, positive, require
-from vimpac.config.run import RunConfig
+from vimpac.config.labels import LabelledRunConfig
 
-LabelKind = Literal["csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", "ssv2", "diving48", "howto100m"]
 FROM_SCRATCH = "none"
 WIDE = 1024  # Large-Half
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(RunConfig):
+class FinetuneConfig(LabelledRunConfig):
     """A fine-tuning run: classification of labelled videos (Table 4)."""
 
     start: Annotated[str | None, tyro.conf.arg(name="from")] = None
@@ -28,20 +27,6 @@ class FinetuneConfig(RunConfig):
     validation_data: str | None = None
     """Token store of the validation videos, for example one with test views; None = they are in data."""
 
-    labels: str | None = None
-    """Label file, or the folder of a data set's files: `vimpac labels check STORE LABELS` shows what is read."""
-    labels_kind: LabelKind | None = None
-    """Format of the labels; None = recognised from the content."""
-    label_column: str | None = None
-    """The label column of a CSV; None = `label`."""
-    split_number: int | None = None
-    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
-    classes: str | None = None
-    """File with the name of a class on each line, for a CSV or a list of numbers."""
-    allow_two_splits: bool = False
-    """Accept a video that is in two splits."""
-    allow_empty_classes: bool = False
-    """Accept a class without a training video."""
     train_videos: int | None = None
     """Train on this many of the training videos, the first in a fixed order; None = all."""
     held_out: float = 0.2
@@ -83,7 +68,7 @@ class FinetuneConfig(RunConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("start", "labels", "classes", "validation_data"):
+        for name in ("start", "validation_data"):
             self.require_path(name)
         for name in ("micro_batch", "train_videos", "eval_clips"):
             if getattr(self, name) is not None:
@@ -94,7 +79,6 @@ class FinetuneConfig(RunConfig):
             positive("learning_rate", self.learning_rate, SMALLEST, LARGEST)
         positive("scratch_epochs", self.scratch_epochs, 1e-3, 1e3)
         positive("layer_decay", self.layer_decay, 1e-3, 1.0)
-        require(self.split_number in (None, 1, 2, 3), "split_number", self.split_number, "1, 2 or 3")
         for name in ("last_dropout", "label_smoothing"):
             require(0 <= getattr(self, name) < 1, name, getattr(self, name), "in [0, 1)")
         require(0 <= self.validate_every <= 1e6, "validate_every", self.validate_every, "0 to 1e+06 epochs")

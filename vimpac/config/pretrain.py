@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 from vimpac.config.checks import LARGEST, MOST_VIDEOS, SMALLEST, counts, not_negative, positive, require
-from vimpac.config.run import RunConfig
+from vimpac.config.labels import LabelledRunConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class PretrainConfig(RunConfig):
+class PretrainConfig(LabelledRunConfig):
     """A pre-training run. A video counts as its two clips throughout."""
 
     continue_from: str | None = None
@@ -56,8 +56,14 @@ class PretrainConfig(RunConfig):
     eval_batches: int = 16
     """Batches of contrastive_videos held-out videos in the evaluation."""
 
+    probe_every: int = 0
+    """With labels: updates between looks at the features of held-out videos (k-NN accuracy, effective rank); 0 = none."""
+
     def __post_init__(self):
         super().__post_init__()
+        require(0 <= self.probe_every < 2**31, "probe_every", self.probe_every, "0 or more updates, below 2³¹")
+        given = self.labels if self.probe_every else "something"
+        require(given is not None, "probe_every", self.probe_every, "left out without labels, or given with --labels FILE")
         for name in ("continue_from", "init_from"):
             self.require_path(name)
         for name in ("contrastive_videos", "micro_batch", "eval_batches"):

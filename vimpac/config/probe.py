@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vimpac.config.checks import LARGEST, MOST_VIDEOS, SMALLEST, counts, positive, require
-from vimpac.config.finetune import LabelKind
+from vimpac.config.labels import LabelKind
 
 Normalisation = Literal["none", "l2", "center", "whiten"]
 VectorName = Literal["cls", "mean", "contrastive"]

@@ -14,8 +14,10 @@ import torch
 from vimpac import distributed, weights
 from vimpac.config import PretrainConfig
 from vimpac.data.clips import ClipPairs, split_videos
+from vimpac.data.labelled import LabelSource
 from vimpac.data.rates import frame_step
 from vimpac.data.store import TokenStore
+from vimpac.data.test_clips import TestClips
 from vimpac.data.views import center_view
 from vimpac.distributed import World
 from vimpac.errors import InputError
@@ -28,6 +30,7 @@ from vimpac.training.facts import end_facts, start_facts
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
+from vimpac.training.monitor import FeatureMonitor, monitored
 from vimpac.training.plan import BatchPlan, plan_batches, plan_steps
 from vimpac.training.pretrain_task import pretraining_loop
 from vimpac.training.progress import Progress
@@ -52,6 +55,7 @@ def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | N
     store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world)[0])
     config = fit_to_store(replace(config, data=str(store.folder)), store)
     clips = split_clips(config, store)
+    watch = feature_monitor(config, store, clips, world)
     # Plan the run. Nothing is written before all options are checked.
     plan = plan_batches(config.batch_size, config.contrastive_videos, config.micro_batch, world.size)
     videos = len(clips.training.videos)
@@ -67,7 +71,7 @@ def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | N
     if world.device.type == "cpu":
         keep_freed_memory()
     with explaining_model_size(world.device):
-        loop = pretraining_loop(config, store, clips.training, plan, schedule, world, checkpoint, compiled)
+        loop = pretraining_loop(config, store, clips.training, plan, schedule, world, checkpoint, compiled, watch)
     start_run(run, description, store, world, loop.step, held)
     log = MetricsLog(run, world, loop.step, METRICS)
     with Progress(schedule.steps, loop.step, enabled=world.is_first) as progress:
@@ -172,6 +176,19 @@ def fit_to_store(config: PretrainConfig, store: TokenStore) -> PretrainConfig:
         )
     model = replace(config.model, grid=grid, vocab_size=store.tokenizer.vocab_size)
     return replace(config, model=model)
+
+
+def feature_monitor(config: PretrainConfig, store: TokenStore, clips: Clips, world: World) -> FeatureMonitor | None:
+    """What looks at the features every `probe_every` updates. Raises InputError if no held-out video has a label."""
+    if not config.probe_every or config.labels is None:
+        return None
+    options = config.labels_kind, config.label_column, config.split_number, config.classes
+    source = LabelSource(config.labels, *options, config.allow_two_splits, config.allow_empty_classes)
+    model, held_out = config.model, clips.held_out
+    every = frame_step(store, config.fps)
+    middle = TestClips(store, held_out.videos, 1, [center_view(store)], model.grid[0], model.pad_id, every)
+    chosen, labels = monitored(middle, source)
+    return FeatureMonitor(chosen, labels, config.probe_every, 64)
 
 
 def few_videos(videos: int, contrasted: int) -> str | None:

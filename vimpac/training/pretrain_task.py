@@ -20,6 +20,7 @@ from vimpac.training.batch import ROWS, Batch
 from vimpac.training.device import autocast_dtype
 from vimpac.training.graphs import row_multiple
 from vimpac.training.loop import Loop
+from vimpac.training.monitor import FeatureMonitor
 from vimpac.training.optim import adamw
 from vimpac.training.plan import BatchPlan, Schedule
 from vimpac.training.start import continue_stage, initial_model, restore
@@ -35,7 +36,16 @@ class PretrainTask:
     forward pass backpropagates that gradient through the backbone, part by part.
     """
 
-    def __init__(self, module: PretrainStep, pairs: ClipPairs, plan: BatchPlan, world: World, graphs: bool):
+    def __init__(
+        self,
+        module: PretrainStep,
+        pairs: ClipPairs,
+        plan: BatchPlan,
+        world: World,
+        graphs: bool,
+        monitor: FeatureMonitor | None = None,
+    ):
+        self.monitor = monitor
         self.module, self.pairs, self.plan, self.world = module, pairs, plan, world
         tokens = 2 * plan.micro_batch * math.prod(module.masking.grid)
         self.rows = row_multiple(tokens, module.masking.expected_share) if graphs else ROWS
@@ -65,7 +75,11 @@ class PretrainTask:
         return sums
 
     def measure(self, loop: Loop) -> dict[str, float]:
-        return {}
+        """The features' quality, on the first rank, when it is due."""
+        if self.monitor is None or not self.world.is_first or not self.monitor.is_due(loop.step):
+            return {}
+        with torch.compiler.set_stance("force_eager"):  # other shapes than those of training
+            return self.monitor.measure(self.module.model, self.module.autocast)
 
     def cache_gradients(self, loop: Loop, first: int, unit: list[Batch]) -> tuple[list[Tensor], Tensor]:
         """The first pass of gradient caching over the parts of a contrastive batch. Adds the gradients of the contrastive head.
@@ -110,6 +124,7 @@ def pretraining_loop(
     world: World,
     checkpoint: dict | None = None,
     compiled: bool = False,
+    monitor: FeatureMonitor | None = None,
 ) -> Loop:
     """The loop of a pre-training run on `pairs`, with the model, optimizer and step from which the run starts."""
     torch.manual_seed(config.seed)
@@ -129,7 +144,7 @@ def pretraining_loop(
         step = continue_stage(Path(config.continue_from), store, schedule.steps, module, optimizer)
     if compiled:
         model.compile_parts()
-    task = PretrainTask(module, pairs, plan, world, config.graphs)
+    task = PretrainTask(module, pairs, plan, world, config.graphs, monitor)
     return Loop(
         task, optimizer, scaler, config, plan, schedule, world, Training(store.tokenizer, config.fps or store.fps), step
     )

@@ -14,6 +14,9 @@ SHOWN = {  # key of the metrics: its label, its format
     "mask_loss": ("mask", "6.3f"),
     "contrastive_loss": ("contrastive", "6.3f"),
     "mask_accuracy": ("mask accuracy", "5.3f"),
+    "knn_accuracy": ("k-NN accuracy", "5.3f"),
+    "accuracy": ("accuracy", "5.3f"),
+    "validation_top1": ("validation", "5.3f"),
     "videos_per_second": ("videos/s", "7.1f"),
 }
 NARROW = {
@@ -22,7 +25,7 @@ NARROW = {
     "mask_accuracy": ("accuracy", "5.3f"),
     "videos_per_second": ("videos/s", ".1f"),
 }
-DROPPED = ("contrastive_loss", "mask_loss", "videos_per_second", "mask_accuracy")  # one by one, until the line fits
+DROPPED = ("contrastive_loss", "mask_loss", "videos_per_second", "mask_accuracy", "knn_accuracy", "accuracy", "validation_top1")
 LINE_SECONDS = 30.0  # without a terminal: a line this often, and one for each 1 / LINE_SHARE of the run
 LINE_SHARE = 20
 REFRESH_SECONDS = 0.1  # on a terminal: redraw at most this often, so that the display never slows training

@@ -41,7 +41,8 @@ MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
         *("compile", "graphs", "activation_checkpointing", "shard_optimizer", "micro_batch"),
-        *("labels", "classes", "validation_data"),  # files, whose contents are compared
+        *("labels", "classes", "validation_data"),  # files; fine-tuning compares their contents
+        "probe_every",
         *("validate_every", "keep_best", "eval_clips", "eval_views", "compare_scratch"),
     }
 )
@@ -151,7 +152,7 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
 
 def with_later_options(before: dict, now: dict) -> dict:
     """A saved configuration with the defaults of options that did not exist when it was written."""
-    kind = FinetuneConfig if "labels" in now else PretrainConfig
+    kind = FinetuneConfig if "scratch_epochs" in now else PretrainConfig
     return {**{name: x for name, x in json.loads(json.dumps(asdict(kind()))).items() if name in now}, **before}
 
 
