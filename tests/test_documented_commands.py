@@ -72,22 +72,57 @@ def test_every_option_of_a_table_parses(option):
     parse(["small", "--data", "STORE", *option.split()], "train.py")
 
 
+SMALL = {
+    "demo": "--steps 2 --batch-size 2 --contrastive-videos 2 --eval-batches 1 --model.layers 1",
+    "finetune-demo": "--steps 2 --batch-size 2 --eval-clips 2",
+    "evaluate": "--clips 2",
+    "probe": "--epochs 1",
+}
+
+
+def in_small(words):
+    """A command of README, on few videos and for a short time; None for a mention, and for a preset of large models."""
+    if words[0] == "make":
+        preset, *rest = words[2].removeprefix("ARGS=").split()
+        return ["train", preset, *rest, *SMALL[preset].split()] if preset in SMALL else None
+    _, name, *rest = words
+    rest = [{"new.mp4": "VIDEOS/0.mp4", "VIDEO": "VIDEOS/1.mp4"}.get(word, word) for word in rest]
+    if name == "tokenize":
+        new = "--tokenizer-path" not in rest
+        return [name, *rest, "--frame-size", "32", "--fps", "5", *(["--codes", "16"] if new else [])]
+    return [name, *rest, *SMALL.get(name, "").split()] if rest and "--help" not in rest else None
+
+
 def test_the_first_hour(tmp_path, monkeypatch, capsys, undrawn):
-    """README's own videos: tokenize, train, resume, verify, and tokens of more videos with the same vocabulary."""
+    """README's own videos: tokenize, train, resume, verify; then labels: fine-tune, evaluate, predict; features and probes."""
     monkeypatch.chdir(tmp_path)
-    Path("VIDEOS").mkdir()
-    for i in range(6):
-        write_video(tmp_path / "VIDEOS" / f"{i}.mp4", noise(75))
-    made = [words for words in commands("README.md") if words[0] == "make"]
-    demo = made[0][2].removeprefix("ARGS=").split()
-    small = ["--steps", "2", "--batch-size", "2", "--contrastive-videos", "2", "--eval-batches", "1", "--model.layers", "1"]
+    for folder in ("VIDEOS", "CLASSES/jump", "CLASSES/run"):
+        Path(folder).mkdir(parents=True)
+        for i in range(6):
+            write_video(tmp_path / folder / f"{i}.mp4", noise(75))
+    run = []
     for words in commands("README.md"):
-        if words[:2] == ["vimpac", "tokenize"]:
-            assert vimpac.main([*words[1:], "--frame-size", "32", "--codes", "16", "--fps", "5"]) == 0
-        elif words == made[0]:
-            assert vimpac.main(["train", *demo, *small]) == 0
-        elif words[:2] == ["vimpac", "verify"]:
-            assert vimpac.main(words[1:]) == 0
-    assert vimpac.main(["train", *demo, *small, "--resume"]) == 0
+        small = in_small(words)
+        first_hour = {"tokenize", "train", "verify", "evaluate", "predict", "features", "probe", "similar"}
+        if small and small[0] in first_hour and small not in run:
+            assert vimpac.main(small) == 0, small
+            run.append(small)
+    assert first_hour == {words[0] for words in run} and [x[1] for x in run if x[0] == "train"] == ["demo", "finetune-demo"]
+    said = capsys.readouterr().out
+    assert "top-1" in said and "VIDEOS/0.mp4" in said
+    demo = next(words for words in run if words[0] == "train")
+    assert vimpac.main([*demo, "--resume"]) == 0
     assert metrics(tmp_path / "runs" / "mine")[-1]["step"] == 2
+    assert {"top1", "top5"} <= metrics(tmp_path / "runs" / "tuned")[-1].keys()
     assert vimpac.main(["tokenize", "VIDEOS", "STORE2", "--tokenizer-path", "STORE", "--frame-size", "64"]) == 0
+    scores = {}
+    exec(python_of("docs/evaluation.md").replace("STORE", "LABELLED").replace("RUN", "runs/tuned"), scores)
+    assert scores["scores"].shape == (12, 2)
+    read = {}
+    exec(python_of("docs/probes.md"), read)
+    assert read["cls"].shape[0] == len(read["names"]) == 6
+
+
+def python_of(document):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / document).read_text(), re.DOTALL)
+    return block
