@@ -117,9 +117,8 @@ def write(path: Path, rows: Sequence[Row], task: Task, settings: dict[str, Any])
 def table(rows: Sequence[Row], task: Task, split: str) -> Iterator[str]:
     """Lines of text: a probe on a kind of features each, the model beside the random backbone, histograms at the end."""
     measured = f"accuracy on the {count(len(task.test), 'video')} of the split {split}, each {1 / len(task.test):.3f} of it"
-    yield (
-        f"{measured}, fitted on {count(len(task.train), 'video')} of {count(len(set(task.train_labels.tolist())), 'class', 'classes')}"
-    )
+    classes = count(len(set(task.train_labels.tolist())), "class", "classes")
+    yield f"{measured}, fitted on {count(len(task.train), 'video')} of {classes}"
     yield f"{'probe':<10} {'features':<15} {'model':>7} {'random backbone':>16}"
     found = {(row.probe, row.features, row.backbone): row.top1 for row in rows}
     for name in dict.fromkeys(row.probe for row in rows):
