@@ -17,7 +17,7 @@ def bench(capsys):
 @pytest.fixture
 def cell(tmp_path):
     config = replace(evaluate.PRESETS["small 5x128"], **evaluate.TINY)
-    return evaluate.Cell(tmp_path / "store", config, 3, 32, torch.device("cpu"), None)
+    return evaluate.Cell(tmp_path / "store", config, 3, 10, 32, torch.device("cpu"), None)
 
 
 def raced(bench, cell):

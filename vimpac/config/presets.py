@@ -52,7 +52,6 @@ PRESETS: dict[str, tuple[str, PretrainConfig | FinetuneConfig]] = {
         FinetuneConfig(
             start="runs/demo",
             synthetic_videos=256,
-            label_column="motion",
             output="runs/finetune-demo",
         ),
     ),

@@ -35,6 +35,7 @@ from vimpac.training.session import check_machine, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "accuracy")
+MOTION = "motion"  # the label of generated videos
 EVALUATION, SCRATCH = "evaluation", "from-scratch"
 
 
@@ -70,7 +71,9 @@ def _finetune(config: FinetuneConfig, world: World, held: ExitStack, compared: d
     labels, path = config.labels, config.data
     if path is None:
         made, drawn = synthetic_store(config.output, config.synthetic_videos, grid, world)
-        path, labels = str(made), labels or str(drawn)
+        path = str(made)
+        if labels is None:
+            labels, config = str(drawn), replace(config, label_column=config.label_column or MOTION)
     if labels is None:
         raise InputError("--labels is missing: expected a label file, or the folder of a data set's files (docs/data.md)")
     store = TokenStore(path)
