@@ -157,6 +157,7 @@ def test_features_with_options(here, capsys):
     expected = np.array(rows) - np.mean(rows, 0)
     found = load_file("out/features.safetensors")
     assert found.keys() == {"cls", "mean", "cls.offset", "mean.offset"}
+    assert json.loads((here / "out" / "features.json").read_text())["settings"]["layer"] == 0
     np.testing.assert_allclose(found["mean"], expected, atol=1e-5)  # float32, batches of other sizes
 
 
