@@ -126,8 +126,8 @@ class Entry:
 class StepBenchmark(Benchmark):
     """Rows with OWN_KEYS beside the harness's."""
 
-    def __init__(self, options: argparse.Namespace):
-        super().__init__("train_step", options, budget=150.0, skip_ours=True)
+    def __init__(self, options: argparse.Namespace, name: str = "train_step"):
+        super().__init__(name, options, budget=150.0, skip_ours=True)
         self.peaks: dict[torch.dtype, float] = {}
         self.peak(self.dtype)  # while nothing else is in memory
         self.fits: dict[tuple[str, str], int] = {}  # (preset, side) → videos that fit in an eager step

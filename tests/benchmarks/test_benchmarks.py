@@ -25,6 +25,7 @@ SCRIPTS = {  # script → implementations that need not be there
     "train_step": {},
     "data": {},
     "evaluate": {},
+    "finetune": {},
 }
 
 
