@@ -39,6 +39,7 @@ def pretrained(labelled, tmp_path_factory):
 
 
 def test_a_run_learns_and_says_what_it_is(tuned, labelled):
+    assert "no longer written" not in tuned.with_name("log-0.log").read_text()  # TensorBoard's events
     lines = metrics(tuned)
     assert [line["step"] for line in lines] == [*range(1, 13), 12]
     assert {"loss", "accuracy", "learning_rate", "grad_norm"} <= lines[0].keys() and "mask_loss" not in lines[0]

@@ -35,7 +35,7 @@ class EventLog:
             self._append([version, start])
 
     def write(self, lines: Sequence[dict]) -> None:
-        """Every value of lines of metrics.jsonl, under train/ or final/."""
+        """Every number of lines of metrics.jsonl, under train/ or final/."""
         if self.file is None:
             return
         with self._forgiving():
@@ -45,7 +45,7 @@ class EventLog:
             now, events = time.time(), []
             for line in lines:
                 group = "final" if line.get("final") else "train"
-                values = {name: x for name, x in line.items() if name not in ("step", "final") and x is not None}
+                values = {name: x for name, x in line.items() if name not in ("step", "final") and isinstance(x, int | float)}
                 summary = Summary(value=[Summary.Value(tag=f"{group}/{name}", simple_value=x) for name, x in values.items()])
                 events.append(Event(wall_time=now, step=line["step"], summary=summary))
             self._append(events)
