@@ -56,7 +56,7 @@ def test_a_run_learns_and_says_what_it_is(tuned, labelled):
     best = weights.load_trained(tuned / "best.safetensors").model.state_dict()
     first = max(validated, key=lambda step: (validated[step], -step))
     assert (first == 12) == all(torch.equal(x, best[name]) for name, x in model.model.state_dict().items())
-    numbers = load_json(tuned / "evaluation" / "evaluation.json")[0]
+    numbers = load_json(tuned / "evaluation-validation" / "evaluation.json")[0]
     assert numbers["top1"] == lines[-1]["top1"] and numbers["split"] == "validation"
     described = json.loads((tuned / "config.json").read_text())
     assert described["labels"]["classes"] == list(CLASSES) and described["labels"]["training"] == 18
@@ -92,7 +92,7 @@ def test_several_processes_follow_one(labelled, tmp_path, ranks):
         assert line.keys() == same.keys()
         for name, x in line.items():  # float32 sums in another order
             assert x == (same[name] if not isinstance(x, float) else pytest.approx(same[name], rel=1e-4, abs=1e-6)), name
-    a, b = (load_json(path / "evaluation" / "evaluation.json")[0] for path in (one, several))
+    a, b = (load_json(path / "evaluation-validation" / "evaluation.json")[0] for path in (one, several))
     assert a["top1"] == b["top1"] and a["by_clips"] == b["by_clips"]
 
 
@@ -151,7 +151,7 @@ def test_labels_without_splits(labelled, tmp_path):
     plain = tmp_path / "plain.csv"
     plain.write_text("video,label\n" + "".join(f"{row['video']},{row['label']}\n" for row in rows))
     run(tuning(labelled, tmp_path / "run", labels=plain, held_out=6, steps=1), tmp_path / "log", hook=undrawn)
-    with (tmp_path / "run" / "evaluation" / "confusion.csv").open() as file:
+    with (tmp_path / "run" / "evaluation-validation" / "confusion.csv").open() as file:
         table = list(csv.reader(file))
     assert [sum(map(int, row[1:])) for row in table[1:]] == [2, 2, 2]
 

@@ -17,7 +17,8 @@ FEW = 8
 FILES = {
     "model.safetensors": "model",
     "best.safetensors": "best model",
-    "evaluation": "evaluation",
+    "evaluation-validation": "evaluation",
+    "evaluation-test": "evaluation",
     "curves.png": "curves",
 }
 

@@ -18,6 +18,7 @@ from vimpac.errors import InputError
 from vimpac.evaluation.classified import Classified
 from vimpac.evaluation.classify import score_videos
 from vimpac.evaluation.folder import replacing_folder
+from vimpac.evaluation.inputs import output_beside
 from vimpac.evaluation.scores import accuracies, average
 from vimpac.training.device import plain_ops, resolve_compile
 from vimpac.training.facts import end_facts, start_facts
@@ -36,7 +37,7 @@ from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "accuracy")
 MOTION = "motion"  # the label of generated videos
-EVALUATION, SCRATCH = "evaluation", "from-scratch"
+SCRATCH = "from-scratch"
 
 
 def finetune(config: FinetuneConfig) -> dict | None:
@@ -155,7 +156,7 @@ def finish(
         "frames": evaluated.clip_frames,
         "fps": training.fps,
     }
-    with replacing_folder(loop.run / EVALUATION) as folder:
+    with replacing_folder(output_beside(path, loop.run, found.split)) as folder:
         for note in found.write(folder, settings):
             progress.note(note)
     result = {"final": True, "step": loop.step, **summary(found, config, compared)}
