@@ -52,7 +52,15 @@ PRESETS: dict[str, tuple[str, PretrainConfig | FinetuneConfig]] = {
         FinetuneConfig(
             start="runs/demo",
             synthetic_videos=256,
+            held_out=0.25,
             output="runs/finetune-demo",
+            epochs=10.0,
+            batch_size=16,
+            learning_rate=1e-3,
+            validate_every=2.0,
+            eval_clips=4,
+            compare_scratch=True,
+            save_every=50,
         ),
     ),
     "finetune-ucf101": (
