@@ -9,18 +9,19 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple, TypeVar
 
 import tyro
 
-from vimpac.config.evaluate import EvaluateConfig
+from vimpac.config.evaluate import CLIPS, EvaluateConfig
 from vimpac.console import count, say
 from vimpac.errors import InputError
 from vimpac.processes.ranks import begin_rank, read_place
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection, Sequence
 
+    import numpy as np
     import torch
 
     from vimpac.config import RunConfig
-    from vimpac.data.labelled import LabelSource
+    from vimpac.data.labelled import LabelledVideos, LabelSource
     from vimpac.data.store import TokenStore
     from vimpac.data.test_clips import TestClips
     from vimpac.distributed import World
@@ -123,20 +124,19 @@ def _classify(
     chosen, found = choose_split(labelled, config.split, run and run.held_out)
     truth = model_labels(found, labelled.classes, names, source.path)
     views = test_views(store) if config.views == "test" else [center_view(store)]
-    clips = TestClips(store, found.videos, config.clips, views, model.config.grid[0], model.config.pad_id, every)
-    _check_clips(clips)
+    clips_each = _clips(store, found.videos, config.clips)
+    clips = TestClips(store, found.videos, clips_each, views, model.config.grid[0], model.config.pad_id, every)
     precision, autocast = _precision(config, world.device)
     folder = _open_output(trained, config.output, chosen, world, held)
     if world.is_first:
-        if run is not None and chosen in ("train", "all"):
-            notes = [*notes, f"the split {chosen} holds videos that the model was trained on"]
+        notes = [*notes, *_doubts(trained, labelled.splits.keys(), chosen, store, found)]
         _say_inputs(trained, clips, [*labelled.notes, *notes], chosen, names)
     # Score the videos.
     report = Report(len(range(world.rank, len(clips), world.size)), "evaluating", "clips", world.is_first)
     scores = score_videos(model.to(world.device), clips, world, config.batch, autocast, clips.padded, report)
     report.close()
     # Write the files.
-    shape = {"clips": config.clips, "views": len(clips.views), "frames": clips.clip_frames, "fps": store.fps / every}
+    shape = {"clips": clips.clips, "views": len(clips.views), "frames": clips.clip_frames, "fps": store.fps / every}
     settings = {
         "model": str(trained.file),
         "store": str(store.folder),
@@ -156,14 +156,33 @@ def _classify(
     distributed.on_first_rank(write, world)
 
 
-def _check_clips(clips: TestClips) -> None:
-    """Raises InputError if no video has as many clips."""
-    longest = int(clips.store.frames[clips.videos].max())
-    if clips.clips > longest:
-        raise InputError(
-            f"clips is {clips.clips}, but the longest of the videos has {longest} frames, so that clips would only repeat: "
-            f"give --clips {min(10, longest)}"
+def _doubts(trained: TrainedModel, splits: Collection[str], chosen: str, store: TokenStore, found: LabelledVideos) -> list[str]:
+    """Why the model may have been trained on the videos that are evaluated."""
+    from vimpac.data.labelled import ALL
+    from vimpac.training.run import read_description
+
+    if trained.run is None:
+        unknown = (
+            "no config.json is beside the model, so it is not known which videos it was trained on: some may be among these"
         )
+        return [unknown] if ALL in splits or chosen in ("train", ALL) else []
+    if chosen in ("train", ALL):
+        return [f"the videos of the split {chosen} are those that the model was trained on"]
+    kept = read_description(trained.run / "config.json").get("labels", {}).get("validation_crc32")
+    if ALL in splits and kept != found.crc32(store):
+        return ["these are not the videos that the run held out: store or labels differ, and some may have been trained on"]
+    return []
+
+
+def _clips(store: TokenStore, videos: np.ndarray, asked: int | None) -> int:
+    """How many clips of each video. Raises InputError if no video has as many as are asked for."""
+    longest = int(store.frames[videos].max())
+    if asked is not None and asked > longest:
+        raise InputError(
+            f"clips is {asked}, but the longest of the videos has {longest} frames, so that clips would only repeat: "
+            f"give --clips {min(CLIPS, longest)}"
+        )
+    return asked or min(CLIPS, longest)
 
 
 def _source(labels: Path, config: EvaluateConfig) -> LabelSource:
@@ -237,6 +256,12 @@ def _pretraining(
 
     model, saved = trained.model, _run_config(trained, PretrainConfig)
     assert isinstance(model, PretrainModel)
+    if config.labels is not None or config.split is not None:
+        given = "labels" if config.labels is not None else "split"
+        raise InputError(
+            f"{given} is {getattr(config, given)}, but {trained.file} is a pre-trained model, which classifies nothing: leave "
+            f"out --{given}, fine-tune the model first, or use `vimpac probe`"
+        )
     run = replace(saved or PretrainConfig(), data=str(store.folder), model=model.config, fps=config.fps or trained.training.fps)
     clips = split_clips(run, store)
     precision, autocast = _precision(config, world.device)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
-from vimpac.config.evaluate import PredictConfig
+from vimpac.config.evaluate import CLIPS, PredictConfig
 from vimpac.console import count, say
 from vimpac.errors import InputError
 
@@ -66,7 +66,7 @@ def predict(
         keep_freed_memory()
     classifier, device = trained.model, torch.device("cuda" if torch.cuda.is_available() else "cpu")
     assert isinstance(classifier, ClassificationModel)
-    looks = view_set(config.views), config.clips, config.batch, autocast_dtype(config.precision, device)
+    looks = view_set(config.views), config.clips or CLIPS, config.batch, autocast_dtype(config.precision, device)
     predictor = Predictor(classifier.to(device), tokenizer, path, rate, *looks)
     failed = []
     with explaining_batch(config.batch):

@@ -11,13 +11,16 @@ import tyro
 from vimpac.config.checks import MOST_VIDEOS, counts, positive
 from vimpac.config.labels import LabelKind
 
+CLIPS = 10
+"""Of each video in an evaluation, if none are asked for (section 4.1)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class ScoringConfig:
     """How a fine-tuned model scores a video."""
 
-    clips: int = 10
-    """Clips of each video, spread evenly in time."""
+    clips: int | None = None
+    """Clips of each video, spread evenly in time; None = 10, or the frames of the longest video if it has fewer."""
     views: Literal["test", "center"] = "test"
     """test = three upright crops (those of the store, if it has fewer), center = one."""
     frames: int | None = None
@@ -31,7 +34,8 @@ class ScoringConfig:
 
     def __post_init__(self):
         for name in ("clips", "batch"):
-            counts(name, getattr(self, name), MOST_VIDEOS)
+            if getattr(self, name) is not None:
+                counts(name, getattr(self, name), MOST_VIDEOS)
         if self.frames is not None:
             counts("frames", self.frames, 4096)
         if self.fps is not None:
@@ -45,7 +49,7 @@ class EvaluateConfig(ScoringConfig):
     labels: Path | None = None
     """A label file, or the folder of a data set's files. A pre-trained model needs none."""
     split: str | None = None
-    """The split that is measured; None = test, or validation where there is none."""
+    """The split that is measured; None = test, or validation where there is none, or all if the labels tell none."""
     output: Path | None = None
     """Folder to write; None = evaluation-SPLIT in the run folder, or beside the model. It replaces an earlier evaluation."""
     kind: LabelKind | None = None

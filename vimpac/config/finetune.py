@@ -64,7 +64,7 @@ class FinetuneConfig(LabelledRunConfig):
     eval_views: Literal["test", "center"] = "test"
     """Views of a video in the evaluation at the end: the store's test views, or the centre view alone (SSV2)."""
     compare_scratch: bool = False
-    """Also train a new model with the same options, and report its accuracy beside this one's: RUN/from-scratch."""
+    """Also train a new model with the same options, and report its accuracy beside this one's: RUN-from-scratch."""
 
     def __post_init__(self):
         super().__post_init__()

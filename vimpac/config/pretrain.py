@@ -64,6 +64,10 @@ class PretrainConfig(LabelledRunConfig):
         require(0 <= self.probe_every < 2**31, "probe_every", self.probe_every, "0 or more updates, below 2³¹")
         given = self.labels if self.probe_every else "something"
         require(given is not None, "probe_every", self.probe_every, "left out without labels, or given with --labels FILE")
+        unused = self.labels is not None and not self.probe_every
+        require(
+            not unused, "probe_every", 0, f"1 or more updates with labels={self.labels}, which pre-training only probes with"
+        )
         for name in ("continue_from", "init_from"):
             self.require_path(name)
         for name in ("contrastive_videos", "micro_batch", "eval_batches"):

@@ -123,6 +123,8 @@ def recognise(path: Path) -> Kind:
         found, head = _recognise_file(path), head_of(path)
         if found is None or "\ufffd" in head:
             text_of(path)  # raises if it is no text
+        if not head.strip():
+            raise InputError(f"{path} is empty; {EXPECTED}")
         if found is None:
             raise InputError(f"{path} begins with {shown(head.lstrip().partition(chr(10))[0])}; {EXPECTED}")
         return found

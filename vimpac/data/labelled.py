@@ -39,6 +39,11 @@ class LabelledVideos(NamedTuple):
     labels: np.ndarray
     """int64 [n], indices into the classes."""
 
+    def crc32(self, store: TokenStore) -> int:
+        """A checksum of the videos' names in `store` and of their labels."""
+        lines = [f"{store.names[video]}\t{label}\n" for video, label in zip(self.videos, self.labels.tolist(), strict=True)]
+        return zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"))
+
     def take(self, chosen: np.ndarray) -> LabelledVideos:
         """Those of the videos that `chosen` [m] indexes."""
         return LabelledVideos(self.videos[chosen], self.labels[chosen])

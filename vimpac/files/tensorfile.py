@@ -50,7 +50,8 @@ def read_tensors(path: Path, framework: str) -> tuple[dict[str, str], dict[str, 
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118, not a dict
     except Exception as error:  # a damaged header makes safetensors or the framework raise nearly anything
-        raise InputError(" ".join(f"{type(error).__name__}: {error}".split())[:200]) from None
+        said = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise InputError(f"it is no safetensors file, or was cut short ({said}); copy it again") from None
     if CRC in metadata:
         with open(path, "rb") as file:
             recorded, _, crc = _checksum(file)

@@ -29,7 +29,7 @@ def start_facts(loop: Loop, store: TokenStore, videos: int, held_out: int) -> li
     kept = min(loop.config.keep_checkpoints, max(1, loop.schedule.steps // loop.config.save_every))
     facts = [
         f"{loop.run}: {count(videos, 'training video')} of {store.folder}, {held_out} held out, "
-        f"{parameters(loop.module.model) / 1e6:.1f} M parameters, {count(loop.schedule.steps, 'update')} of "
+        f"{rounded(parameters(loop.module.model))} parameters, {count(loop.schedule.steps, 'update')} of "
         f"{count(loop.config.batch_size, 'video')} on {loop.world.device}"
     ]
     if loop.step:
@@ -58,6 +58,10 @@ def existing_folder(path: Path) -> Path:
 
 def parameters(model: nn.Module) -> int:
     return sum(p.numel() for p in model.parameters())
+
+
+def rounded(number: int) -> str:
+    return f"{number / 1e6:.1f} M" if number >= 100_000 else f"{number:,}"
 
 
 def checkpoint_bytes(model: nn.Module) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -34,14 +33,8 @@ class FinetuneData(NamedTuple):
         return {
             "classes": list(self.classes),
             **{name: len(found.videos) for name, (_, found) in parts.items()},
-            **{f"{name}_crc32": _crc(*part) for name, part in parts.items()},
+            **{f"{name}_crc32": found.crc32(own) for name, (own, found) in parts.items()},
         }
-
-
-def _crc(store: TokenStore, found: LabelledVideos) -> int:
-    """A checksum of the videos' names and labels."""
-    lines = [f"{store.names[video]}\t{label}\n" for video, label in zip(found.videos, found.labels.tolist(), strict=True)]
-    return zlib.crc32("".join(lines).encode("utf-8", "surrogateescape"))
 
 
 def label_source(config: FinetuneConfig, path: str) -> LabelSource:
@@ -63,6 +56,11 @@ def read_data(config: FinetuneConfig, labels: str, store: TokenStore) -> Finetun
         held = label_store(held_store, source)
     splits = [name for name in VALIDATION_SPLITS if name in held.splits and len(held.splits[name].videos)]
     validation_split = splits[0] if splits else VALIDATION_SPLITS[0] if config.validation_data is None else _only_split(held)
+    if not splits and held is found:
+        raise InputError(
+            f"{source.path} has no split to validate on, expected validation or test beside {', '.join(found.splits)}: add it, "
+            "give --validation-data STORE, or labels without splits, of which --held-out are kept"
+        )
     training, validation = found.split("train"), held.split(validation_split)
     check_classes(found, training, source.path, config.allow_empty_classes)
     if config.train_videos is not None:
@@ -120,5 +118,6 @@ def make_clips(config: FinetuneConfig, store: TokenStore, data: FinetuneData) ->
     training = LabelledClips(store, data.training, views, *shape, config.seed, frame_step(store, config.fps))
     every, center = frame_step(held, config.fps or store.fps), [center_view(held)]
     views = center if config.eval_views == "center" else test_views(held)
+    clips = min(config.eval_clips, int(held.frames[data.validation.videos].max()))  # more would repeat
     validation = TestClips(held, data.validation.videos, 1, center, *shape, every)
-    return FinetuneClips(training, validation, TestClips(held, data.validation.videos, config.eval_clips, views, *shape, every))
+    return FinetuneClips(training, validation, TestClips(held, data.validation.videos, clips, views, *shape, every))

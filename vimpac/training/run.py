@@ -12,6 +12,7 @@ RUN/curves.png             a plot of the metrics, if matplotlib is installed
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -138,6 +139,11 @@ def check_same_run(saved: dict, description: dict, store: TokenStore, path: Path
     elsewhere = "or give another --output"
     if changed := differences(before, after, MAY_CHANGE):
         longer = f" (--continue-from {path.parent} starts another stage with its weights and moments)"
+        if "scratch_epochs" in after:
+            changed, longer = (
+                re.sub(r"\bstart was", "from was", changed),
+                f" (--from {path.parent} fine-tunes its model further)",
+            )
         raise InputError(
             f"cannot resume {path.parent} with other settings: {changed}. Resume with those of {path}, {elsewhere}{longer}"
         )
