@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -155,6 +156,8 @@ def test_labels_without_splits_are_divided_as_the_run_did(labelled, capsys):
     Path("all.csv").write_text("".join(line.rpartition(",")[0] + "\n" for line in Path("store.csv").read_text().splitlines()))
     config = {"config": {"held_out": 0.25}, "tokenizer": weights.load_trained("run").training.to_header()["tokenizer"]}
     write_json(Path("run/config.json"), {**config, "store": {}})
+    Path("alone.safetensors").write_bytes(Path("run/model.safetensors").read_bytes())
+    os.renames("alone.safetensors", "alone/model.safetensors")
     words = ["evaluate", "run", "store", "--labels", "all.csv", "--clips", "1"]
     assert cli.main(words) == cli.main([*words, "--split", "all"]) == 0
     held_out = label_store(store, LabelSource("all.csv")).divided(0.25).split("validation")
@@ -162,9 +165,14 @@ def test_labels_without_splits_are_divided_as_the_run_did(labelled, capsys):
     assert [row["video"] for row in rows] == [store.names[i] for i in held_out.videos] and 0 < len(rows) < 14
     assert found("run/evaluation-all")["videos"] == 14
     out = capsys.readouterr().out
-    assert (
-        out.count("  note               the split all holds videos that the model was trained on\n") == 1 == out.count("note ")
-    )
+    said = "  note               the videos of the split all are those that the model was trained on\n"
+    assert out.count(said) == out.count("note ") == 1
+    for crc, doubts in ((held_out.crc32(store), 0), (7, 1)):  # the videos that the run held out, and others
+        write_json(Path("run/config.json"), {**config, "store": {}, "labels": {"validation_crc32": crc}})
+        assert cli.main(words) == 0
+        assert capsys.readouterr().out.count("these are not the videos that the run held out") == doubts
+    assert cli.main(["evaluate", "alone", *words[2:]]) == 0
+    assert "which videos it was trained on is not known" in capsys.readouterr().out
 
 
 def test_options_of_clips(labelled, capsys):

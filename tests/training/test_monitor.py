@@ -20,7 +20,7 @@ def words(labelled, output, **options):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_it_changes_nothing_but_the_metrics(labelled, tmp_path, ranks):
     plain, watched = tmp_path / "plain", tmp_path / "watched"
-    run(words(labelled, plain, steps=4, held_out=0.5), tmp_path / "log", ranks, undrawn)
+    run(arguments(labelled / "tokens", plain, steps=4, held_out=0.5), tmp_path / "log", ranks, undrawn)
     run(words(labelled, watched, steps=4, held_out=0.5, probe_every=2), tmp_path / "log", ranks, undrawn)
     lines = metrics(watched)
     assert [line["step"] for line in lines if "knn_accuracy" in line] == [2, 4]

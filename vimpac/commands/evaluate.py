@@ -162,14 +162,12 @@ def _doubts(trained: TrainedModel, splits: Collection[str], chosen: str, store: 
     from vimpac.training.run import read_description
 
     if trained.run is None:
-        unknown = (
-            "no config.json is beside the model, so it is not known which videos it was trained on: some may be among these"
-        )
+        unknown = "no config.json is beside the model: which videos it was trained on is not known, some may be among these"
         return [unknown] if ALL in splits or chosen in ("train", ALL) else []
     if chosen in ("train", ALL):
         return [f"the videos of the split {chosen} are those that the model was trained on"]
     kept = read_description(trained.run / "config.json").get("labels", {}).get("validation_crc32")
-    if ALL in splits and kept != found.crc32(store):
+    if ALL in splits and kept is not None and kept != found.crc32(store):
         return ["these are not the videos that the run held out: store or labels differ, and some may have been trained on"]
     return []
 

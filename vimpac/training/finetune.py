@@ -45,13 +45,16 @@ def finetune(config: FinetuneConfig) -> dict | None:
 
     Raises InputError for anything the user can fix, Stopped after SIGTERM, SIGHUP or SIGINT.
     """
+    run = Path(config.output)
+    if config.compare_scratch and (run / "config.json").exists() and not config.resume:  # said before the other run's hours
+        raise InputError(f"run folder {run} exists: add --resume to continue it, or give another --output")
     compared = None
-    if config.compare_scratch:
-        # First, so that the run's last line has both accuracies.
-        with distributed.join_world() as world, ExitStack() as held:
-            compared = _finetune(from_scratch(config), world, held)
-    with distributed.join_world() as world, ExitStack() as held:
-        return _finetune(config, world, held, compared)
+    with distributed.join_world() as world:
+        if config.compare_scratch:  # first, so that the run's last line has both accuracies
+            with ExitStack() as held:
+                compared = _finetune(from_scratch(config), world, held)
+        with ExitStack() as held:
+            return _finetune(config, world, held, compared)
 
 
 def from_scratch(config: FinetuneConfig) -> FinetuneConfig:
@@ -143,7 +146,7 @@ def finish(
     evaluated = clips.evaluation
     with torch.compiler.set_stance("force_eager"):  # not worth another compilation
         scores = score_videos(step.model, evaluated, world, loop.plan.micro_batch, step.autocast, evaluated.padded)
-    loop.leave_processes()
+    loop.drop_wrapper()
     if scores is None:
         return None
     found = Classified(data.validation_split, evaluated, data.validation.labels, scores, data.classes)

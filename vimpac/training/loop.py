@@ -211,7 +211,11 @@ class Loop:
             self.loader.close()
             self.loader = None
 
-    def leave_processes(self) -> None:
-        """End the process group, after dropping the gradient-averaging wrapper, which refers to it."""
+    def drop_wrapper(self) -> None:
+        """Drop the gradient-averaging wrapper, which refers to the process group, so that the group can end."""
         self.parallel = None
+
+    def leave_processes(self) -> None:
+        """End the process group."""
+        self.drop_wrapper()
         distributed.leave_world()
