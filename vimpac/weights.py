@@ -140,7 +140,7 @@ def _model(
     if tokenizer_digest and trained_on and trained_on != tokenizer_digest:
         raise InputError(
             f"{path} was trained on tokenizer {trained_on[:12]}…, the store was made with {tokenizer_digest[:12]}…: "
-            "tokenize the videos again with `--tokenizer-path` pointing at the model's store"
+            "tokenize the videos again with the model's tokenizer, `vimpac tokenize VIDEOS STORE --tokenizer-path RUN`"
         )
     classes = header.get("classes")
     make = model_class(classes)

@@ -22,11 +22,11 @@ class ScoringConfig:
     clips: int | None = None
     """Clips of each video, spread evenly in time; None = 10, or the frames of the longest video if it has fewer."""
     views: Literal["test", "center"] = "test"
-    """test = three upright crops (those of the store, if it has fewer), center = one."""
+    """test = three upright crops, or as many as a store has; center = one."""
     frames: int | None = None
     """T, frames of a clip; None = the model's. Its positions are interpolated."""
     fps: float | None = None
-    """Frames a second of a clip; None = the model's. It must divide the store's."""
+    """Frames a second of a clip; None = the model's. A store's rate must be a multiple of it."""
     batch: int = 32
     """Clips of a forward pass."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"

@@ -44,7 +44,7 @@ def find_query(store: TokenStore, video: str, view: int) -> int | np.ndarray:
         chunks = decode(video, store.fps, store.frame_size, [store.views[view]])
         return np.concatenate([encode_views(tokenizer, chunk)[0] for chunk in chunks]).astype(np.int64)
     except CorruptVideo as error:
-        raise InputError(f"{video} {error}: give another video") from None
+        raise InputError(f"{video} cannot be read: {error}; give another video") from None
 
 
 def clips_of(ids: np.ndarray, clips: int, clip_frames: int, pad_id: int, every: int) -> np.ndarray:
