@@ -172,7 +172,7 @@ class Plan:
     @cached_property
     def clips(self) -> list[tuple[np.ndarray, np.ndarray]]:
         """Videos and starts [2n] of each batch of an epoch."""
-        draws = [self.pairs._draw(np.arange(VIDEOS_A_BATCH) + i * VIDEOS_A_BATCH) for i in range(self.batches)]
+        draws = [self.pairs._draw(np.arange(VIDEOS_A_BATCH) + i * VIDEOS_A_BATCH)[:2] for i in range(self.batches)]
         return [(np.tile(videos, 2), starts.T.reshape(-1)) for videos, starts in draws]
 
     @property

@@ -156,9 +156,7 @@ def test_init_from_a_run_folder(main, output, finished_run, store_folder, tmp_pa
     assert metrics(folders[0]) == metrics(folders[1]) == metrics(folders[2])
     (tmp_path / "empty").mkdir()
     words = arguments(store_folder, output, init_from=str(tmp_path / "empty"))
-    refused(
-        main, words, output, "is a folder without a model.safetensors or checkpoints: expected a run folder, or one of these"
-    )
+    refused(main, words, output, "it is a folder without a model.safetensors or checkpoints; expected a run folder")
 
 
 def test_events_that_cannot_be_written(main, output, store_folder, monkeypatch):

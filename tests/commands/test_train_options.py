@@ -97,9 +97,15 @@ def test_one_video(main, output, tmp_path):
     refused(main, arguments(store, output), output, "holds 1 video, expected at least 2")
 
 
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "demo"])
+@pytest.mark.parametrize("preset", [name for name in PRESETS if not name.endswith("demo")])
 def test_no_data(main, output, preset):
     refused(main, [preset, "--output", str(output)], output, "--data is missing", "vimpac tokenize VIDEOS STORE")
+
+
+def test_fine_tuning_before_the_demo(main, output, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["finetune-demo", "--output", str(output)]
+    refused(main, words, output, "--from runs/demo does not exist", "`make train` trains the demo's")
 
 
 # --- options --------------------------------------------------------------------------------------------------------------

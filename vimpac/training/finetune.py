@@ -32,7 +32,7 @@ from vimpac.training.metrics import MetricsLog
 from vimpac.training.plan import plan_classification, plan_steps
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
-from vimpac.training.session import check_machine, synthetic_store, train_to_end
+from vimpac.training.session import check_data, check_machine, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "accuracy")
@@ -70,6 +70,7 @@ def from_scratch(config: FinetuneConfig) -> FinetuneConfig:
 
 def _finetune(config: FinetuneConfig, world: World, held: ExitStack, compared: dict | None = None) -> dict | None:
     # Open the store, and read what there is to train on. Nothing is written before all options are checked.
+    check_data(config)
     before = read_start(config)
     grid = config.model.grid if before is None else before.model.config.grid
     labels, path = config.labels, config.data

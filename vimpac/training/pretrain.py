@@ -35,7 +35,7 @@ from vimpac.training.plan import BatchPlan, plan_batches, plan_steps
 from vimpac.training.pretrain_task import pretraining_loop
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
-from vimpac.training.session import check_machine, synthetic_store, train_to_end
+from vimpac.training.session import check_data, check_machine, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
@@ -52,6 +52,7 @@ def pretrain(config: PretrainConfig) -> dict | None:
 
 def _pretrain(config: PretrainConfig, world: World, held: ExitStack) -> dict | None:
     # Open the store.
+    check_data(config)
     store = TokenStore(config.data or synthetic_store(config.output, config.synthetic_videos, config.model.grid, world)[0])
     config = fit_to_store(replace(config, data=str(store.folder)), store)
     clips = split_clips(config, store)

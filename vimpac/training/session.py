@@ -47,6 +47,14 @@ def lost_peers(run: Path) -> str:
     return f"{GONE}; the last checkpoint is {kept[-1] if kept else 'not written yet'}: {distributed.AGAIN}"
 
 
+def check_data(config: RunConfig) -> None:
+    """Raises InputError if the run has no videos."""
+    if config.data is None and not config.synthetic_videos:
+        raise InputError(
+            "--data is missing: expected a token store; make one with `vimpac tokenize VIDEOS STORE`, then --data STORE"
+        )
+
+
 def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world: World) -> tuple[Path, Path]:
     """A store of generated videos next to the run folder, and their labels.csv.
 
@@ -55,10 +63,6 @@ def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world:
     from vimpac.data.build import tokenize_videos
     from vimpac.data.synthetic import synthesize
 
-    if not videos:
-        raise InputError(
-            "--data is missing: expected a token store; make one with `vimpac tokenize VIDEOS STORE`, then --data STORE"
-        )
     size, folder = 8 * grid[1], Path(output).parent / "synthetic"
     files, store = folder / f"videos-{videos}", folder / f"tokens-{videos}-{size}px"
 
