@@ -5,7 +5,7 @@ import os
 import signal
 import termios
 from functools import partial
-from unittest.mock import Mock
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -101,7 +101,7 @@ def test_one_process_on_a_gpu_ends_after_the_update(store_folder, tmp_path, monk
     monkeypatch.setattr(loop, "update", lambda: loop.step != 1 or signal.raise_signal(signal.SIGTERM))
     monkeypatch.setattr(loop_module.distributed, "any_rank", lambda flag, world: flag)
     monkeypatch.setattr(loop, "save", lambda: tmp_path / f"step-{loop.step}")
-    log = Mock()
+    log = MagicMock()
     with handling_signals(loop.stop.handle), pytest.raises(Stopped, match=rf"step-{ends} is written"):
         loop.train(log, Progress(9, enabled=False))
     assert log.add.call_count == ends and log.flush.call_count == 1

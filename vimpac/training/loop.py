@@ -93,8 +93,8 @@ class Loop:
                     metrics = self.update()
                 self.step += 1
                 with log.untimed():
-                    metrics |= self.task.measure(self)
-                log.add(metrics)
+                    measured = self.task.measure(self)
+                log.add({**metrics, **measured} if measured else metrics)
                 last = self.step == self.schedule.steps
                 due = self.step % config.save_every == 0
                 # Several processes must agree to stop, which makes all of them wait.
