@@ -3,6 +3,8 @@
 import csv
 import json
 import re
+from types import SimpleNamespace
+from unittest.mock import Mock, patch
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from vimpac import weights
 from vimpac.data.format import View
 from vimpac.data.store import TokenStore
 from vimpac.files.checked import load_json
+from vimpac.training.finetune_task import FinetuneTask
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -60,6 +63,17 @@ def test_a_run_learns_and_says_what_it_is(tuned, labelled):
     assert numbers["top1"] == lines[-1]["top1"] and numbers["split"] == "validation"
     described = json.loads((tuned / "config.json").read_text())
     assert described["labels"]["classes"] == list(CLASSES) and described["labels"]["training"] == 18
+
+
+def test_the_best_model_is_not_the_last_better_than_what_is_written(tmp_path):
+    """On a GPU the metrics of an update are written up to `log_every` updates later."""
+    accuracies, saved = iter([0.5, 0.9, 0.7]), []
+    task = FinetuneTask(Mock(), Mock(), Mock(), lambda: next(accuracies), 1, True)
+    loop = SimpleNamespace(run=tmp_path, step=1, schedule=SimpleNamespace(steps=9), training=weights.Training())
+    with patch.object(weights, "save", lambda *_: saved.append(loop.step)):
+        for loop.step in (1, 2, 3):
+            task.measure(loop)
+    assert saved == [1, 2]
 
 
 @pytest.mark.parametrize("killed_at", [3, 8])

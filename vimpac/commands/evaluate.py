@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import torch
 
     from vimpac.config import RunConfig
-    from vimpac.data.labelled import LabelledVideos, LabelSource
+    from vimpac.data.labelled import LabelledVideos
     from vimpac.data.store import TokenStore
     from vimpac.data.test_clips import TestClips
     from vimpac.distributed import World
@@ -101,7 +101,7 @@ def _classify(
 ) -> None:
     from vimpac import distributed
     from vimpac.config import FinetuneConfig
-    from vimpac.data.labelled import label_store
+    from vimpac.data.labelled import LabelSource, label_store
     from vimpac.data.rates import frame_step
     from vimpac.data.report import Report
     from vimpac.data.test_clips import TestClips
@@ -117,7 +117,7 @@ def _classify(
         raise InputError(f"{trained.file} is a fine-tuned model, which is evaluated on labelled videos: give --labels FILE")
     # Read what there is to evaluate, and check all of it.
     every = frame_step(store, config.fps or trained.training.fps)
-    source = _source(config.labels, config)
+    source = LabelSource.of_command(config.labels, config)
     labelled = label_store(store, source)
     names = class_names(trained.training.class_names, labelled.classes, model.classifier.out_features, source.path)
     run = _run_config(trained, FinetuneConfig)
@@ -181,14 +181,6 @@ def _clips(store: TokenStore, videos: np.ndarray, asked: int | None) -> int:
             f"give --clips {min(CLIPS, longest)}"
         )
     return asked or min(CLIPS, longest)
-
-
-def _source(labels: Path, config: EvaluateConfig) -> LabelSource:
-    from vimpac.data.labelled import LabelSource
-
-    classes = None if config.classes is None else str(config.classes)
-    how = config.kind, config.column, config.split_number, classes
-    return LabelSource(str(labels), *how, config.allow_two_splits, config.allow_empty_classes)
 
 
 class _Output(NamedTuple):

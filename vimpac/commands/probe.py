@@ -18,7 +18,6 @@ from vimpac.files.checked import load_json, write_json
 from vimpac.processes.ranks import begin_rank
 
 if TYPE_CHECKING:
-    from vimpac.data.labelled import LabelSource
     from vimpac.evaluation.probe import Row, Task
 
 FORMAT = "vimpac-probe"
@@ -43,7 +42,7 @@ def probe(
     """
     begin_rank()
     from vimpac.commands.looking import ticking
-    from vimpac.data.labelled import label_store
+    from vimpac.data.labelled import LabelSource, label_store
     from vimpac.distributed import join_world
     from vimpac.evaluation.attentive import AttentiveTraining
     from vimpac.evaluation.features import Look
@@ -54,7 +53,7 @@ def probe(
 
     with join_world("run the same command again") as world:
         subject = open_subject(model, store, config)
-        labels = label_store(subject.store, source_of(config)).divided(config.held_out)
+        labels = label_store(subject.store, LabelSource.of_command(config.labels, config)).divided(config.held_out)
         measured = config.split or ("test" if "test" in labels.splits else "validation")
         task = divide(labels, measured)
         neighbors = resolve_neighbors(config.neighbors, len(task.train))
@@ -75,21 +74,6 @@ def probe(
             shown |= {"split": measured, "neighbors": neighbors, "clip_frames": subject.clip_frames, "fps": subject.fps}
             write(output, rows, task, shown)
             say(f"wrote {output}")
-
-
-def source_of(config: ProbeConfig) -> LabelSource:
-    """Where the labels are, and how to read them."""
-    from vimpac.data.labelled import LabelSource
-
-    return LabelSource(
-        str(config.labels),
-        config.kind,
-        config.column,
-        config.split_number,
-        None if config.classes is None else str(config.classes),
-        config.allow_two_splits,
-        config.allow_empty_classes,
-    )
 
 
 def check_output(path: Path) -> None:

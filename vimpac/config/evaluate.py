@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import tyro
 
 from vimpac.config.checks import MOST_VIDEOS, counts, positive
-from vimpac.config.labels import LabelKind
+from vimpac.config.labels import LabelOptions
 
 CLIPS = 10
 """Of each video in an evaluation, if none are asked for (section 4.1)."""
@@ -43,7 +43,7 @@ class ScoringConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateConfig(ScoringConfig):
+class EvaluateConfig(LabelOptions, ScoringConfig):
     """What `vimpac evaluate` measures."""
 
     labels: Path | None = None
@@ -52,18 +52,6 @@ class EvaluateConfig(ScoringConfig):
     """The split that is measured; None = test, or validation where there is none, or all if the labels tell none."""
     output: Path | None = None
     """Folder to write; None = evaluation-SPLIT in the run folder, or beside the model. It replaces an earlier evaluation."""
-    kind: LabelKind | None = None
-    """Format of the labels; None = recognised from the content."""
-    column: str | None = None
-    """The label column of a CSV; None = `label`."""
-    split_number: int | None = None
-    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
-    classes: Path | None = None
-    """File with the name of a class on each line, for a CSV or a list of numbers."""
-    allow_two_splits: bool = False
-    """Accept a video that is in two splits."""
-    allow_empty_classes: bool = False
-    """Accept a class without videos."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,12 +3,31 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from vimpac.config.checks import require
 from vimpac.config.run import RunConfig
 
 LabelKind = Literal["csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", "ssv2", "diving48", "howto100m"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelOptions:
+    """How a command that measures reads its labels."""
+
+    kind: LabelKind | None = None
+    """Format of the labels; None = recognised from the content."""
+    column: str | None = None
+    """The label column of a CSV; None = `label`."""
+    split_number: int | None = None
+    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
+    classes: Path | None = None
+    """File with the name of a class on each line, for a CSV or a list of numbers."""
+    allow_two_splits: bool = False
+    """Accept a video that is in two splits."""
+    allow_empty_classes: bool = False
+    """Accept a class without videos."""
 
 
 @dataclass(frozen=True, kw_only=True)

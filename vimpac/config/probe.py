@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Literal
 
 from vimpac.config.checks import LARGEST, MOST_VIDEOS, SMALLEST, counts, positive, require
-from vimpac.config.labels import LabelKind
+from vimpac.config.labels import LabelOptions
 
 Normalisation = Literal["none", "l2", "center", "whiten"]
 VectorName = Literal["cls", "mean", "contrastive"]
@@ -67,7 +67,7 @@ class SimilarConfig(LookConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProbeConfig(LookConfig):
+class ProbeConfig(LabelOptions, LookConfig):
     """What `vimpac probe` measures."""
 
     labels: Path
@@ -78,18 +78,6 @@ class ProbeConfig(LookConfig):
     """The split that is measured; None = test, or validation where there is none."""
     output: Path | None = None
     """File for all numbers; None = probe.json in the run folder, or beside the model."""
-    kind: LabelKind | None = None
-    """Format of the labels; None = recognised from the content."""
-    column: str | None = None
-    """The label column of a CSV; None = `label`."""
-    split_number: int | None = None
-    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
-    classes: Path | None = None
-    """File with the name of a class on each line, for a CSV or a list of numbers."""
-    allow_two_splits: bool = False
-    """Accept a video that is in two splits."""
-    allow_empty_classes: bool = False
-    """Accept a class without videos."""
     held_out: float = 0.2
     """Where the labels tell no split: videos that are measured, a share of them (below 1) or their number (1 or more)."""
     neighbors: int | None = None

@@ -5,10 +5,12 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 
+from vimpac.config.labels import LabelledRunConfig, LabelOptions
 from vimpac.console import count
 from vimpac.data.datasets import Kind, Labels, Match, compare_with_paper, match_labels, read_labels
 from vimpac.data.store import TokenStore
@@ -29,6 +31,19 @@ class LabelSource:
     classes: str | None = None
     allow_two_splits: bool = False
     allow_empty_classes: bool = False
+
+    @classmethod
+    def of_run(cls, path: str, config: LabelledRunConfig) -> LabelSource:
+        """The labels `path`, read as a run's options say."""
+        options = config.labels_kind, config.label_column, config.split_number, config.classes
+        return cls(path, *options, config.allow_two_splits, config.allow_empty_classes)
+
+    @classmethod
+    def of_command(cls, path: Path, options: LabelOptions) -> LabelSource:
+        """The labels `path`, read as a command's options say."""
+        classes = None if options.classes is None else str(options.classes)
+        how = options.kind, options.column, options.split_number, classes
+        return cls(str(path), *how, options.allow_two_splits, options.allow_empty_classes)
 
 
 class LabelledVideos(NamedTuple):

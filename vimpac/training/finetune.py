@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +20,7 @@ from vimpac.evaluation.folder import replacing_folder
 from vimpac.evaluation.inputs import output_beside
 from vimpac.evaluation.scores import accuracies, average
 from vimpac.training.device import plain_ops, resolve_compile
-from vimpac.training.facts import end_facts, start_facts
+from vimpac.training.facts import start_facts
 from vimpac.training.finetune_data import FinetuneClips, FinetuneData, make_clips, read_data
 from vimpac.training.finetune_start import fit_to_store, read_start, start_notes, starting_model
 from vimpac.training.finetune_step import FinetuneStep
@@ -32,7 +31,7 @@ from vimpac.training.metrics import MetricsLog
 from vimpac.training.plan import plan_classification, plan_steps
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
-from vimpac.training.session import check_data, check_machine, synthetic_store, train_to_end
+from vimpac.training.session import check_data, check_machine, end_run, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "accuracy")
@@ -164,16 +163,7 @@ def finish(
         for note in found.write(folder, settings):
             progress.note(note)
     result = {"final": True, "step": loop.step, **summary(found, config, compared)}
-    log.write([result])
-    log.note_failure(progress)
-    if importlib.util.find_spec("matplotlib"):
-        from vimpac.figures import curves
-
-        curves.plot_curves(log.path, loop.run / "curves.png")
-    else:
-        progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
-    progress.summary(result)
-    progress.note(end_facts(loop.run))
+    end_run(loop.run, log, progress, result)
     return result
 
 

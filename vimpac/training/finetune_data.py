@@ -37,17 +37,12 @@ class FinetuneData(NamedTuple):
         }
 
 
-def label_source(config: FinetuneConfig, path: str) -> LabelSource:
-    options = config.labels_kind, config.label_column, config.split_number, config.classes
-    return LabelSource(path, *options, config.allow_two_splits, config.allow_empty_classes)
-
-
 def read_data(config: FinetuneConfig, labels: str, store: TokenStore) -> FinetuneData:
     """Reads the labels and divides the videos.
 
     Raises InputError for bad labels, a split without videos, and a class without a training video (unless allowed).
     """
-    source = label_source(config, labels)
+    source = LabelSource.of_run(labels, config)
     found = label_store(store, source).divided(config.held_out)
     held, held_store = found, store
     if config.validation_data is not None:

@@ -46,6 +46,7 @@ class FinetuneTask:
     ):
         self.module, self.clips, self.plan = module, clips, plan
         self.validate, self.every, self.keep_best = validate, every, keep_best
+        self.best: float | None = None  # validation accuracy so far; None = not looked up since the start or the resume
 
     def make_batch(self, first: int, videos: int) -> LabelledBatch:
         """Samples first, first + 1, …, on the CPU."""
@@ -67,9 +68,12 @@ class FinetuneTask:
         self.module.train()
         if top1 is None:
             return {}
-        if self.keep_best and top1 > best_before(loop.run, loop.step):
+        if self.best is None:  # then in memory: recent lines may not be written yet
+            self.best = best_before(loop.run, loop.step)
+        if self.keep_best and top1 > self.best:
             known = loop.training
             weights.save(self.module.model, loop.run / BEST, known.to_header()["tokenizer"], known.fps, known.class_names)
+        self.best = max(self.best, top1)
         return {VALIDATION: top1}
 
 

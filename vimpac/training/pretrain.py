@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from contextlib import ExitStack
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -26,7 +25,7 @@ from vimpac.model import PretrainModel
 from vimpac.model.losses import Objective
 from vimpac.model.masking import Masking
 from vimpac.training.device import plain_ops, resolve_compile
-from vimpac.training.facts import end_facts, start_facts
+from vimpac.training.facts import start_facts
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse, explaining_model_size, keep_freed_memory
 from vimpac.training.metrics import MetricsLog
@@ -35,7 +34,7 @@ from vimpac.training.plan import BatchPlan, plan_batches, plan_steps
 from vimpac.training.pretrain_task import pretraining_loop
 from vimpac.training.progress import Progress
 from vimpac.training.run import describe, open_run, start_run
-from vimpac.training.session import check_data, check_machine, synthetic_store, train_to_end
+from vimpac.training.session import check_data, check_machine, end_run, synthetic_store, train_to_end
 from vimpac.training.signals import handling_signals
 
 METRICS = ("loss", "mask_loss", "contrastive_loss", "cl_loss", "mask_accuracy")
@@ -105,16 +104,7 @@ def finish(loop: Loop, config: PretrainConfig, clips: Clips, store: TokenStore, 
     with torch.compiler.set_stance("force_eager"):  # not worth another compilation
         found = evaluate_held_out(step.model, config, clips, loop.plan.micro_batch, step.autocast)
     result = {"final": True, "step": loop.step, **found}
-    log.write([result])
-    log.note_failure(progress)
-    if importlib.util.find_spec("matplotlib"):
-        from vimpac.figures import curves
-
-        curves.plot_curves(log.path, loop.run / "curves.png")
-    else:
-        progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
-    progress.summary(result)
-    progress.note(end_facts(loop.run))
+    end_run(loop.run, log, progress, result)
     return result
 
 
@@ -183,8 +173,7 @@ def feature_monitor(config: PretrainConfig, store: TokenStore, clips: Clips, wor
     """What looks at the features every `probe_every` updates. Raises InputError if no held-out video has a label."""
     if not config.probe_every or config.labels is None:
         return None
-    options = config.labels_kind, config.label_column, config.split_number, config.classes
-    source = LabelSource(config.labels, *options, config.allow_two_splits, config.allow_empty_classes)
+    source = LabelSource.of_run(config.labels, config)
     model, held_out = config.model, clips.held_out
     every = frame_step(store, config.fps)
     middle = TestClips(store, held_out.videos, 1, [center_view(store)], model.grid[0], model.pad_id, every)

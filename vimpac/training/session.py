@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.processes.meeting import GONE
 from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of
+from vimpac.training.facts import end_facts
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse
 from vimpac.training.metrics import MetricsLog
@@ -40,6 +42,20 @@ def train_to_end(loop: Loop, log: MetricsLog, progress: Progress, memory: Memory
         distributed.explaining_lost_peers(lambda: lost_peers(loop.run)),
     ):
         loop.train(log, progress)
+
+
+def end_run(run: Path, log: MetricsLog, progress: Progress, result: dict) -> None:
+    """Write the last line of the metrics, draw the curves, and say the result and where everything is."""
+    log.write([result])
+    log.note_failure(progress)
+    if importlib.util.find_spec("matplotlib"):
+        from vimpac.figures import curves
+
+        curves.plot_curves(log.path, run / "curves.png")
+    else:
+        progress.note("curves.png is not drawn: matplotlib is missing (pip install matplotlib)")
+    progress.summary(result)
+    progress.note(end_facts(run))
 
 
 def lost_peers(run: Path) -> str:
