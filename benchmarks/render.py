@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
@@ -23,7 +24,7 @@ from documents import fill, number, table
 ROOT = Path(__file__).resolve().parents[1]
 CPU, H100 = "cpu", "nvidia-h100-80gb-hbm3"
 NO_GPU = "No GPU has been measured for this project. `make gpu` on a machine that has a GPU measures it."
-NO_CPU = "Not measured yet: `python benchmarks/{}.py --device cpu` measures it."
+NO_CPU = "Not measured yet: `python benchmarks/{}.py` on a machine without a GPU measures it."
 BOTH = "forward+backward"
 OPS = ("axial_attention", "block_mask", "info_nce", "masked_cross_entropy", "dropout_add")
 Row = dict[str, Any]
@@ -54,8 +55,8 @@ class Results:
             )
         return rows
 
-    def machines(self, device: str, benchmarks: Iterable[str]) -> list[str]:
-        """Where the numbers of these benchmarks come from."""
+    def machines(self, device: str, benchmarks: Iterable[str], note: str = "medians") -> list[str]:
+        """Where the numbers of these benchmarks come from. note: what else to say of them."""
         made: dict[str, list[str]] = {}
         for name in benchmarks:
             if result := self.load(device, name):
@@ -64,7 +65,7 @@ class Results:
                 where += [f"{threads} thread{'s' * (threads > 1)}"] if threads else []
                 made.setdefault(", ".join([*where, f"torch {result['torch']}"]), []).append(f"`{name}`")
         each = "; ".join(f"{machine} ({', '.join(names)})" for machine, names in made.items())
-        return ["", f"Measured on {next(iter(made)) if len(made) == 1 else each}; medians."]
+        return ["", f"Measured on {next(iter(made)) if len(made) == 1 else each}; {note}."]
 
 
 def shown(x: float | None, write: Callable[[float], str] = number) -> str:
@@ -204,6 +205,33 @@ def data(results: Results, device: str) -> list[str]:
     return [*table(["pairs of clips a second", "", *impls], lines), *results.machines(device, ["data"])] if lines else []
 
 
+def demo(results: Results, device: str) -> list[str]:
+    """What the demo's model predicts, and its fine-tuning beside a model from scratch."""
+    rows = results.rows(device, "demo")
+    if not rows:
+        return []
+
+    def of(key: str) -> str:
+        """The mean over seeds, and how far they are apart."""
+        values = [row[key] for row in rows]
+        apart = f" ({min(values):.2f} to {max(values):.2f})" if len(values) > 1 else ""
+        return f"{statistics.fmean(values):.2f}{apart}"
+
+    copied = f"a copy of the nearest visible token {of('nearest_copy_accuracy')}"
+    lines = [
+        ["masked tokens of held-out videos", of("mask_accuracy"), copied],
+        [
+            f"motion of {rows[0]['videos']} other videos, fine-tuned",
+            of("top1"),
+            f"from scratch {of('from_scratch_top1')}, chance {rows[0]['chance']:.2f}",
+        ],
+    ]
+    head = ["accuracy", f"mean of {len(rows)} seeds (range)", "beside it"]
+    seconds = (max(row[f"{preset}_seconds"] for row in rows) for preset in ("demo", "finetune_demo"))
+    took = "`demo` took {:.0f} s at most, the two models of `finetune-demo` {:.0f} s".format(*seconds)
+    return [*table(head, lines), *results.machines(device, ["demo"], took)]
+
+
 def on_cpu(make: Callable[[Results, str], list[str]], benchmark: str, results: Results) -> list[str]:
     return make(results, CPU) or [NO_CPU.format(benchmark)]
 
@@ -217,6 +245,7 @@ def on_gpus(make: Callable[[Results, str], list[str]], results: Results) -> list
 
 TABLES: dict[str, Callable[[Results], list[str]]] = {
     "cpu": summary,
+    "demo": partial(on_cpu, demo, "demo"),
     "gpu": partial(on_gpus, steps),
     "kernels-cpu": partial(on_cpu, kernels, OPS[0]),
     "kernels-gpu": partial(on_gpus, kernels),

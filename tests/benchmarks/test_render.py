@@ -9,7 +9,7 @@ import pytest
 import render
 from documents import END, fill
 
-BENCHMARKS = ("axial_attention", "info_nce", "block_mask", "dropout_add", "data", "train_step", "attn_layouts")
+BENCHMARKS = ("axial_attention", "info_nce", "block_mask", "dropout_add", "data", "train_step", "attn_layouts", "demo")
 BOTH = ("forward", "forward+backward")
 REFERENCES = ("ours", "reference eager", "reference compiled", "python loop")
 STEPS = {"ours": 1200.0, "ours compiled": 1500.0, "naive eager": 400.0, "naive compiled": 1250.0}
@@ -51,6 +51,12 @@ def layout_rows():
             yield row(impl, layout, "forward", 1.0, layout=layout, samples_per_s=None, **paper)
 
 
+def demo_rows():
+    for seed in (0, 1):
+        values = {"mask_accuracy": 0.5 + seed / 5, "nearest_copy_accuracy": 0.1, "top1": 0.4, "from_scratch_top1": 0.1}
+        yield {"seed": seed, "videos": 256, "chance": 0.1, "demo_seconds": 200.0, "finetune_demo_seconds": 99.6, **values}
+
+
 def made_rows(name):
     return {
         "axial_attention": axial_rows,
@@ -60,6 +66,7 @@ def made_rows(name):
         "train_step": lambda: [*step_rows(dtype="float32"), *step_rows(speeds={k: 2 * x for k, x in STEPS.items()})],
         "dropout_add": lambda: (row(x, "10x10", which, 1.0) for x in ("ours", "ours:torch") for which in (*BOTH, "backward")),
         "attn_layouts": layout_rows,
+        "demo": demo_rows,
     }[name]()
 
 
@@ -169,7 +176,7 @@ def test_no_result_at_all(root):
     shutil.rmtree(root / "benchmarks")
     for name in render.TABLES:
         (said,) = lines(root, name)
-        assert "make gpu" in said if name.endswith("gpu") else "--device cpu" in said
+        assert "make gpu" in said if name.endswith("gpu") else "without a GPU" in said
     assert render.main([], root) == 0 and "`make gpu`" in (root / "README.md").read_text()
 
 
@@ -190,6 +197,12 @@ def test_results_of_tiny_shapes_are_refused(root):
     write(root, render.CPU, "info_nce", made_rows("info_nce"), quick=True)
     with pytest.raises(ValueError, match=r"info_nce\.json was made with --quick"):
         render.main([], root)
+
+
+def test_seeds_are_averaged(root):
+    assert cells(root, "demo", "masked tokens")[1:] == ["0.60 (0.50 to 0.70)", "a copy of the nearest visible token 0.10 (0.10 to 0.10)"]
+    assert cells(root, "demo", "motion of 256")[1:] == ["0.40 (0.40 to 0.40)", "from scratch 0.10 (0.10 to 0.10), chance 0.10"]
+    assert lines(root, "demo")[-1].endswith("; `demo` took 200 s at most, the two models of `finetune-demo` 100 s.")
 
 
 def test_a_row_that_is_not_there(root):

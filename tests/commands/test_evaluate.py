@@ -313,6 +313,9 @@ def test_a_fine_tuned_run_is_evaluated_as_at_its_end(tmp_path, capsys, undrawn, 
     numbers = found(run / "evaluation-validation")
     for name in ("top1", "top5", "mean_class_accuracy", "most_frequent_accuracy", "videos", "clips", "views"):
         assert numbers[name] == expected[name], name
+    before = tree(run / "evaluation-validation")
+    assert cli.main(["evaluate", str(run), str(folder / "tokens"), "--clips", "3"]) == 0  # the labels of the run
+    assert tree(run / "evaluation-validation") == before
     (checkpoint,) = list((run / "checkpoints").iterdir())[-1:]
     assert cli.main(["evaluate", str(checkpoint), *words]) == 0
     assert found(run / f"evaluation-validation-{checkpoint.stem}")["videos"] == expected["videos"]

@@ -289,7 +289,7 @@ MISTAKES = [
     (f"{PROBE} --split train", "the split is train, on which probes are fitted"),
     (f"{PROBE} --output labels.csv", "labels.csv exists and is not a result of `vimpac probe`: give another --output"),
     (f"{PROBE} --output full", "full exists and is not a result"),
-    (f"{PROBE} --column dance", "dance is missing"),
+    (f"{PROBE} --label-column dance", "dance is missing"),
     ("probe model.safetensors store --labels one.csv", "training videos are of the class 'a', expected at least two classes"),
     ("probe model.safetensors store --labels strangers.csv", "2 of 2 labelled videos are not in the store, such as 'x.mp4'"),
     ("probe model.safetensors store --labels missing.csv", "the labels missing.csv do not exist"),

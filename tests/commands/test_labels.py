@@ -36,7 +36,7 @@ def test_report(store, tmp_path, capsys):
     lines += ["videos/broken.avi,right,val", *(f"gone{i:02d}.mp4,up,val" for i in range(2))]
     (tmp_path / "l.csv").write_text("\n".join(lines) + "\n")
     there = len(names) - 1
-    assert check(capsys, store, tmp_path / "l.csv", "--column", "motion") == [
+    assert check(capsys, store, tmp_path / "l.csv", "--label-column", "motion") == [
         f"{tmp_path / 'l.csv'}: csv, {there + 3} videos, 3 classes",
         f"  train       {there} listed, {there} in the store",
         "  validation  3 listed, 0 in the store",
@@ -89,7 +89,10 @@ def test_published_files(store, tmp_path, capsys):
         ("missing l.csv", "missing is not a folder"),
         ("store missing", "the labels missing do not exist; expected a CSV"),
         ("store l.csv", "2 of 2 labelled videos are not in the store, such as 'x.mp4', 'y.mp4'; "),
-        ("store l.csv --column dance", "l.csv, line 1: has the columns 'video,label', expected video,dance; dance is missing"),
+        (
+            "store l.csv --label-column dance",
+            "l.csv, line 1: has the columns 'video,label', expected video,dance; dance is missing",
+        ),
         ("store l.csv --split-number x", "--split-number is 'x', expected {None}|INT"),
         ("store l.csv --split-number 1", "l.csv was read as csv, which takes no --split-number"),
         ("store store", "store holds no labels; expected a CSV"),

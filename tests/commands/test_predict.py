@@ -101,6 +101,14 @@ def test_a_folder_and_the_same_video_twice(folder, capsys):
     assert [x["video"] for x in found] == ["videos/a.mp4", "videos/b.avi", "videos/short.mkv"]
 
 
+def test_a_folder_without_videos_does_not_stop_the_others(folder, capsys):
+    Path("empty").mkdir()
+    captured = predict(capsys, "run", "empty", "videos/a.mp4", "--clips", "1", status=1)
+    lines = captured.out.splitlines()
+    assert lines[0].startswith("empty: holds no video file; expected files that end in") and lines[1] == "videos/a.mp4"
+    assert captured.err == "vimpac predict: error: 1 of 2 videos could not be classified, such as empty\n"
+
+
 def test_names_that_are_no_text_or_steer_the_terminal(folder, capsysbinary):
     shutil.copy("videos/a.mp4", f"{STEERING}.mp4")
     shutil.copy("videos/a.mp4", b"\xff.mp4")

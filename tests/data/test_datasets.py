@@ -112,7 +112,7 @@ def test_one_file_of_a_data_set(tmp_path):
     assert (one.kind, one.splits) == ("ssv2", ("train", "train"))
     assert read_labels(tmp_path / "Diving48_V2_train.json").labels == (1, 0)
     assert read_labels(tmp_path / "validate.csv").classes == ("abseiling",)
-    with pytest.raises(InputError, match="holds the files of diving48, kinetics400, ssv2; choose one with --kind"):
+    with pytest.raises(InputError, match="holds the files of diving48, kinetics400, ssv2; choose one with --labels-kind"):
         read_labels(tmp_path)
     assert read_labels(tmp_path, "diving48").videos == read_labels(write(tmp_path / "alone", DIVING48)).videos
 
@@ -145,7 +145,7 @@ def test_csv(tmp_path):
 
 def test_labels_of_synthesize(tmp_path):
     made = synthesize(tmp_path / "videos", SynthesizeConfig(videos=12, seconds=0.5, size=32))
-    with pytest.raises(InputError, match="has no column label; choose one of motion, shape, texture with --column"):
+    with pytest.raises(InputError, match="has no column label; choose one of motion, shape, texture with --label-column"):
         read_labels(tmp_path / "videos")
     labels = read_labels(tmp_path / "videos", column="motion")
     assert rows(labels) == [(label.video, label.motion, None) for label in made] and labels.kind == "csv"

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     import numpy as np
     import torch
 
-    from vimpac.config import RunConfig
-    from vimpac.data.labelled import LabelledVideos
+    from vimpac.config import FinetuneConfig, RunConfig
+    from vimpac.data.labelled import LabelledVideos, LabelSource
     from vimpac.data.store import TokenStore
     from vimpac.data.test_clips import TestClips
     from vimpac.distributed import World
@@ -101,7 +101,7 @@ def _classify(
 ) -> None:
     from vimpac import distributed
     from vimpac.config import FinetuneConfig
-    from vimpac.data.labelled import LabelSource, label_store
+    from vimpac.data.labelled import label_store
     from vimpac.data.rates import frame_step
     from vimpac.data.report import Report
     from vimpac.data.test_clips import TestClips
@@ -113,14 +113,12 @@ def _classify(
 
     model = trained.model
     assert isinstance(model, ClassificationModel)
-    if config.labels is None:
-        raise InputError(f"{trained.file} is a fine-tuned model, which is evaluated on labelled videos: give --labels FILE")
     # Read what there is to evaluate, and check all of it.
     every = frame_step(store, config.fps or trained.training.fps)
-    source = LabelSource.of_command(config.labels, config)
+    run = _run_config(trained, FinetuneConfig)
+    source = _labels(trained.file, config, run)
     labelled = label_store(store, source)
     names = class_names(trained.training.class_names, labelled.classes, model.classifier.out_features, source.path)
-    run = _run_config(trained, FinetuneConfig)
     chosen, found = choose_split(labelled, config.split, run and run.held_out)
     truth = model_labels(found, labelled.classes, names, source.path)
     views = test_views(store) if config.views == "test" else [center_view(store)]
@@ -154,6 +152,17 @@ def _classify(
         _say_result(result, missing, folder.final)
 
     distributed.on_first_rank(write, world)
+
+
+def _labels(file: Path, config: EvaluateConfig, run: FinetuneConfig | None) -> LabelSource:
+    """The labels that are asked for, else those of the model's run. Raises InputError if there are neither."""
+    from vimpac.data.labelled import LabelSource
+
+    if config.labels is not None:
+        return LabelSource.of(config.labels, config)
+    if run is None or run.labels is None:
+        raise InputError(f"{file} is a fine-tuned model, which is evaluated on labelled videos: give --labels FILE")
+    return LabelSource.of(run.labels, run)
 
 
 def _doubts(trained: TrainedModel, splits: Collection[str], chosen: str, store: TokenStore, found: LabelledVideos) -> list[str]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
 
+from vimpac.config.labels import LabelOptions
 from vimpac.console import count, say
 
 if TYPE_CHECKING:
@@ -22,12 +23,7 @@ MOST_NAMES = 10  # of a list in the report
 def check(
     store: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="STORE")],
     labels: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="LABELS")],
-    kind: Literal["auto", "csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", "ssv2", "diving48", "howto100m"] = "auto",
-    column: str | None = None,
-    split_number: int | None = None,
-    classes: Path | None = None,
-    allow_two_splits: bool = False,
-    allow_empty_classes: bool = False,
+    options: Annotated[LabelOptions, tyro.conf.arg(name="")],
 ) -> None:
     """Compare labels with the videos of a store: how many are there, what is missing, what has no label.
 
@@ -36,26 +32,13 @@ def check(
     Args:
         store: Folder that `vimpac tokenize` wrote.
         labels: A label file, or the folder of a data set's files.
-        kind: The format of the labels. auto recognises it from the content.
-        column: The label column of a CSV, by default `label`.
-        split_number: Which of the three splits of UCF101 or HMDB51, by default the first.
-        classes: File with the name of a class on each line, for a CSV or a list of numbers.
-        allow_two_splits: Accept a video that is in two splits.
-        allow_empty_classes: Accept a class without videos.
     """
-    from vimpac.data.datasets import compare_with_paper, match_labels, read_labels, split_counts
+    from vimpac.data.datasets import compare_with_paper, match_labels, split_counts
+    from vimpac.data.labelled import LabelSource
     from vimpac.data.store import TokenStore
 
     tokens = TokenStore(store)
-    found = read_labels(
-        labels,
-        None if kind == "auto" else kind,
-        column=column,
-        split_number=split_number,
-        classes=classes,
-        allow_two_splits=allow_two_splits,
-        allow_empty_classes=allow_empty_classes,
-    )
+    found = LabelSource.of(labels, options).read()
     match = match_labels(found, tokens.names)
     number = f", split {found.split_number}" if found.split_number else ""
     classed = f", {count(len(found.classes), 'class', 'classes')}" if found.labels else ", without labels"

@@ -59,7 +59,7 @@ def predict(
             f"{trained.file} does not say its frame rate: give --fps, a positive number of frames a second, such as 2"
         )
     tokenizer, path = tokenizer_of(trained, config.tokenizer_path)
-    files = _files(videos)
+    files, refused = _files(videos)
     if config.frames is not None and config.frames != grid[0]:
         trained = load_trained(model, (config.frames, *grid[1:]))
     if not torch.cuda.is_available():
@@ -68,25 +68,33 @@ def predict(
     assert isinstance(classifier, ClassificationModel)
     looks = view_set(config.views), config.clips or CLIPS, config.batch, autocast_dtype(config.precision, device)
     predictor = Predictor(classifier.to(device), tokenizer, path, rate, *looks)
-    failed = []
+    failed = list(refused)
+    for name, reason in refused.items():
+        _print(name, reason, trained, config)
     with explaining_batch(config.batch):
         for name, found in predictor.predict(files, config.workers or share_of_cores(1), config.video_timeout):
             if isinstance(found, str):
                 failed.append(name)
             _print(name, found, trained, config)
     if failed:
-        raise InputError(f"{len(failed)} of {count(len(files), 'video')} could not be classified, such as {failed[0]}")
+        videos = count(len(files) + len(refused), "video")
+        raise InputError(f"{len(failed)} of {videos} could not be classified, such as {failed[0]}")
 
 
-def _files(videos: tuple[Path, ...]) -> list[str]:
-    """The names of files, with those in folders: each once. Raises InputError for a folder without videos."""
+def _files(videos: tuple[Path, ...]) -> tuple[list[str], dict[str, str]]:
+    """The names of files, with those in folders: each once; and why folders have none."""
     from vimpac.data.video import find_videos, path_of
 
     named: list[str] = []
+    refused: dict[str, str] = {}
     for video in videos:
-        found = [path_of(name, video) for name in find_videos(video).names] if video.is_dir() else [video]
+        try:
+            found = [path_of(name, video) for name in find_videos(video).names] if video.is_dir() else [video]
+        except InputError as error:  # a folder without videos does not end the others' work
+            refused[str(video)] = str(error).removeprefix(f"{video} ")
+            continue
         named += (os.fsencode(path).decode("utf-8", "surrogateescape") for path in found)
-    return list(dict.fromkeys(named))
+    return list(dict.fromkeys(named)), refused
 
 
 def _print(name: str, found: np.ndarray | str, trained: TrainedModel, config: PredictConfig) -> None:

@@ -53,7 +53,7 @@ def probe(
 
     with join_world("run the same command again") as world:
         subject = open_subject(model, store, config)
-        labels = label_store(subject.store, LabelSource.of_command(config.labels, config)).divided(config.held_out)
+        labels = label_store(subject.store, LabelSource.of(config.labels, config)).divided(config.held_out)
         measured = config.split or ("test" if "test" in labels.splits else "validation")
         task = divide(labels, measured)
         neighbors = resolve_neighbors(config.neighbors, len(task.train))

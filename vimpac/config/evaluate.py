@@ -47,7 +47,7 @@ class EvaluateConfig(LabelOptions, ScoringConfig):
     """What `vimpac evaluate` measures."""
 
     labels: Path | None = None
-    """A label file, or the folder of a data set's files. A pre-trained model needs none."""
+    """A label file, or the folder of a data set's files; None = those of the model's run. A pre-trained model needs none."""
     split: str | None = None
     """The split that is measured; None = test, or validation where there is none, or all if the labels tell none."""
     output: Path | None = None

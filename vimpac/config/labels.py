@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 from vimpac.config.checks import require
@@ -14,28 +13,8 @@ LabelKind = Literal["csv", "folder", "list", "ucf101", "hmdb51", "kinetics400", 
 
 @dataclass(frozen=True, kw_only=True)
 class LabelOptions:
-    """How a command that measures reads its labels."""
+    """How labels are read."""
 
-    kind: LabelKind | None = None
-    """Format of the labels; None = recognised from the content."""
-    column: str | None = None
-    """The label column of a CSV; None = `label`."""
-    split_number: int | None = None
-    """Split of UCF101 or HMDB51: 1, 2 or 3; None = 1."""
-    classes: Path | None = None
-    """File with the name of a class on each line, for a CSV or a list of numbers."""
-    allow_two_splits: bool = False
-    """Accept a video that is in two splits."""
-    allow_empty_classes: bool = False
-    """Accept a class without videos."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class LabelledRunConfig(RunConfig):
-    """The options of runs that read labels."""
-
-    labels: str | None = None
-    """Label file, or the folder of a data set's files: `vimpac labels check STORE LABELS` shows what is read."""
     labels_kind: LabelKind | None = None
     """Format of the labels; None = recognised from the content."""
     label_column: str | None = None
@@ -47,7 +26,15 @@ class LabelledRunConfig(RunConfig):
     allow_two_splits: bool = False
     """Accept a video that is in two splits."""
     allow_empty_classes: bool = False
-    """Accept a class without a training video."""
+    """Accept a class without videos; in training, without a training video."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LabelledRunConfig(LabelOptions, RunConfig):
+    """The options of runs that read labels."""
+
+    labels: str | None = None
+    """Label file, or the folder of a data set's files: `vimpac labels check STORE LABELS` shows what is read."""
 
     def __post_init__(self):
         super().__post_init__()

@@ -78,9 +78,7 @@ def _only_label_column(file: Path) -> str:
         return "label"
     others = [name for name in columns if name not in ("video", "split")]
     if len(others) > 1:
-        raise InputError(
-            f"{file}, line 1: has no column label; choose one of {', '.join(others)} with --column (in training --label-column)"
-        )
+        raise InputError(f"{file}, line 1: has no column label; choose one of {', '.join(others)} with --label-column")
     return others[0] if others else "label"
 
 

@@ -137,7 +137,7 @@ def recognise(path: Path) -> Kind:
     kinds: set[Kind] = {kind for file in files if (kind := _recognise_file(file)) and (kind != "list" or split_of_file(file))}
     kinds.discard("csv")
     if len(kinds) > 1:
-        raise InputError(f"{path} holds the files of {', '.join(sorted(kinds))}; choose one with --kind, or give a file")
+        raise InputError(f"{path} holds the files of {', '.join(sorted(kinds))}; choose one with --labels-kind, or give a file")
     if kinds:
         return next(iter(kinds))
     if any(entry.is_dir() for entry in entries):

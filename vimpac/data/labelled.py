@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from vimpac.config.labels import LabelledRunConfig, LabelOptions
+from vimpac.config.labels import LabelOptions
 from vimpac.console import count
 from vimpac.data.datasets import Kind, Labels, Match, compare_with_paper, match_labels, read_labels
 from vimpac.data.store import TokenStore
@@ -33,17 +33,22 @@ class LabelSource:
     allow_empty_classes: bool = False
 
     @classmethod
-    def of_run(cls, path: str, config: LabelledRunConfig) -> LabelSource:
-        """The labels `path`, read as a run's options say."""
-        options = config.labels_kind, config.label_column, config.split_number, config.classes
-        return cls(path, *options, config.allow_two_splits, config.allow_empty_classes)
-
-    @classmethod
-    def of_command(cls, path: Path, options: LabelOptions) -> LabelSource:
-        """The labels `path`, read as a command's options say."""
-        classes = None if options.classes is None else str(options.classes)
-        how = options.kind, options.column, options.split_number, classes
+    def of(cls, path: str | Path, options: LabelOptions) -> LabelSource:
+        """The labels `path`, read as the options of a run or a command say."""
+        how = options.labels_kind, options.label_column, options.split_number, options.classes
         return cls(str(path), *how, options.allow_two_splits, options.allow_empty_classes)
+
+    def read(self) -> Labels:
+        """Raises InputError as `read_labels`."""
+        return read_labels(
+            self.path,
+            self.kind,
+            column=self.column,
+            split_number=self.split_number,
+            classes=self.classes,
+            allow_two_splits=self.allow_two_splits,
+            allow_empty_classes=self.allow_empty_classes,
+        )
 
 
 class LabelledVideos(NamedTuple):
@@ -130,15 +135,7 @@ def label_store(store: TokenStore, source: LabelSource) -> StoreLabels:
 
     Raises InputError as `read_labels` and `match_labels`, and for label files without labels.
     """
-    found = read_labels(
-        source.path,
-        source.kind,
-        column=source.column,
-        split_number=source.split_number,
-        classes=source.classes,
-        allow_two_splits=source.allow_two_splits,
-        allow_empty_classes=source.allow_empty_classes,
-    )
+    found = source.read()
     if found.labels is None:
         raise InputError(f"{source.path} was read as {found.kind}, which has no labels: expected videos and their classes")
     match = match_labels(found, store.names)

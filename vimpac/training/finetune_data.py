@@ -42,7 +42,7 @@ def read_data(config: FinetuneConfig, labels: str, store: TokenStore) -> Finetun
 
     Raises InputError for bad labels, a split without videos, and a class without a training video (unless allowed).
     """
-    source = LabelSource.of_run(labels, config)
+    source = LabelSource.of(labels, config)
     found = label_store(store, source).divided(config.held_out)
     held, held_store = found, store
     if config.validation_data is not None:

@@ -173,7 +173,7 @@ def feature_monitor(config: PretrainConfig, store: TokenStore, clips: Clips, wor
     """What looks at the features every `probe_every` updates. Raises InputError if no held-out video has a label."""
     if not config.probe_every or config.labels is None:
         return None
-    source = LabelSource.of_run(config.labels, config)
+    source = LabelSource.of(config.labels, config)
     model, held_out = config.model, clips.held_out
     every = frame_step(store, config.fps)
     middle = TestClips(store, held_out.videos, 1, [center_view(store)], model.grid[0], model.pad_id, every)

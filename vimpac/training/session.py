@@ -81,13 +81,15 @@ def synthetic_store(output: str, videos: int, grid: tuple[int, int, int], world:
 
     size, folder = 8 * grid[1], Path(output).parent / "synthetic"
     files, store = folder / f"videos-{videos}", folder / f"tokens-{videos}-{size}px"
+    tokens = TokenizeConfig(frame_size=size)
 
     def make() -> None:
         if not (files / "labels.csv").exists():  # written last
             shutil.rmtree(files, ignore_errors=True)  # left by a run that was interrupted while drawing
-            synthesize(files, SynthesizeConfig(videos=videos))
+            shown = min(max(size, 32), 96)  # no more pixels than the tokenizer keeps
+            synthesize(files, SynthesizeConfig(videos=videos, fps=tokens.fps, size=shown))
         if not (store / "store.json").exists():
-            tokenize_videos(files, store, TokenizeConfig(frame_size=size))
+            tokenize_videos(files, store, tokens)
 
     distributed.on_first_rank(make, world)
     return store, files / "labels.csv"
