@@ -6,6 +6,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #include <torch/csrc/stable/library.h>
@@ -76,9 +77,11 @@ void write_to(Call& call, const Tensor& out) {
   prefer_huge_pages(call.out, bytes);
 }
 
-void run(Call& call, ScalarType type, bool backward) {
+// sums: where the sums over rows of the gradients go; backward only.
+void run(Call& call, ScalarType type, void* sums) {
+  const bool backward = sums != nullptr;
   const LineKernels& kernels = of_dtype(axial_attention_kernels(), type, "axial_attention.cpu");
-  const int kinds = backward ? 3 : 1;
+  const int kinds = backward ? BACKWARD_KINDS : FORWARD_KINDS;
   Memory parts = allocate(kernels.parts(call, kinds));
   call.parts = parts.get();
   const size_t bytes = kernels.scratch(call);
@@ -97,6 +100,10 @@ void run(Call& call, ScalarType type, bool backward) {
   torch::stable::parallel_for(0, call.B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t clip = begin; clip < end; ++clip) kernels.add_parts(call, clip, kinds);
   });
+  if (!sums) return;
+  torch::stable::parallel_for(0, call.N, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t head = begin; head < end; ++head) kernels.add_sums(call, static_cast<int>(head), sums);
+  });
 }
 
 Tensor forward(const Tensor& qkv, const Tensor& cls, const std::vector<std::string>& axes, const std::optional<Tensor>& pad,
@@ -104,21 +111,24 @@ Tensor forward(const Tensor& qkv, const Tensor& cls, const std::vector<std::stri
   Call call = call_of(qkv, cls, axes, pad, dropout_p, seed, cls_in_context);
   Tensor out = torch::stable::new_empty(qkv, {call.B * call.grid.tokens() + call.B, call.N, call.D});
   write_to(call, out);
-  run(call, qkv.scalar_type(), false);
+  run(call, qkv.scalar_type(), nullptr);
   return out;
 }
 
-Tensor backward(const Tensor& grad, const Tensor& qkv, const Tensor& cls, const std::vector<std::string>& axes,
-                const std::optional<Tensor>& pad, double dropout_p, const std::optional<Tensor>& seed, bool cls_in_context) {
+std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& qkv, const Tensor& cls,
+                                    const std::vector<std::string>& axes, const std::optional<Tensor>& pad, double dropout_p,
+                                    const std::optional<Tensor>& seed, bool cls_in_context) {
   Call call = call_of(qkv, cls, axes, pad, dropout_p, seed, cls_in_context);
   const int64_t rows = call.B * call.grid.tokens() + call.B;
   STD_TORCH_CHECK(grad.is_contiguous() && grad.numel() == rows * call.N * call.D && grad.scalar_type() == qkv.scalar_type(),
                   "axial_attention_backward.cpu takes grad as contiguous rows [B·T·H·W + B, N, D] of qkv's dtype");
   call.grad = grad.const_data_ptr();
   Tensor out = torch::stable::new_empty(qkv, {rows, 3, call.N, call.D});
+  const ScalarType type = qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  Tensor sums = torch::stable::new_empty(qkv, {3, call.N, call.D}, type);
   write_to(call, out);
-  run(call, qkv.scalar_type(), true);
-  return out;
+  run(call, qkv.scalar_type(), sums.mutable_data_ptr());
+  return {out, sums};
 }
 
 }  // namespace

@@ -10,6 +10,7 @@
 namespace vimpac::axial {
 
 constexpr int LONGEST_LINE = 64;  // tokens
+constexpr int FORWARD_KINDS = 1, BACKWARD_KINDS = 5;  // of parts
 constexpr int MOST_GROUPS = 16;   // of heads: one an axis
 
 // One call of the op, forward or backward. Strides count elements. Results are packed rows: tokens, then [CLS].
@@ -33,7 +34,7 @@ struct Call {
 
   // Work is split into items: some lines of one clip, for one group of heads. What an item adds to [CLS]'s rows it leaves in
   // parts [B, chunks, N, kinds, D] of the type that the kernel computes in, D filled up to whole registers; they are added up in
-  // order.
+  // order. Backward has two kinds more: sums over the item's tokens of the gradients of queries and of values.
   void* parts;
   int chunks;  // of a clip, at most
   bool streams;  // results go past the caches: they are more than those hold, and every row's address suits
@@ -50,6 +51,7 @@ struct LineKernels {
   void (*forward)(const Call&, int64_t item, void* scratch);
   void (*backward)(const Call&, int64_t item, void* scratch);
   void (*add_parts)(const Call&, int64_t clip, int kinds);  // parts of a clip → its [CLS] row of `out`
+  void (*add_sums)(const Call&, int head, void* sums);      // parts → a head's sums over all rows, [3, N, D] of the parts' type
 };
 
 struct Kernels {

@@ -140,10 +140,10 @@ HOST_DEVICE void multiply_vector(const Rows<A>& rows, int first, const A* x, int
 }
 
 // Row i of `count` rows: Σ_j weights[i · of_row + j · of_term] · terms.row[j], N registers of it from element d on handed to
-// write(i, d, registers). `pause` is called between the parts of the work.
+// write(i, d, registers). `pause` is called between the parts of the work. The first `summed` rows are added to `total`.
 template <int N, class A, class Write, class Pause>
 HOST_DEVICE void add_rows_at(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, int d,
-                             const Write& write, const Pause& pause) {
+                             int summed, A* total, const Write& write, const Pause& pause) {
   using V = Vector<A, WIDTH<A>>;
   for (int i = 0; i < count; i += ROWS) {
     V sum[ROWS][N];
@@ -168,17 +168,28 @@ HOST_DEVICE void add_rows_at(const A* weights, int of_row, int of_term, const Ro
     for (int r = 0; r < ROWS; ++r) {
       if (i + r < count) write(i + r, d, sum[r]);
     }
+    if (!total) continue;
+    UNROLL
+    for (int c = 0; c < N; ++c) {
+      A* to = total + d + c * WIDTH<A>;
+      V all = load<WIDTH<A>>(to);
+      UNROLL
+      for (int r = 0; r < ROWS; ++r) {
+        if (i + r < summed) all += sum[r][c];
+      }
+      store<WIDTH<A>>(to, all);
+    }
   }
 }
 
 template <class A, class Write, class Pause>
 HOST_DEVICE void add_rows(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, int width,
-                          const Write& write, const Pause& pause) {
+                          int summed, A* total, const Write& write, const Pause& pause) {
   int d = 0;
   for (; d + COLUMNS * WIDTH<A> <= width; d += COLUMNS * WIDTH<A>) {
-    add_rows_at<COLUMNS>(weights, of_row, of_term, terms, n, count, d, write, pause);
+    add_rows_at<COLUMNS>(weights, of_row, of_term, terms, n, count, d, summed, total, write, pause);
   }
-  for (; d < width; d += WIDTH<A>) add_rows_at<1>(weights, of_row, of_term, terms, n, count, d, write, pause);
+  for (; d < width; d += WIDTH<A>) add_rows_at<1>(weights, of_row, of_term, terms, n, count, d, summed, total, write, pause);
 }
 
 // 16 bits for each probability of the line, [row][key] with `keys_apart` keys a row; [CLS]'s row is named by the first token's.
@@ -375,9 +386,9 @@ struct Line {
     if constexpr (32 * W <= LONGEST_LINE) return probabilities<W, 32>(backward);
   }
 
-  // Writes sums of rows: a token's to `to` + its number · apart, [CLS]'s onto `cls`.
+  // Writes sums of rows: a token's to `to` + its number · apart, [CLS]'s onto `cls`. Tokens' are added to `total`, if given.
   HOST_DEVICE void write(const A* weights, int of_row, int of_term, const Rows<A>& terms, int n, int count, T* to, int64_t apart,
-                         A* cls) {
+                         A* cls, A* total = nullptr) {
     constexpr int W = WIDTH<A>;
     const int last = L, D = call.D;
     const bool streams = call.streams;
@@ -406,7 +417,7 @@ struct Line {
         for (int e = 0; d + e < D; ++e) from_arithmetic(row[e], rest[e]);
       }
     };
-    add_rows(weights, of_row, of_term, terms, n, count, s.width, write_registers, [&] { ask(ASK); });
+    add_rows(weights, of_row, of_term, terms, n, count, s.width, L, total, write_registers, [&] { ask(ASK); });
   }
 
   void forward(int n, A* part) {
@@ -429,16 +440,16 @@ struct Line {
     int64_t apart = static_cast<int64_t>(call.N) * call.D;
     int keys = L + call.cls_in_context;
     constexpr int APART = Scratch<A>::KEYS;
-    write(s.score_gradients, APART, 1, k, keys, L + 1, out, 3 * apart, part);
+    write(s.score_gradients, APART, 1, k, keys, L + 1, out, 3 * apart, part, part + 3 * s.width);
     write(s.score_gradients, 1, APART, q, L + 1, keys, out + apart, 3 * apart, part + s.width);
-    write(s.weights, 1, APART, g, L + 1, keys, out + 2 * apart, 3 * apart, part + 2 * s.width);
+    write(s.weights, 1, APART, g, L + 1, keys, out + 2 * apart, 3 * apart, part + 2 * s.width, part + 4 * s.width);
   }
 };
 
 template <class T, bool BACKWARD>
 void run_item(const Call& call, int64_t item, void* memory) {
   using A = typename Arithmetic<T>::type;
-  constexpr int KINDS = BACKWARD ? 3 : 1;
+  constexpr int KINDS = BACKWARD ? BACKWARD_KINDS : FORWARD_KINDS;
   int chunk = static_cast<int>(item % call.chunks), group = static_cast<int>(item / call.chunks % call.groups);
   int64_t clip = item / call.chunks / call.groups;
   int axis = call.axes[group];
@@ -460,13 +471,14 @@ void run_item(const Call& call, int64_t item, void* memory) {
 template <class T>
 void add_parts(const Call& call, int64_t clip, int kinds) {
   using A = typename Arithmetic<T>::type;
-  T* out = static_cast<T*>(call.out) + (call.B * call.grid.tokens() + clip) * kinds * call.N * call.D;
+  const int written = kinds == FORWARD_KINDS ? 1 : 3;
+  T* out = static_cast<T*>(call.out) + (call.B * call.grid.tokens() + clip) * written * call.N * call.D;
   const int width = round_up(call.D, WIDTH<A>);
   const A* parts = static_cast<const A*>(call.parts) + clip * call.chunks * call.N * kinds * width;
   for (int n = 0; n < call.N; ++n) {
     int axis = call.axes[n / call.heads()];
-    A share = kinds == 1 ? A(1) / call.grid.lines(axis) : A(1);
-    for (int kind = 0; kind < kinds; ++kind) {
+    A share = kinds == FORWARD_KINDS ? A(1) / call.grid.lines(axis) : A(1);
+    for (int kind = 0; kind < written; ++kind) {
       for (int d = 0; d < call.D; ++d) {
         A sum = 0;
         for (int chunk = 0; chunk < call.chunks_of(axis); ++chunk) {
@@ -474,6 +486,24 @@ void add_parts(const Call& call, int64_t clip, int kinds) {
         }
         from_arithmetic(out[(kind * call.N + n) * call.D + d], sum * share);
       }
+    }
+  }
+}
+
+// Sums over all clips' tokens and [CLS] of a head's gradients; those of keys add up to 0.
+template <class T>
+void add_sums(const Call& call, int head, void* to) {
+  using A = typename Arithmetic<T>::type;
+  const int width = round_up(call.D, WIDTH<A>), chunks = call.chunks_of(call.axes[head / call.heads()]);
+  A* sums = static_cast<A*>(to);
+  for (int kind = 0; kind < 3; ++kind) {
+    A* row = sums + (static_cast<int64_t>(kind) * call.N + head) * call.D;
+    for (int d = 0; d < call.D; ++d) row[d] = 0;
+    for (int64_t item = 0; kind != 1 && item < call.B * chunks; ++item) {
+      const int64_t clip = item / chunks, chunk = item % chunks;
+      const A* part = static_cast<const A*>(call.parts) + ((clip * call.chunks + chunk) * call.N + head) * BACKWARD_KINDS * width;
+      const A *cls = part + kind * width, *tokens = part + (kind == 0 ? 3 : 4) * width;
+      for (int d = 0; d < call.D; ++d) row[d] += tokens[d] + cls[d];
     }
   }
 }
@@ -492,7 +522,7 @@ size_t parts_bytes(const Call& call, int kinds) {
 
 template <class T>
 constexpr LineKernels kernels_of() {
-  return {scratch_bytes<T>, parts_bytes<T>, run_item<T, false>, run_item<T, true>, add_parts<T>};
+  return {scratch_bytes<T>, parts_bytes<T>, run_item<T, false>, run_item<T, true>, add_parts<T>, add_sums<T>};
 }
 
 }  // namespace

@@ -5,10 +5,14 @@
 
 #include "isa.h"
 
-namespace vimpac::dropout_add {
+namespace vimpac {
 
 // Elements that 16 counters serve, word after word: a register of counters gives four registers of neighbouring elements.
-constexpr int64_t GROUP = 64;
+constexpr int64_t DROPOUT_GROUP = 64;
+
+}  // namespace vimpac
+
+namespace vimpac::dropout_add {
 
 // One call of the op, forward or backward.
 struct Call {

@@ -200,7 +200,10 @@ def test_results_of_tiny_shapes_are_refused(root):
 
 
 def test_seeds_are_averaged(root):
-    assert cells(root, "demo", "masked tokens")[1:] == ["0.60 (0.50 to 0.70)", "a copy of the nearest visible token 0.10 (0.10 to 0.10)"]
+    assert cells(root, "demo", "masked tokens")[1:] == [
+        "0.60 (0.50 to 0.70)",
+        "a copy of the nearest visible token 0.10 (0.10 to 0.10)",
+    ]
     assert cells(root, "demo", "motion of 256")[1:] == ["0.40 (0.40 to 0.40)", "from scratch 0.10 (0.10 to 0.10), chance 0.10"]
     assert lines(root, "demo")[-1].endswith("; `demo` took 200 s at most, the two models of `finetune-demo` 100 s.")
 

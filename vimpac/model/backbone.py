@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from vimpac.config import SPECIAL_IDS, ModelConfig
 from vimpac.layouts import parse_layout
-from vimpac.model.linear import Linear
+from vimpac.model.linear import Linear, fits_convolution, product
 from vimpac.model.positions import Positions
 from vimpac.model.recompute import recomputed, recomputing
-from vimpac.ops import axial_attention_packed, dropout, dropout_add
+from vimpac.ops import axial_attention_packed, dropout, dropout_add, gelu_linear, residual_norm, residual_sum_norm
 from vimpac.ops.axial_attention import draws_from_generator
 from vimpac.ops.lines import unpack
 
@@ -42,7 +43,6 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.activation_checkpointing = "none"
         self.embedding = nn.Embedding(config.vocab_size + SPECIAL_IDS, config.width)
         self.cls = nn.Parameter(torch.empty(config.width))
         self.positions = Positions(config.grid, config.width)
@@ -50,14 +50,27 @@ class Backbone(nn.Module):
         self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS) if pre else nn.Identity()
+        self.activation_checkpointing = "none"
         self.reset_parameters()
+
+    @property
+    def activation_checkpointing(self) -> str:
+        """What is recomputed for backward: "none", "selective" (attention's and GELU's outputs) or "full" (every layer)."""
+        return self._activation_checkpointing
+
+    @activation_checkpointing.setter
+    def activation_checkpointing(self, mode: str) -> None:
+        self._activation_checkpointing = mode
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.mlp.recompute = mode == "selective"
 
     def reset_parameters(self) -> None:
         self.apply(init_weights)
         nn.init.normal_(self.cls, std=INIT_STD)
         self.positions.reset_parameters(INIT_STD)
         if self.config.norm != "post":
-            blocks = [block for block in self.modules() if isinstance(block, Residual)]
+            blocks = [block for block in self.modules() if isinstance(block, Block)]
             for block in blocks:
                 nn.init.normal_(block.project.weight, std=INIT_STD / math.sqrt(len(blocks)))
 
@@ -110,88 +123,125 @@ class Backbone(nn.Module):
 
 
 class Layer(nn.Module):
-    """Attention blocks of the layout, then the MLP (Eq. 12-14)."""
+    """Attention blocks of the layout, then the MLP (Eq. 12-14), each with its norm, dropout and residual connection.
+
+    post (Eq. 10):  x ← norm(x + dropout(f(x)))
+    pre-vit:        x ← x + dropout(f(norm(x)))
+    pre:            as pre-vit for MLPs; attention adds to its normalised input: norm(x) + dropout(f(norm(x))), as released
+    """
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         blocks = parse_layout(config.layout, config.heads)
+        self.norm = config.norm
         self.attention = nn.ModuleList(AttentionBlock(config, axes) for axes in blocks)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
-        for i, block in enumerate(self.attention):
-            x = block(x, pad, None if seeds is None else seeds[i])
-        return self.mlp(x, None if seeds is None else seeds[-1])
+        return self.blocks(residual_stream(x), pad, seeds)
+
+    def compile(self, *args: Any, **kwargs: Any) -> None:
+        """Compile the blocks. Between layers the states have the stream's dtype, so that the cast is no part of them."""
+        self.blocks = torch.compile(self.blocks, *args, **kwargs)
+
+    def blocks(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
+        blocks = [*self.attention, self.mlp]
+        given = [None] * len(blocks) if seeds is None else seeds.unbind()
+        if self.norm == "post":
+            for block, seed in zip(blocks, given, strict=True):
+                x = block.norm_of_sum(x, block(x, seed, pad), seed, block.norm)
+            return x
+        y = block_norm(x, blocks[0].norm)
+        for block, following, seed in zip(blocks, blocks[1:], given, strict=False):
+            x = y if self.norm == "pre" else x  # what attention adds to
+            x, y = block.sum_and_norm(x, block(y, seed, pad), seed, following.norm)
+        return self.mlp.sum(x, self.mlp(y, given[-1], pad), given[-1])
 
 
-class Residual(nn.Module):
-    """A block f with its norm, dropout and residual connection.
+def residual_stream(x: Tensor) -> Tensor:
+    """The states in the dtype in which layers pass them on: autocast's, so that one narrow tensor is read and written."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
 
-    post (Eq. 10):  norm(x + dropout(f(x)))
-    pre-vit:        x + dropout(f(norm(x)))
-    pre:            as pre-vit for MLPs; attention adds to its normalised input: norm(x) + dropout(f(norm(x))), as released
-    """
 
-    project: Linear  # the last layer of f
+class Block(nn.Module):
+    """A block f: what it adds to the residual stream, and the stream's next state, which one kernel makes of both."""
+
+    project: Linear  # the last layer of f. Its bias is added with the residual connection
 
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.dropout = config.dropout
-        self.pre = config.norm != "post"
-        self.adds_to_normalised = False
         self.norm = nn.LayerNorm(config.width, eps=NORM_EPS)
+        self.keeps_output = True
+        self.register_load_state_dict_post_hook(_choose_what_to_keep)
 
-    def residual(self, x: Tensor, seed: Tensor | None, pad: Tensor | None = None) -> Tensor:
-        if not self.pre:
-            return recomputed(self.norm, dropout_add(x, self.transform(x, seed, pad), self.dropout_p, seed))
-        normalised = recomputed(self.norm, x)
-        y = self.transform(normalised, seed, pad)
-        return dropout_add(normalised if self.adds_to_normalised else x, y, self.dropout_p, seed)
-
-    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
-        """f, without the dropout of its output."""
+    def forward(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
+        """f(x) [R, C] without the bias of `project` and the dropout of the output."""
         raise NotImplementedError
+
+    def norm_of_sum(self, x: Tensor, y: Tensor, seed: Tensor | None, norm: nn.LayerNorm) -> Tensor:
+        keeps = "output" if self.keeps_output or not torch.is_grad_enabled() else "sum"
+        return residual_norm(x, y, self.project.bias, norm.weight, norm.bias, self.dropout_p, seed, norm.eps, keeps)
+
+    def sum_and_norm(self, x: Tensor, y: Tensor, seed: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+        return residual_sum_norm(x, y, self.project.bias, norm.weight, norm.bias, self.dropout_p, seed, norm.eps)
+
+    def sum(self, x: Tensor, y: Tensor, seed: Tensor | None) -> Tensor:
+        return dropout_add(x, y + self.project.bias.to(y.dtype), self.dropout_p, seed)
 
     @property
     def dropout_p(self) -> float:
         return self.dropout if self.training else 0.0
 
 
-class AttentionBlock(Residual):
+class AttentionBlock(Block):
     """One attention over the axes of a block (Eq. 10, 11); heads are split evenly over the axes."""
 
     def __init__(self, config: ModelConfig, axes: tuple[str, ...]):
         super().__init__(config)
-        self.adds_to_normalised = config.norm == "pre"
         self.grid, self.axes, self.heads = config.grid, axes, config.heads
         self.cls_in_context = config.cls_in_context
         self.qkv = Linear(config.width, 3 * config.key_width)
         self.project = Linear(config.key_width, config.width)
 
-    def forward(self, x: Tensor, pad: Tensor | None, seed: Tensor | None) -> Tensor:
-        return self.residual(x, seed, pad)
-
-    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))  # [R, 3, N, D]
-        arguments = (qkv, self.grid, self.axes, pad, self.dropout_p, seed, self.cls_in_context)
+    def forward(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
+        bias = self.qkv.bias
+        qkv = self.qkv.product(x, bias.detach()).unflatten(-1, (3, self.heads, -1))  # [R, 3, N, D]
+        arguments = (qkv, self.grid, self.axes, pad, self.dropout_p, seed, self.cls_in_context, None, bias)
         repeatable = self.dropout_p == 0 or not draws_from_generator(self.axes, (1, *self.grid))
         out = recomputed(axial_attention_packed, *arguments) if repeatable else axial_attention_packed(*arguments)
-        return self.project(out.flatten(1))
+        return self.project.product(out.flatten(1))
 
 
-class MLP(Residual):
+class MLP(Block):
     """Two linear layers with GELU between them."""
 
     def __init__(self, config: ModelConfig):
         super().__init__(config)
+        self.recompute = True
         self.expand = Linear(config.width, config.hidden_width)
         self.project = Linear(config.hidden_width, config.width)
 
-    def forward(self, x: Tensor, seed: Tensor | None) -> Tensor:
-        return self.residual(x, seed)
+    def forward(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
+        h, weight = self.expand.product(x), self.project.weight
+        multiply = product if self.training and fits_convolution(h, weight) else None
+        return gelu_linear(h, self.expand.bias, weight.to(h.dtype), self.recompute, multiply)
 
-    def transform(self, x: Tensor, seed: Tensor | None, pad: Tensor | None) -> Tensor:
-        return self.project(recomputed(F.gelu, self.expand(x)))
+
+def block_norm(x: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """norm(x) in x's dtype, computed in float32 at least."""
+    dtype = torch.promote_types(x.dtype, torch.float32)
+    return F.layer_norm(x.to(dtype), norm.normalized_shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
+
+
+SMALLEST_SHARE = 1 / 8  # of a norm's bias that its weight may be, for the norm's input to be recovered from its output
+
+
+def _choose_what_to_keep(block: Block, _keys) -> None:
+    """After loading a state: whether backward finds the norm's input from its output, which costs no memory."""
+    weight, bias = block.norm.weight.detach(), block.norm.bias.detach()
+    block.keeps_output = bool((weight.abs() > SMALLEST_SHARE * bias.abs()).all())
 
 
 def dropout_seeds(device: torch.device, backbone: Backbone) -> Tensor:

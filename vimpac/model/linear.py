@@ -23,14 +23,22 @@ class Linear(nn.Linear):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and X86 and not torch.compiler.is_compiling() and self._fits(input):
-            return _Convolution.apply(input, self.weight, self.bias)
-        return super().forward(input)
+        return self.product(input, self.bias)
 
-    def _fits(self, x: Tensor) -> bool:
-        rows = x.dim() == 2 and len(x) > 0 and x.is_contiguous()
-        plain = x.device.type == "cpu" and x.dtype == self.weight.dtype == torch.float32
-        return rows and plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
+    def product(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x · weightᵀ + bias, with another bias than the layer's own or none."""
+        if self.training and fits_convolution(x, self.weight):
+            return _Convolution.apply(x, self.weight, bias)
+        return F.linear(x, self.weight, bias)
+
+
+def fits_convolution(x: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's convolution computes x · weightᵀ."""
+    if not X86 or torch.compiler.is_compiling():
+        return False
+    rows = x.dim() == 2 and len(x) > 0 and x.is_contiguous()
+    plain = x.device.type == "cpu" and x.dtype == weight.dtype == torch.float32
+    return rows and plain and torch.backends.mkldnn.is_available() and not torch.is_autocast_enabled("cpu")
 
 
 class _Convolution(torch.autograd.Function):

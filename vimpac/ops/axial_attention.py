@@ -118,11 +118,16 @@ def axial_attention_packed(
     seed: int | Tensor | None = None,
     cls_in_context: bool = True,
     backend: str | None = None,
+    bias: Tensor | None = None,
 ) -> Tensor:
     """`axial_attention` on rows: qkv [B·T·H·W + B, 3, N, D] → [B·T·H·W + B, N, D]. grid is (T, H, W).
 
     Rows are the tokens in raster order, then the B [CLS] rows. So every linear layer and norm of the model has one matrix, and
     nothing is concatenated around the op, forward or backward.
+
+    bias [3·N·D]: the bias of the linear layer that made qkv, to which it was added as a constant (`bias.detach()`). It gets its
+    gradient here, the sum over rows of that of qkv, from the kernel that has the rows at hand. That of the keys is exactly 0:
+    a constant added to all keys changes no softmax.
     """
     dispatch.check_tensors(qkv=qkv)
     if len(grid) != 3:
@@ -133,13 +138,20 @@ def axial_attention_packed(
         raise ValueError(f"qkv has {qkv.shape[0]} rows, not a multiple of T·H·W + 1 = {rows} for {grid=}")
     batch = (qkv.shape[0] // rows, *grid)
     call = checked_call(*unpack(qkv, batch), axes, pad, dropout_p, seed, cls_in_context)
+    if bias is not None and (bias.shape != (qkv[0].numel(),) or not bias.is_floating_point() or bias.device != qkv.device):
+        raise ValueError(
+            f"bias must be floating [3·N·D] = [{qkv[0].numel()}] on {qkv.device}, "
+            f"got {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
+        )
     match dispatch.choose("axial_attention", backend, backends_of(call), call):
-        case "reference":
-            return pack(*axial_attention_reference(*call))
-        case "sdpa":
-            return pack(*axial_attention_sdpa(*call))
+        case "reference" | "sdpa" as name:
+            attend = axial_attention_reference if name == "reference" else axial_attention_sdpa
+            if bias is not None:  # adds 0, and so passes on the gradient
+                rows = qkv + (bias - bias.detach()).view(qkv.shape[1:]).to(qkv.dtype)
+                call = AttentionCall(*unpack(rows, batch), *call[2:])
+            return pack(*attend(*call))
         case name:
-            return _AxialAttentionPacked.apply(name, qkv, batch, *call[2:])
+            return _AxialAttentionPacked.apply(name, qkv, bias, batch, *call[2:])
 
 
 @full_precision
@@ -259,13 +271,15 @@ def _fake_forward(qkv, *_options):
 
 def _fake_backward(grad, qkv, *_options):
     B, T, H, W, _, N, D = qkv.shape
-    return qkv.new_empty(B * T * H * W + B, 3, N, D)
+    sums = qkv.new_empty(3, N, D, dtype=torch.promote_types(qkv.dtype, torch.float32))
+    return qkv.new_empty(B * T * H * W + B, 3, N, D), sums
 
 
-# Kernels return packed rows, so that the model's next linear layer reads them in place.
+# Kernels return packed rows, so that the model's next linear layer reads them in place. Backward also returns the sum over rows
+# of the gradients of queries, keys (0) and values, [3, N, D] in the dtype of sums.
 SCHEMAS = {
     "axial_attention": (f"({ARGUMENTS}) -> Tensor", _fake_forward),
-    "axial_attention_backward": (f"(Tensor grad, {ARGUMENTS}) -> Tensor", _fake_backward),
+    "axial_attention_backward": (f"(Tensor grad, {ARGUMENTS}) -> (Tensor, Tensor)", _fake_backward),
 }
 for _name, (_schema, _fake) in SCHEMAS.items():
     dispatch.define(_name, _schema, _fake)
@@ -371,7 +385,7 @@ class _AxialAttention(torch.autograd.Function):
         qkv, cls_qkv, pad, seed = saved
         backend, axes, dropout_p, cls_in_context = ctx.options
         call = AttentionCall(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context)
-        packed = dispatch.overload("axial_attention_backward", backend)(grad.contiguous(), *call)
+        packed, _ = dispatch.overload("axial_attention_backward", backend)(grad.contiguous(), *call)
         return None, *unpack(packed, qkv.shape[:4]), *[None] * 5
 
 
@@ -379,17 +393,18 @@ class _AxialAttentionPacked(torch.autograd.Function):
     """The same on packed rows: neither the inputs nor their gradients are ever split into copies or concatenated."""
 
     @staticmethod
-    def forward(ctx, backend, rows, grid, *options):
+    def forward(ctx, backend, rows, bias, grid, *options):
         call = AttentionCall(*unpack(rows, grid), *options)
         ctx.save_for_backward(rows, call.pad, call.seed)
-        ctx.options = backend, grid, call.axes, call.dropout_p, call.cls_in_context
+        bias_dtype = None if bias is None else bias.dtype
+        ctx.options = backend, grid, call.axes, call.dropout_p, call.cls_in_context, bias_dtype
         return dispatch.overload("axial_attention", backend)(*call)
 
     @staticmethod
     @once_differentiable("axial_attention")
     def backward(ctx, saved, grad):
         rows, pad, seed = saved
-        backend, grid, axes, dropout_p, cls_in_context = ctx.options
+        backend, grid, axes, dropout_p, cls_in_context, bias_dtype = ctx.options
         call = AttentionCall(*unpack(rows, grid), axes, pad, dropout_p, seed, cls_in_context)
-        packed = dispatch.overload("axial_attention_backward", backend)(grad.contiguous(), *call)
-        return None, packed, *[None] * 6
+        packed, sums = dispatch.overload("axial_attention_backward", backend)(grad.contiguous(), *call)
+        return None, packed, None if bias_dtype is None else sums.flatten().to(bias_dtype), *[None] * 6
