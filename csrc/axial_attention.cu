@@ -18,6 +18,7 @@
 #include <cstdint>
 #include <optional>
 #include <string>
+#include <tuple>
 #include <vector>
 
 // KERNELS_ONLY leaves the ops out, for tools that compile a few kernels.
@@ -171,7 +172,7 @@ DEVICE void forward_lines(const Call& call, const Work& work) {
   Walk walk(call, work);
   for (int tile = work.split; tile < work.tiles; tile += call.splits, walk.next()) forward.attend(Tile<M>(call, work, walk));
   const float inverse = call.dropout_scale / work.lines;
-  store_part<Half, D>(call.parts + int64_t{blockIdx.x} * D, sums, true, inverse, sum_of_quads(from_itself) * inverse, cls_v);
+  store_part<Half, D>(call.parts + int64_t{blockIdx.x} * D, sums, Columns(0, 8), inverse, sum_of_quads(from_itself) * inverse, cls_v);
 }
 
 // Warps of a multiprocessor that registers leave room for without spills.
@@ -189,8 +190,13 @@ __global__ void __launch_bounds__(warp::LANES, FORWARD_WARPS<D, M>) forward_kern
 
 // --- backward ----------------------------------------------------------------------------------------------------------
 
-// [CLS]'s gradients are columns of sums: of q one for each line of a tile.
-constexpr int DQ = 0, DK = MOST_PACKED, DV = MOST_PACKED + 2;
+// Columns of sums. [CLS]'s gradients: of q one for each line of a tile, of k and of v. Those of tokens, added up: of q by their
+// lines' keys, of v by their lines' queries.
+constexpr int DQ = 0, DK = MOST_PACKED, ALL_DQ = DK + 1, DV = DK + 2, ALL_DV = DK + 3;
+// Totals over rows, one in each lane of a quad, since registers are short. Gradients of scores on [CLS]'s key: of [CLS], of
+// tokens. [CLS]'s probabilities: of itself, of tokens.
+constexpr int DS_ITSELF = 0, DS_OF_TOKENS = 1, FROM_ITSELF = 2, FROM_TOKENS = 3;
+constexpr int FORWARD_KINDS = 1, BACKWARD_KINDS = 5;  // of parts
 
 // First all probabilities and gradients of scores of a tile, kept as packed operands, then the gradients of values, keys and
 // queries, whose Pairs are loaded again and come from the L1 cache. Each of these also adds to one of [CLS]'s gradients.
@@ -309,8 +315,8 @@ class Backward {
     Row<K> kept = cls;
     dropping_.drop(kept, 2 * M);
     softmax_gradient<Quad>(cls.key, cls.cls, kept.key, kept.cls, dp.key, dp.cls, call_.gradient_scale);
-    from_itself_ += kept.cls;
-    ds_itself_ += dp.cls;
+    add_total(DS_ITSELF, dp.cls);
+    add_total(FROM_ITSELF, kept.cls);
     UNROLL
     for (int n = 0; n < M; ++n) {
       weights_of<Half>(weights.cls_probs[n], kept, n, inverse_ * keep_scale_);
@@ -326,8 +332,18 @@ class Backward {
       int offset[4];
       indices(offset, at.mine, 16 * m, call_.row_pieces);
       g[m] = load_pairs<D>(base(head_.grad), offset);
-      collect(weights.probs_on_cls[m], DV, g[m]);
+      uint32_t to_values[2] = {};
+      to_column(to_values, weights.probs_on_cls[m], DV);
+      to_column(to_values, add_keys(weights, m), ALL_DV);
+      add_sums<Half, D>(sums_, g[m], to_values);
     }
+    float from_tokens = 0;
+    UNROLL
+    for (int n = 0; n < M; ++n) {
+      UNROLL
+      for (int i = 0; i < 2; ++i) from_tokens += sum_of_pair(weights.cls_probs[n][i]);
+    }
+    add_total(FROM_TOKENS, Quad::sum(from_tokens));
     Same<D> cls_grad = load_same<D>(warp::opaque(head_.cls_grad));
     UNROLL
     for (int n = 0; n < M; ++n) {
@@ -348,7 +364,9 @@ class Backward {
       sources(offset, at.mine, 16 * m);
       q[m] = load_pairs<D>(base(head_.q), offset);
       if (broken) keep(q[m], at.rows & ~broken, 16 * m);  // a row without a token reads another's, which may be a broken one
-      collect(weights.ds_on_cls[m], DK, q[m]);
+      uint32_t to_keys[2] = {};
+      to_column(to_keys, weights.ds_on_cls[m], DK);
+      add_sums<Half, D>(sums_, q[m], to_keys);
     }
     Same<D> cls_q = load_same<D>(warp::opaque(head_.cls_q));
     UNROLL
@@ -364,7 +382,14 @@ class Backward {
   }
 
   // dQ: gradients of scores by keys.
-  DEVICE void gradient_of_queries(const Weights& weights, const Tile<M>& at, uint32_t broken) {
+  DEVICE void gradient_of_queries(Weights& weights, const Tile<M>& at, uint32_t broken) {
+    UNROLL
+    for (int m = 0; m < M; ++m) {
+      add_total(DS_OF_TOKENS, keeps(broken, m, 0) ? warp::low_float<Half>(weights.ds_on_cls[m]) : 0);
+      add_total(DS_OF_TOKENS, keeps(broken, m, 1) ? warp::low_float<Half>(weights.ds_on_cls[m] >> 16) : 0);
+    }
+    UNROLL
+    for (int n = 0; n < M; ++n) add_queries(weights, n, broken);
     Pairs<D> k[M];
     UNROLL
     for (int n = 0; n < M; ++n) {
@@ -393,11 +418,45 @@ class Backward {
     }
   }
 
-  // Adds to [CLS]'s gradient the rows weighted by what tokens give [CLS]: `packed` has rows g and g + 8.
-  DEVICE void collect(uint32_t packed, int column, const Pairs<D>& rows) {
-    uint32_t weights[2];
-    to_column(weights, packed, column);
-    add_sums<Half, D>(sums_, rows, weights);
+  DEVICE void add_total(int which, float x) { totals_ += lane_of_quad() == which ? x : 0; }
+
+  static DEVICE float sum_of_pair(uint32_t pair) { return warp::low_float<Half>(pair) + warp::low_float<Half>(pair >> 16); }
+
+  static DEVICE bool keeps(uint32_t broken, int m, int half) { return !(broken >> (16 * m + 8 * half + row_of_quad()) & 1); }
+
+  // Gradients of scores on keys 16n … 16n + 15, added up over the queries: one more row beside those of [CLS].
+  static DEVICE void add_queries(Weights& weights, int n, uint32_t broken) {
+    UNROLL
+    for (int i = 0; i < 2; ++i) {
+      float low = 0, high = 0;
+      UNROLL
+      for (int m = 0; m < M; ++m) {
+        UNROLL
+        for (int half = 0; half < 2; ++half) {
+          const uint32_t pair = weights.ds[m][n].w[2 * i + half];
+          low += keeps(broken, m, half) ? warp::low_float<Half>(pair) : 0;
+          high += keeps(broken, m, half) ? warp::low_float<Half>(pair >> 16) : 0;
+        }
+      }
+      const uint32_t all = pack<Half>(sum_of_quads(low), sum_of_quads(high));
+      weights.cls_ds[n][i] = row_of_quad() == ALL_DQ ? all : weights.cls_ds[n][i];
+    }
+  }
+
+  // Probabilities of rows g and g + 8, added up over their lines' keys.
+  static DEVICE uint32_t add_keys(const Weights& weights, int m) {
+    float row[2] = {};
+    UNROLL
+    for (int half = 0; half < 2; ++half) {
+      UNROLL
+      for (int n = 0; n < M; ++n) {
+        UNROLL
+        for (int i = 0; i < 2; ++i) {
+          row[half] += sum_of_pair(weights.probs[m][n].w[2 * i + half]);
+        }
+      }
+    }
+    return pack<Half>(Quad::sum(row[0]), Quad::sum(row[1]));
   }
 
   DEVICE void store(const float (&y)[D / 8][4], const Tile<M>& at, int m, int kind) const {
@@ -418,19 +477,22 @@ class Backward {
   const float itself_, dp_itself_;  // [CLS]'s score on itself, the gradient of that probability
   char* const out_;                 // of the clip's first token
   float (&sums_)[D / 16][4];        // of [CLS]'s gradients
-  float &ds_itself_, &from_itself_;
+  float& totals_;
 };
 
-// [CLS]: a warp's part of its three gradients.
+// A warp's part of [CLS]'s three gradients, and of the sums over tokens of those of queries and values.
 template <class Half, int D>
-DEVICE void gradients_of_cls(const Call& call, const Head& head, const float (&sums)[D / 16][4], float inverse, float ds_itself,
-                             float from_itself) {
-  float* part = call.parts + int64_t{blockIdx.x} * (3 * D);
-  float ds = sum_of_quads(ds_itself) * inverse, prob = sum_of_quads(from_itself) * inverse * call.dropout_scale;
-  auto columns = [](int first, int count) { return lane_of_quad() >= first / 2 && lane_of_quad() < (first + count) / 2; };
-  store_part<Half, D>(part, sums, columns(DQ, MOST_PACKED), inverse, ds, load_same<D>(head.cls_k, call.cls_in_context));
-  store_part<Half, D>(part + D, sums, columns(DK, 2), 1, ds, load_same<D>(head.cls_q));
-  store_part<Half, D>(part + 2 * D, sums, columns(DV, 2), call.dropout_scale, prob, load_same<D>(head.cls_grad));
+DEVICE void collected_gradients(const Call& call, const Head& head, const float (&sums)[D / 16][4], float inverse,
+                                float totals) {
+  float* part = call.parts + int64_t{blockIdx.x} * (BACKWARD_KINDS * D);
+  totals = sum_of_quads(totals);
+  float ds = shfl(totals, DS_ITSELF) * inverse, prob = shfl(totals, FROM_ITSELF) * inverse * call.dropout_scale;
+  float all_ds = shfl(totals, DS_OF_TOKENS), all_probs = shfl(totals, FROM_TOKENS);
+  store_part<Half, D>(part, sums, Columns(DQ, MOST_PACKED), inverse, ds, load_same<D>(head.cls_k, call.cls_in_context));
+  store_part<Half, D>(part + D, sums, Columns(DK, 1), 1, ds, load_same<D>(head.cls_q));
+  store_part<Half, D>(part + 2 * D, sums, Columns(DV, 1), call.dropout_scale, prob, load_same<D>(head.cls_grad));
+  store_part<Half, D>(part + 3 * D, sums, Columns(ALL_DQ, 1), 1, all_ds, load_same<D>(head.cls_k, call.cls_in_context));
+  store_part<Half, D>(part + 4 * D, sums, Columns(ALL_DV, 1), 1, all_probs, load_same<D>(head.cls_grad));
 }
 
 template <class Half, int D, int M>
@@ -444,14 +506,14 @@ DEVICE void backward_lines(const Call& call, const Work& work) {
   const float itself = dot<Half, D>(load_rows<D>(head.cls_q), load_rows<D>(head.cls_k));
   const float dp_itself = context ? dot<Half, D>(load_rows<D>(head.cls_grad), load_rows<D>(head.cls_v)) : 0;
   char* out = call.out + int64_t{work.clip} * call.grid.tokens() * (3 * call.row_pieces) * BYTES + work.head * (D * 2);
-  float sums[D / 16][4] = {}, ds_itself = 0, from_itself = 0;
-  Backward<Half, D, M> backward{call,    call.dropout_scale, context, head, dropping, lines,
-                                inverse, itself,             dp_itself, out, sums,   ds_itself, from_itself};
+  float sums[D / 16][4] = {}, totals = 0;
+  Backward<Half, D, M> backward{call,    call.dropout_scale, context,   head, dropping, lines,
+                                inverse, itself,             dp_itself, out,  sums,     totals};
   Walk walk(call, work);
   for (int tile = work.split; tile < work.tiles; tile += call.splits, walk.next()) {
     backward.differentiate(Tile<M>(call, work, walk));
   }
-  gradients_of_cls<Half, D>(call, head, sums, inverse, ds_itself, from_itself);
+  collected_gradients<Half, D>(call, head, sums, inverse, totals);
 }
 
 template <class Half, int D, int M>
@@ -461,23 +523,43 @@ __global__ void __launch_bounds__(warp::LANES, BACKWARD_WARPS<D, M>) backward_ke
   backward_lines<Half, D, M>(call, work);
 }
 
-// --- [CLS] -------------------------------------------------------------------------------------------------------------
+// --- parts ---------------------------------------------------------------------------------------------------------------
 
-// [CLS]'s rows of out, [B, kinds, N, D], from the warps' parts [B, splits, N, kinds, D]; a thread adds two neighbours.
+// [CLS]'s rows of out, [B, 1 or 3, N, D], from the warps' parts [B, splits, N, kinds, D]; a thread adds two neighbours. Backward
+// also adds up the gradients of a clip's rows, [B, 3, N, D]. Those of keys are 0: adding to all keys changes no softmax.
 template <class Half>
 __global__ void __launch_bounds__(ADDERS) add_parts(const Call call, int kinds, int width) {
+  const int written = kinds == FORWARD_KINDS ? 1 : 3;
   uint32_t i = blockIdx.x * ADDERS + threadIdx.x;
-  int d = i % (width / 2) * 2, head = i / (width / 2) % call.heads, kind = i / (width / 2) / call.heads % kinds;
-  int64_t clip = i / (width / 2) / call.heads / kinds;
+  int d = i % (width / 2) * 2, head = i / (width / 2) % call.heads, kind = i / (width / 2) / call.heads % written;
+  int64_t clip = i / (width / 2) / call.heads / written;
   if (clip >= call.clips) return;
-  const float* part = call.parts + ((clip * call.splits * call.heads + head) * kinds + kind) * width + d;
-  float low = 0, high = 0;
+  const float* part = call.parts + (clip * call.splits * call.heads + head) * kinds * width + d;
+  float low = 0, high = 0, all_low = 0, all_high = 0;
   for (int split = 0; split < call.splits; ++split, part += int64_t{call.heads} * kinds * width) {
-    low += warp::load_one(part);
-    high += warp::load_one(part + 1);
+    low += warp::load_one(part + kind * width);
+    high += warp::load_one(part + kind * width + 1);
+    if (written == 1 || kind == 1) continue;
+    all_low += warp::load_one(part + (kind == 0 ? 3 : 4) * width);
+    all_high += warp::load_one(part + (kind == 0 ? 3 : 4) * width + 1);
   }
-  int64_t row = (call.tokens() + clip) * kinds + kind;
+  int64_t row = (call.tokens() + clip) * written + kind;
   warp::store<1>(call.out + ((row * call.heads + head) * width + d) * 2, {{pack<Half>(low, high)}});
+  if (written == 1) return;
+  float* sum = call.clip_sums + ((clip * 3 + kind) * call.heads + head) * width + d;
+  warp::store_one(sum, kind == 1 ? 0 : low + all_low);
+  warp::store_one(sum + 1, kind == 1 ? 0 : high + all_high);
+}
+
+// sums [columns] of the clips' [B, columns]: a warp adds up 8 columns, every lane a quarter of the clips in one of them.
+__global__ void __launch_bounds__(warp::LANES) add_clips(const Call call, int columns) {
+  const int column = blockIdx.x * 8 + row_of_quad();
+  float sum = 0;
+  for (int64_t clip = lane_of_quad(); clip < call.clips && column < columns; clip += 4) {
+    sum += warp::load_one(call.clip_sums + clip * columns + column);
+  }
+  sum = Quad::sum(sum);
+  if (lane_of_quad() == 0 && column < columns) warp::store_one(call.sums + column, sum);
 }
 
 // --- launches ----------------------------------------------------------------------------------------------------------
@@ -506,7 +588,7 @@ struct Launch {
 
   Launch(bool forward, const int64_t* sizes, const int64_t* strides, const int64_t* cls_strides,
          const std::vector<std::string>& axes, double dropout_p, bool cls_in_context) {
-    kinds = forward ? 1 : 3;
+    kinds = forward ? FORWARD_KINDS : BACKWARD_KINDS;
     width = static_cast<int>(sizes[6]);
     call.clips = static_cast<int>(sizes[0]);
     call.grid = {static_cast<int>(sizes[1]), static_cast<int>(sizes[2]), static_cast<int>(sizes[3])};
@@ -554,10 +636,13 @@ struct Launch {
   }
 
   int64_t warps() const { return int64_t{call.clips} * call.splits * call.heads; }
+  int written() const { return kinds == FORWARD_KINDS ? 1 : 3; }  // rows of out for each of the tokens' and [CLS]'s
   unsigned blocks_of_parts() const {
-    int64_t threads = int64_t{call.clips} * kinds * call.heads * (width / 2);
+    int64_t threads = int64_t{call.clips} * written() * call.heads * (width / 2);
     return static_cast<unsigned>((threads + ADDERS - 1) / ADDERS);
   }
+  int columns() const { return 3 * call.heads * width; }  // of sums
+  unsigned blocks_of_sums() const { return static_cast<unsigned>((columns() + 7) / 8); }
   int64_t parts() const { return warps() * kinds * width; }  // floats
 };
 
@@ -573,8 +658,9 @@ Tensor aligned(const Tensor& x) {
   return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % BYTES == 0 ? x : torch::stable::clone(x);
 }
 
-// Packed rows: without `grad` the outputs [B·T·H·W + B, N, D], else the gradients [.., 3, N, D].
-Tensor run(const Tensor* grad, Tensor qkv, Tensor cls_qkv, const std::vector<std::string>& axes,
+// Packed rows: without `grad` the outputs [B·T·H·W + B, N, D], else the gradients [.., 3, N, D], whose sums over rows [3, N, D]
+// go to `sums`, float32.
+Tensor run(const Tensor* grad, Tensor* sums, Tensor qkv, Tensor cls_qkv, const std::vector<std::string>& axes,
            const std::optional<Tensor>& pad, double dropout_p, const std::optional<Tensor>& seed, bool cls_in_context) {
   qkv = aligned(qkv), cls_qkv = aligned(cls_qkv);
   Launch launch(!grad, qkv.sizes().data(), qkv.strides().data(), cls_qkv.strides().data(), axes, dropout_p, cls_in_context);
@@ -586,6 +672,7 @@ Tensor run(const Tensor* grad, Tensor qkv, Tensor cls_qkv, const std::vector<std
   Tensor out = grad ? torch::stable::new_empty(qkv, {rows, 3, call.heads, launch.width})
                     : torch::stable::new_empty(qkv, {rows, call.heads, launch.width});
   if (call.clips == 0) return out;
+  Tensor clip_sums = torch::stable::new_empty(qkv, {grad ? call.clips * launch.columns() : 0}, ScalarType::Float);
   Tensor parts = torch::stable::new_empty(qkv, {launch.parts()}, ScalarType::Float);
   std::optional<Tensor> is_pad;
   if (pad) is_pad = torch::stable::contiguous(*pad);
@@ -597,6 +684,8 @@ Tensor run(const Tensor* grad, Tensor qkv, Tensor cls_qkv, const std::vector<std
   call.seed = seed ? static_cast<const int64_t*>(seed->const_data_ptr()) : nullptr;
   call.out = static_cast<char*>(out.mutable_data_ptr());
   call.parts = static_cast<float*>(parts.mutable_data_ptr());
+  call.clip_sums = static_cast<float*>(clip_sums.mutable_data_ptr());
+  call.sums = sums ? static_cast<float*>(sums->mutable_data_ptr()) : nullptr;
   STD_TORCH_CHECK(call.seed || call.dropout_threshold == 0, "axial_attention.cuda: dropout needs a seed");
 
   torch::stable::accelerator::DeviceGuard guard(qkv.get_device_index());
@@ -609,19 +698,27 @@ Tensor run(const Tensor* grad, Tensor qkv, Tensor cls_qkv, const std::vector<std
   STD_CUDA_KERNEL_LAUNCH_CHECK();
   kernels.add_parts<<<launch.blocks_of_parts(), ADDERS, 0, stream>>>(call, launch.kinds, launch.width);
   STD_CUDA_KERNEL_LAUNCH_CHECK();
+  if (!sums) return out;
+  add_clips<<<launch.blocks_of_sums(), warp::LANES, 0, stream>>>(call, launch.columns());
+  STD_CUDA_KERNEL_LAUNCH_CHECK();
   return out;
 }
 
 Tensor forward(Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::optional<Tensor> pad, double dropout_p,
                std::optional<Tensor> seed, bool cls_in_context) {
-  return run(nullptr, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
+  return run(nullptr, nullptr, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
 }
 
-Tensor backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes, std::optional<Tensor> pad,
-                double dropout_p, std::optional<Tensor> seed, bool cls_in_context) {
+std::tuple<Tensor, Tensor> backward(Tensor grad, Tensor qkv, Tensor cls_qkv, std::vector<std::string> axes,
+                                    std::optional<Tensor> pad, double dropout_p, std::optional<Tensor> seed,
+                                    bool cls_in_context) {
   STD_TORCH_CHECK(grad.is_contiguous(), "axial_attention_backward.cuda needs a contiguous gradient");
   grad = aligned(grad);
-  return run(&grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
+  const std::vector<int64_t> shape = {3, qkv.size(5), qkv.size(6)};
+  Tensor sums = qkv.size(0) ? torch::stable::new_empty(qkv, shape, ScalarType::Float)
+                            : torch::stable::new_zeros(qkv, shape, ScalarType::Float);
+  Tensor out = run(&grad, &sums, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context);
+  return {out, sums};
 }
 
 #endif

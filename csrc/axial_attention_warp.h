@@ -39,7 +39,8 @@ struct Call {
   const uint8_t* pad;                // [B, T, H, W] or null
   const int64_t* seed;
   char* out;                         // packed rows [B·T·H·W + B, N, D], backward [.., 3, N, D]
-  float* parts;                      // [B, splits, N, kinds, D]: of [CLS]'s output, backward of its three gradients
+  float* parts;                      // [B, splits, N, kinds, D]: of [CLS]'s output; of its gradients and two sums over tokens
+  float *clip_sums, *sums;           // backward: sums over rows of gradients, [B, 3, N, D] and [3, N, D]
   int64_t clip_stride, kind_stride, head_stride, cls_clip_stride, cls_kind_stride, cls_head_stride;
   int stride[3];  // of T, H, W
   Grid grid;
@@ -376,17 +377,27 @@ class Dropping {
   uint32_t shared_[ROWS];
 };
 
-// A warp's part of a sum for [CLS]: the sums collected over lines, of columns that `mine` says, and weight · row.
+// Which of the 8 columns of collected sums a lane adds: columns first … first + count - 1.
+struct Columns {
+  bool even, odd;
+  DEVICE Columns(int first, int count)
+      : even(first <= 2 * lane_of_quad() && 2 * lane_of_quad() < first + count),
+        odd(first <= 2 * lane_of_quad() + 1 && 2 * lane_of_quad() + 1 < first + count) {}
+};
+
+// A warp's part of a sum for [CLS] or over tokens: the sums collected over lines in some columns, and weight · row.
 template <class Half, int D>
-DEVICE void store_part(float* part, const float (&sums)[D / 16][4], bool mine, float factor, float weight, const Same<D>& row) {
+DEVICE void store_part(float* part, const float (&sums)[D / 16][4], Columns mine, float factor, float weight,
+                       const Same<D>& row) {
   constexpr int DIMS = 2 * GROUP_WORDS<D>;
   UNROLL
   for (int i = 0; i < D / 16; i += 2) {
     Piece<4> x;
     UNROLL
     for (int k = 0; k < 4; ++k) {
-      float sum = sums[i + k / 2][k % 2 * 2] + sums[i + k / 2][k % 2 * 2 + 1];
-      float y = Quad::sum(mine ? sum : 0.0f) * factor + weight * warp::low_float<Half>(row.w[2 * i + k][0]);
+      const float(&pair)[4] = sums[i + k / 2];
+      float sum = (mine.even ? pair[k % 2 * 2] : 0.0f) + (mine.odd ? pair[k % 2 * 2 + 1] : 0.0f);
+      float y = Quad::sum(sum) * factor + weight * warp::low_float<Half>(row.w[2 * i + k][0]);
       __builtin_memcpy(&x.w[k], &y, 4);
     }
     int dim = GROUP<D> * (2 * i / DIMS) + first_dim<D>() + 2 * i % DIMS;

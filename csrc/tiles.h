@@ -236,12 +236,12 @@ DEVICE void add_sums(float (&y)[D / 16][4], const Pairs<D>& rows, const uint32_t
   }
 }
 
-// The weights of rows g (low half) and g + 8 (high half) as weights for add_sums, in one column.
+// The weights of rows g (low half) and g + 8 (high half) as weights for add_sums, in one column; what the others have stays.
 DEVICE void to_column(uint32_t (&weights)[2], uint32_t packed, int column) {
   uint32_t even = shfl(packed, 8 * lane_of_quad()), odd = shfl(packed, 8 * lane_of_quad() + 4);
   bool mine = row_of_quad() == column;
-  weights[0] = mine ? warp::lows(even, odd) : 0;
-  weights[1] = mine ? warp::highs(even, odd) : 0;
+  weights[0] = mine ? warp::lows(even, odd) : weights[0];
+  weights[1] = mine ? warp::highs(even, odd) : weights[1];
 }
 
 template <class Half, int D>

@@ -10,7 +10,7 @@ struct Arguments {
   const uint8_t* pad;
   const int64_t* seed;
   char* out;
-  float* parts;
+  float *parts, *clip_sums, *sums;
   int64_t qkv_bytes, cls_qkv_bytes;  // from the addresses given
   int64_t sizes[7], strides[7], cls_strides[4];
   double dropout_p;
@@ -39,7 +39,7 @@ const char* run(const Arguments* a) {
   if (!message.empty()) return message.c_str();
   Call& call = launch.call;
   call.grad = a->grad, call.qkv = a->qkv, call.cls_qkv = a->cls_qkv, call.pad = a->pad, call.seed = a->seed;
-  call.out = a->out, call.parts = a->parts;
+  call.out = a->out, call.parts = a->parts, call.clip_sums = a->clip_sums, call.sums = a->sums;
   int64_t row_bytes = a->sizes[5] * a->sizes[6] * 2, rows = call.tokens() + call.clips;
   emulator::forget_buffers();
   emulator::buffer(a->qkv, a->qkv_bytes, false);
@@ -47,12 +47,17 @@ const char* run(const Arguments* a) {
   emulator::buffer(a->grad, rows * row_bytes, false);
   emulator::buffer(a->pad, call.tokens(), false);
   emulator::buffer(a->seed, 8, false);
-  emulator::buffer(a->out, rows * row_bytes * launch.kinds, true);
+  emulator::buffer(a->out, rows * row_bytes * launch.written(), true);
   emulator::buffer(a->parts, launch.parts() * 4, true);
+  if (!a->forward) {
+    emulator::buffer(a->clip_sums, int64_t{4} * call.clips * launch.columns(), true);
+    emulator::buffer(a->sums, int64_t{4} * launch.columns(), true);
+  }
   Kernels kernels = a->bfloat ? kernels_of<vimpac::warp::BFloat16>(a->forward, launch.width, launch.longest)
                               : kernels_of<vimpac::warp::Float16>(a->forward, launch.width, launch.longest);
   bool done = emulator::launch(static_cast<unsigned>(launch.warps()), 32, [&] { kernels.main(call); }) &&
-              emulator::launch(launch.blocks_of_parts(), ADDERS, [&] { kernels.add_parts(call, launch.kinds, launch.width); });
+              emulator::launch(launch.blocks_of_parts(), ADDERS, [&] { kernels.add_parts(call, launch.kinds, launch.width); }) &&
+              (a->forward || emulator::launch(launch.blocks_of_sums(), 32, [&] { add_clips(call, launch.columns()); }));
   message = done ? "" : emulator::error;
   return message.c_str();
 }
