@@ -156,7 +156,7 @@ def test_autocast(dtype, error):
     exact, _ = backward(make_step(model={"dropout": 0.0}), *batch())
     seen = []
     step = make_step(dtype, model={"dropout": 0.0})
-    step.model.backbone.layers[0].mlp.expand.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
+    step.model.backbone.layers[0].mlp.register_forward_hook(lambda *call: seen.append(call[-1].dtype))
     out, gradients = backward(step, *batch())
     assert seen == [dtype]
     assert all(g.dtype == torch.float32 and g.isfinite().all() for g in gradients.values())

@@ -116,9 +116,13 @@ class Backbone(nn.Module):
             layer.compile(dynamic=False)
 
     def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> Tensor:
-        """Eq. 7 for tokens and [CLS] [C]: rows [R, C]. seed: of dropout, None = no dropout."""
-        x = self.embedding(tokens) + self.positions()  # [B, T, H, W, C]
-        x = self.embedding_norm(torch.cat([x.flatten(0, 3), cls.expand(tokens.shape[0], -1)]))
+        """Eq. 7 for tokens and [CLS] [C]: rows [R, C] of the residual stream. seed: of dropout, None = no dropout."""
+        B, count = len(tokens), tokens.numel()
+        row = torch.arange(count + B, device=tokens.device)
+        places = self.positions().flatten(0, 2)  # [T·H·W, C]
+        x = self.embedding(F.pad(tokens.flatten(), (0, B))) + places[row % len(places)]
+        x = torch.where((row < count)[:, None], x, cls)  # not torch.cat: compiled, it would write what the norm reads
+        x = residual_stream(self.embedding_norm(x))
         return x if seed is None else dropout(x, self.config.dropout, seed)
 
 

@@ -46,8 +46,9 @@ class MemoryUse:
         """Bytes that the layers store per video for backward, by the table of docs/performance.md."""
         model = self.model
         blocks = len(parse_layout(model.layout, model.heads))
-        selective = 5 * blocks + 6 if self.compiled else 4 * blocks + 5
-        units = {"none": 6 * blocks + 10, "selective": selective, "full": 1}[self.activation_checkpointing]
+        selective = 5 * blocks + 5 if self.compiled else 4 * blocks + 5
+        sums = 0 if model.norm == "post" else blocks + 1
+        units = {"none": 5 * blocks + 9 + sums, "selective": selective + sums, "full": 1}[self.activation_checkpointing]
         row = model.width * (4 if self.precision in ("auto", "fp32") else 2)
         return self.clips * (math.prod(model.grid) + 1) * row * units * model.layers
 
