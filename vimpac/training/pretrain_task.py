@@ -105,17 +105,15 @@ class PretrainTask:
 
     def weighted(self, unit: list[Batch]) -> list[Batch]:
         """The parts of a contrastive batch, each with its share of the mean over the masked tokens of all parts and ranks."""
-        ranks, parts = self.world.size, len(unit)
+        ranks, parts, device = self.world.size, len(unit), self.world.device
         if not self.module.objective.mask_task:
             return unit
-        counts = [self.on_device(batch.masked_count) for batch in unit]
+        # torch.full: copying a number from the host would wait.
+        numbers = [x if isinstance(x := batch.masked_count, Tensor) else torch.full((), x, device=device) for batch in unit]
+        counts = [x.float() for x in numbers]
         total = distributed.sum_over_ranks(torch.stack(counts).sum(), self.world).clamp_(min=1)
         shares = [ranks * parts * x / total for x in counts]
         return [batch._replace(share=share) for batch, share in zip(unit, shares, strict=True)]
-
-    def on_device(self, number: int | Tensor) -> Tensor:
-        """A number as float32 on the device. (torch.full: copying it from the host would wait.)"""
-        return number.float() if isinstance(number, Tensor) else torch.full((), float(number), device=self.world.device)
 
     def warning(self) -> str | None:
         """A sentence on masked tokens beyond the capacity since the last call; None if there were none. All ranks call it."""
