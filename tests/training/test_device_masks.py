@@ -50,6 +50,7 @@ def test_batches_are_the_hosts(store_folder, options):
         return
     assert torch.equal(batch.masked, host.masked)
     if not loop.config.mask_task:
+        assert batch.rows is None
         return
     count = host.masked_count
     assert 0 < count == int(batch.masked_count) < len(batch.rows) == loop.module.capacity
