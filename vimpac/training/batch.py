@@ -62,7 +62,7 @@ def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:
 def row_capacity(masking: Masking, clips: int) -> int:
     """Rows of the token head for so many clips whose masks the device draws.
 
-    Mean and six standard deviations of the number of masked tokens (clips are independent), rounded up to ROWS. PAD only makes
+    Mean plus six standard deviations of the number of masked tokens (clips are independent), rounded up to ROWS. PAD only makes
     the number smaller.
     """
     tokens = clips * math.prod(masking.grid)
