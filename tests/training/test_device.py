@@ -74,14 +74,15 @@ def test_backends_that_are_none_are_refused_at_start(monkeypatch, named, op):
             marks=needs_cpu,
         ),
         ("dropout_add=triton", {"dropout": 0.0}, None),  # there is none
-        ("block_mask=triton", {}, None),  # masks are drawn where the batch is
+        ("block_mask=triton", {"masks": "host"}, None),  # a name for tensors on the GPU
+        ("block_mask=triton", {"masks": "device"}, "block_mask: backend 'triton' cannot run this call: tensors are on cpu"),
     ],
 )
 def test_backends_that_cannot_run_the_model_are_refused_at_start(monkeypatch, named, options, refused):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("VIMPAC_BACKEND", named)
-    precision = options.pop("precision", "fp32")
-    config = tiny_config(precision=precision)
+    run = {name: options.pop(name) for name in ("precision", "masks") if name in options}
+    config = tiny_config(**run)
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, **{"dropout": 0.1} | options))
     refusal = nullcontext() if refused is None else pytest.raises(InputError, match=f"VIMPAC_BACKEND={named}: .*{refused}")
     with refusal:

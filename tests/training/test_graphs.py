@@ -7,10 +7,10 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from updates import loop_of
+from updates import graphed_loop, loop_of
 from vimpac.distributed import World
 from vimpac.training.batch import ROWS, map_tensors
-from vimpac.training.graphs import GraphedStep, _Capture, row_multiple
+from vimpac.training.graphs import _Capture, row_multiple
 from vimpac.training.profile import start, table, waits
 
 pytestmark = pytest.mark.usefixtures("one_thread", "wide")
@@ -18,9 +18,10 @@ CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("options", [{}, {"micro_batch": 4}, {"contrastive_masked": False}, {"batch_size": 16}], ids=str)
-def test_an_update_waits_for_nothing(store_folder, options):
+@pytest.mark.parametrize("masks", ["host", "device"])
+def test_an_update_waits_for_nothing(store_folder, options, masks):
     """No op in it that would make the host wait for a GPU; making batches, which is the host's own work, aside."""
-    loop = loop_of(store_folder, model={"dropout": 0.1}, **options)
+    loop = loop_of(store_folder, masks=masks, model={"dropout": 0.1}, **options)
     loop.update()
     loop.step += 1
     profiler = start()
@@ -83,7 +84,7 @@ def test_a_gpus_profile_counts_kernels_once(monkeypatch):
     assert lines[-1][-5:] == ["0.5", "times", "per", "update:", "['cudaStreamSynchronize']"]
 
 
-@pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"contrastive_masked": False}, {"masks": "device"}], ids=str)
 def test_a_step_asks_for_no_value(store_folder, options):
     """On tensors without values: whatever had to know one would raise."""
     loop = loop_of(store_folder, model={"dropout": 0.1}, **options)
@@ -93,19 +94,6 @@ def test_a_step_asks_for_no_value(store_folder, options):
         patch.setenv("VIMPAC_BACKEND", "reference")
         step(batch)["loss"].backward()
     assert all(p.grad.device.type == "meta" for p in step.parameters() if p.grad is not None)
-
-
-def fake_capture(function):
-    """What a CUDA graph does, without one: warm-up runs, then a replay is the same work on the same tensors."""
-    for _ in range(4):
-        function()
-    return function
-
-
-def graphed_loop(store_folder, **options):
-    loop = loop_of(store_folder, **options)
-    loop.graphed = GraphedStep(loop.forward_backward, loop.module, fake_capture)
-    return loop
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.1])

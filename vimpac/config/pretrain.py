@@ -46,6 +46,8 @@ class PretrainConfig(LabelledRunConfig):
     """Share of masked tokens of an iid mask (Tables 8, 15)."""
     noisy_mask: bool = False
     """BERT's 80/10/10 replacement instead of MASK everywhere (section G.3)."""
+    masks: Literal["auto", "host", "device"] = "auto"
+    """Where masks are drawn, the same bits: by the host ahead of the step, or in the step; auto = in the step on CUDA."""
     contrastive_masked: bool = True
     """Contrast the masked clips of mask-then-predict; --no-contrastive-masked contrasts intact clips instead (Table 12)."""
     d_max: float | None = None

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from vimpac.config import PretrainConfig
 from vimpac.ops import BlockMask, block_mask
-from vimpac.ops.block_mask import expected_block_ratio
+from vimpac.ops.block_mask import block_count_variance, expected_block_ratio
 
 TARGET_RATIO = 0.15  # section B.1: the number of blocks whose expected ratio is closest to this
 MOST_BLOCKS = 64
@@ -40,6 +41,13 @@ class Masking:
     def expected_share(self) -> float:
         """Expected share of masked tokens in clips without padding."""
         return expected_block_ratio(self.grid, self.n_blocks) if self.ratio is None else self.ratio
+
+    @property
+    def count_variance(self) -> float:
+        """Variance of the number of masked tokens of a clip without padding."""
+        if self.ratio is None:
+            return block_count_variance(self.grid, self.n_blocks)
+        return math.prod(self.grid) * self.ratio * (1 - self.ratio)
 
 
 def blocks_for_ratio(grid: tuple[int, int, int], ratio: float = TARGET_RATIO) -> int:

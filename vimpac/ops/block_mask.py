@@ -30,6 +30,7 @@ BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "r
 BLOCKS, IID, NOISE = 0, 1, 2  # purposes: the fourth counter word
 KERNEL_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint16, torch.uint8)
 CUDA_WORDS = 2048  # of 32 blocks' places on T, H and W, in shared memory
+PAIRS = 1 << 20  # of positions, held at once
 TRITON_WIDTH = 1024  # a row of tokens is held at once
 
 
@@ -127,15 +128,45 @@ def longest_block(grid) -> tuple[int, int, int]:
 
 def expected_block_ratio(grid: tuple[int, int, int], n_blocks: int) -> float:
     """Expected share of masked tokens (Table 2), exactly: 1 - (1 - P(position in a block))^n_blocks, over the grid."""
-    inside = torch.ones((), dtype=torch.float64)
+    return float((1 - (1 - _box(*(along.diagonal() for along in _both_inside(grid)))) ** n_blocks).mean())
+
+
+def block_count_variance(grid: tuple[int, int, int], n_blocks: int) -> float:
+    """Variance of the number of masked tokens of a clip without PAD, exactly.
+
+    It is that of the unmasked ones, the sum of P(p and q unmasked) over all pairs of positions, less the squared mean. A block
+    covers neither with probability 1 - P(p) - P(q) + P(p and q). Blocks are as likely as their mirror images, so p runs over
+    the first half of each axis.
+    """
+    both = _both_inside(grid)
+    inside = _box(*(along.diagonal() for along in both))
+    halves = [torch.arange((size + 1) // 2) for size in grid]
+    images = _box(*(1 + (2 * i + 1 != size).double() for i, size in zip(halves, grid, strict=True))).flatten()
+    total = torch.zeros((), dtype=torch.float64)
+    chunk = max(1, PAIRS // inside.numel())
+    for p, weight in zip(torch.cartesian_prod(*halves).split(chunk), images.split(chunk), strict=True):
+        pairs = _box(*(along[i] for along, i in zip(both, p.unbind(1), strict=True)))  # [p, T, H, W]
+        own = inside[tuple(p.unbind(1))][:, None, None, None]
+        total += weight @ ((1 - own - inside + pairs) ** n_blocks).sum((1, 2, 3))
+    return max(0.0, float(total - ((1 - inside) ** n_blocks).sum() ** 2))
+
+
+def _both_inside(grid: tuple[int, int, int]) -> list[Tensor]:
+    """For each axis, the probability that a block covers both i and j, float64 [size, size]."""
+    axes = []
     for size, longest in zip(grid, longest_block(grid), strict=True):
-        along = torch.zeros(size, dtype=torch.float64)
+        both = torch.zeros(size, size, dtype=torch.float64)
         for length in range(1, longest + 1):
             starts = size - length + 1
             for start in range(starts):
-                along[start : start + length] += 1 / (longest * starts)
-        inside = inside[..., None] * along
-    return float((1 - (1 - inside) ** n_blocks).mean())
+                both[start : start + length, start : start + length] += 1 / (longest * starts)
+        axes.append(both)
+    return axes
+
+
+def _box(t: Tensor, h: Tensor, w: Tensor) -> Tensor:
+    """Products over the three axes: [..., T], [..., H], [..., W] → [..., T, H, W]."""
+    return t[..., :, None, None] * h[..., None, :, None] * w[..., None, None, :]
 
 
 def _per_clip(sample: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

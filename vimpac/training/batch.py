@@ -1,7 +1,8 @@
-"""What a forward pass reads: clips, their masks, and the rows for the token head. Prepared on the CPU, ahead of the GPU.
+"""What a forward pass reads: clips, their masks, and the rows for the token head.
 
-Masks are functions of (seed, sample id), the same bits on every device. They are drawn on the host, since the host needs the
-number of masked tokens. So no step waits for an answer from the device.
+Masks are functions of (seed, sample id), the same bits on every device. The number of rows is a shape, which the host must know
+without asking the device. Where the host draws the masks, it counts the masked tokens and rounds up. Where the device draws
+them, the number of rows is fixed: enough for nearly every batch.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vimpac.model.masking import Masking
 from vimpac.ops import BlockMask
 
 # The token head's number of rows is a multiple of this: oneDNN keeps megabytes for every shape, so there must be few shapes.
@@ -28,7 +30,8 @@ class Batch(NamedTuple):
     rows: Tensor | None  # [M] int64: raster indices of the masked positions, then filler
     targets: Tensor | None  # [M] int64: the ids there, then -1
     share: Tensor | None  # [] float32: weight of this batch's mean mask loss; 1 unless it is part of a larger batch
-    masked_count: int  # masked positions
+    masked_count: int | Tensor  # masked positions among the rows; [] int64 where the device drew the masks
+    sample_ids: Tensor | None = None  # [2n] int64: what the device is to draw the masks from, until it has
 
 
 class LabelledBatch(NamedTuple):
@@ -53,7 +56,22 @@ def tensors_of(batch: Batch | LabelledBatch) -> list[Tensor]:
 def pack(tokens: Tensor, masked: BlockMask, multiple: int = ROWS) -> Batch:
     """A batch of masked clips. multiple: M is rounded up to it. For CPU tensors: it reads the number of masked positions."""
     count = int(masked.counts.sum())
-    length = math.ceil(count / multiple) * multiple
+    return fill_rows(tokens, masked, math.ceil(count / multiple) * multiple, count)
+
+
+def row_capacity(masking: Masking, clips: int) -> int:
+    """Rows of the token head for so many clips whose masks the device draws.
+
+    Mean plus six standard deviations of the number of masked tokens (clips are independent), rounded up to ROWS. PAD only makes
+    the number smaller.
+    """
+    tokens = clips * math.prod(masking.grid)
+    most = tokens * masking.expected_share + 6 * math.sqrt(clips * masking.count_variance)
+    return min(math.ceil(most / ROWS) * ROWS, tokens)
+
+
+def fill_rows(tokens: Tensor, masked: BlockMask, length: int, count: int | Tensor) -> Batch:
+    """A batch with the first `length` masked positions, then filler. count: masked positions among the rows."""
     indices = masked.indices[:length]
     indices = F.pad(indices, (0, length - len(indices)), value=-1)  # if M exceeds the number of tokens
     filler = indices < 0

@@ -7,7 +7,7 @@ import os
 import numpy as np
 import torch
 
-from vimpac.config import ModelConfig, RunConfig
+from vimpac.config import ModelConfig, PretrainConfig, RunConfig
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.ops.dispatch import MISSING, Call, check_environment, choose, named_by_environment, pick, why_not
@@ -29,10 +29,16 @@ def autocast_dtype(precision: str, device: torch.device) -> torch.dtype | None:
     return PRECISIONS[resolve_precision(precision, device)]
 
 
-def op_calls_of(model: ModelConfig, precision: str, device: torch.device) -> list[Call]:
-    """The op calls of training on this device. Without masks, which are always drawn on the host."""
+def device_masks(config: RunConfig, device: torch.device) -> bool:
+    """Whether training draws masks on its device, in the step; otherwise the host draws them, or there are none."""
+    choice = config.masks if isinstance(config, PretrainConfig) else "host"
+    return choice == "device" or (choice == "auto" and device.type == "cuda")
+
+
+def op_calls_of(model: ModelConfig, precision: str, device: torch.device, masks: bool = False) -> list[Call]:
+    """The op calls of training on this device. masks: whether they are drawn there."""
     dtype = autocast_dtype(precision, device) or torch.float32
-    return [call for call in sample_calls(model, device, dtype).values() if call[0] != "block_mask"]
+    return [call for call in sample_calls(model, device, dtype).values() if masks or call[0] != "block_mask"]
 
 
 def check_backends(calls: list[Call]) -> None:

@@ -76,6 +76,9 @@ class FinetuneTask:
         self.best = max(self.best, top1)
         return {VALIDATION: top1}
 
+    def warning(self) -> None:
+        """Fine-tuning has nothing to say beside its metrics."""
+
 
 def best_before(run: Path, step: int) -> float:
     """The best validation accuracy that a run's metrics hold of the updates before `step`; -1 if there is none."""

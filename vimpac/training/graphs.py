@@ -1,8 +1,9 @@
 """CUDA graphs of the micro-step: its hundreds of launches become one.
 
-A graph has fixed shapes. The only shape of a batch that varies is the number of rows of the token head. It is rounded up to
-one of a few numbers, each of which gets a graph when it first occurs. All graphs and the warm-up runs of later ones share one
-memory pool, since no two of them run at the same time.
+A graph has fixed shapes. The only shape of a batch that may vary is the number of rows of the token head. If the device draws
+the masks, it is fixed and there is one graph. If the host draws them, it is rounded up to one of a few numbers, each of which
+gets a graph when it first occurs. All graphs and the warm-up runs of later ones share one memory pool, since no two of them run
+at the same time.
 """
 
 from __future__ import annotations

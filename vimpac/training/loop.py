@@ -54,6 +54,10 @@ class Task(Protocol):
         """What is measured after update `loop.step`, on all ranks; empty when nothing is due."""
         ...
 
+    def warning(self) -> str | None:
+        """What to say beside the metrics when they are read; all ranks call it."""
+        ...
+
 
 class Loop:
     """The state of a run and its loop. step: updates so far."""
@@ -102,6 +106,8 @@ class Loop:
                 stop = look and not last and distributed.any_rank(self.stop.requested, self.world)
                 if look:
                     log.flush(progress, config.batch_size, self.may_overflow, self.loader.waited if self.loader else 0.0)
+                    if (warning := self.task.warning()) is not None:
+                        progress.note(warning)
                 if last or stop or due:
                     log.sync()
                     path = self.save()

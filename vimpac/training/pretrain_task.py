@@ -11,13 +11,14 @@ from torch.profiler import record_function
 
 from vimpac import distributed
 from vimpac.config import PretrainConfig
+from vimpac.console import count
 from vimpac.data.clips import ClipPairs
 from vimpac.data.store import TokenStore
 from vimpac.distributed import World
 from vimpac.model.losses import Objective
 from vimpac.model.masking import Masking
-from vimpac.training.batch import ROWS, Batch
-from vimpac.training.device import autocast_dtype
+from vimpac.training.batch import ROWS, Batch, row_capacity
+from vimpac.training.device import autocast_dtype, device_masks
 from vimpac.training.graphs import row_multiple
 from vimpac.training.loop import Loop
 from vimpac.training.monitor import FeatureMonitor
@@ -61,7 +62,8 @@ class PretrainTask:
         Returns its part of the update's metrics. `cl_loss` is γ · L_cl, called CL-Loss in the paper's tables.
         """
         objective, weight = self.module.objective, 1 / self.plan.micro_steps
-        unit = self.weighted(unit)
+        if len(unit) * self.world.size > 1:  # masks that the device draws are counted, and read by both passes
+            unit = self.weighted([self.module.drawn(batch) for batch in unit])
         gradients, sums = [None] * len(unit), {}
         if len(unit) > 1 and objective.contrasts:
             gradients, loss = self.cache_gradients(loop, first, unit)
@@ -103,16 +105,29 @@ class PretrainTask:
 
     def weighted(self, unit: list[Batch]) -> list[Batch]:
         """The parts of a contrastive batch, each with its share of the mean over the masked tokens of all parts and ranks."""
-        ranks, parts = self.world.size, len(unit)
-        if not self.module.objective.mask_task or ranks * parts == 1:
+        ranks, parts, device = self.world.size, len(unit), self.world.device
+        if not self.module.objective.mask_task:
             return unit
-        device = self.world.device
         # torch.full: copying a number from the host would wait.
-        total = torch.full((), float(sum(batch.masked_count for batch in unit)), device=device)
-        total = distributed.sum_over_ranks(total, self.world).clamp_(min=1)
-        counts = [float(ranks * parts * batch.masked_count) for batch in unit]
-        shares = [torch.full((), count, device=device) / total for count in counts]
+        numbers = [x if isinstance(x := batch.masked_count, Tensor) else torch.full((), x, device=device) for batch in unit]
+        counts = [x.float() for x in numbers]
+        total = distributed.sum_over_ranks(torch.stack(counts).sum(), self.world).clamp_(min=1)
+        shares = [ranks * parts * x / total for x in counts]
         return [batch._replace(share=share) for batch, share in zip(unit, shares, strict=True)]
+
+    def warning(self) -> str | None:
+        """A sentence on masked tokens beyond the capacity since the last call; None if there were none. All ranks call it."""
+        capacity, beyond = self.module.capacity, self.module.beyond
+        if capacity is None:
+            return None
+        batches, tokens = distributed.sum_over_ranks(beyond.clone(), self.world).tolist()
+        beyond.zero_()
+        if not tokens:
+            return None
+        return (
+            f"warning: {count(batches, 'batch', 'batches')} had more masked tokens than the {capacity} rows of the token head; "
+            f"the loss left out {count(tokens, 'token')} (--masks host leaves out none)"
+        )
 
 
 def pretraining_loop(
@@ -133,7 +148,8 @@ def pretraining_loop(
     autocast = autocast_dtype(config.precision, world.device)
     objective, masking = Objective.from_config(config), Masking.from_config(config)
     group = distributed.contrastive_group(world, plan.group_ranks)
-    module = PretrainStep(model, objective, masking, pairs.padded, group, autocast)
+    capacity = row_capacity(masking, 2 * plan.micro_batch) if device_masks(config, world.device) else None
+    module = PretrainStep(model, objective, masking, pairs.padded, group, autocast, capacity)
     shard = config.shard_optimizer and world.size > 1
     optimizer = adamw(module, config.weight_decay, config.betas, config.eps, shard)
     scaler = torch.amp.GradScaler(world.device.type, enabled=autocast == torch.float16)

@@ -13,7 +13,7 @@ from vimpac.config import RunConfig, SynthesizeConfig, TokenizeConfig
 from vimpac.distributed import World
 from vimpac.errors import InputError
 from vimpac.processes.meeting import GONE
-from vimpac.training.device import Call, check_backends, check_graphs, op_calls_of
+from vimpac.training.device import Call, check_backends, check_graphs, device_masks, op_calls_of
 from vimpac.training.facts import end_facts
 from vimpac.training.loop import Loop
 from vimpac.training.memory import MemoryUse
@@ -25,7 +25,7 @@ from vimpac.training.signals import handling_signals
 
 def check_machine(config: RunConfig, memory: MemoryUse, plan: BatchPlan, world: World) -> list[Call]:
     """Raises InputError for what this machine cannot do. Returns the run's op calls."""
-    calls = op_calls_of(config.model, config.precision, world.device)
+    calls = op_calls_of(config.model, config.precision, world.device, device_masks(config, world.device))
     check_backends(calls)
     memory.check_fits()
     check_graphs(config, plan, world)

@@ -12,15 +12,19 @@ from vimpac.model import PretrainModel
 from vimpac.model.losses import Objective, contrastive_loss, mask_loss
 from vimpac.model.masking import Masking
 from vimpac.ops.dispatch import ANY
-from vimpac.training.batch import ROWS, Batch, pack
+from vimpac.training.batch import ROWS, Batch, fill_rows, pack
 
 
 class PretrainStep(nn.Module):
     """The trained module: the model with both losses on top, so that DistributedDataParallel wraps a single forward.
 
     padded: whether clips may hold PAD. group: process group whose ranks form one contrastive batch, None = this rank only.
-    autocast: dtype of mixed precision, None = float32.
+    autocast: dtype of mixed precision, None = float32. capacity: rows of the token head for masks that are drawn on the
+    device, None = the host draws them.
     """
+
+    beyond: Tensor
+    """[2] int64: batches with more masked tokens than the capacity, and these tokens, which the loss leaves out."""
 
     def __init__(
         self,
@@ -30,10 +34,13 @@ class PretrainStep(nn.Module):
         padded: bool,
         group: dist.ProcessGroup | None = None,
         autocast: torch.dtype | None = None,
+        capacity: int | None = None,
     ):
         super().__init__()
         self.model, self.objective, self.masking = model, objective, masking
-        self.padded, self.group, self.autocast = padded, group, autocast
+        self.padded, self.group, self.autocast, self.capacity = padded, group, autocast, capacity
+        device = model.token_head.bias.device
+        self.register_buffer("beyond", torch.zeros(2, dtype=torch.int64, device=device), persistent=False)
         model.token_head.requires_grad_(objective.mask_task)
         model.cls_head.requires_grad_(objective.contrasts)
 
@@ -47,6 +54,7 @@ class PretrainStep(nn.Module):
         term out, and the result also has `cls` [2n, C], the states that the term depends on.
         """
         objective, model = self.objective, self.model
+        batch = self.drawn(batch)
         out, cls, loss = {}, None, 0.0
         with self.mixed():
             if objective.contrasts and not objective.contrastive_masked:
@@ -90,13 +98,29 @@ class PretrainStep(nn.Module):
         return torch.autocast(device, self.autocast, cache_enabled=torch.is_grad_enabled())
 
     def batch(self, tokens: Tensor, sample_ids: Tensor, multiple: int = ROWS) -> Batch:
-        """The batch of clips [2n, T, H, W] with sample ids [2n]. With CPU tensors nothing waits for a device.
+        """The batch of clips [2n, T, H, W] with sample ids [2n], masked unless the device masks it (`drawn`). With CPU tensors
+        nothing waits for a device.
 
         multiple: the token head's number of rows is rounded up to it.
         """
         if not self.objective.reads_masked_clips:
             return Batch(tokens, None, None, None, None, 0)
+        if self.capacity is not None:
+            return Batch(tokens, None, None, None, None, 0, sample_ids)
         return pack(tokens, self.masking.draw(tokens, sample_ids, ANY), multiple)
+
+    def drawn(self, batch: Batch) -> Batch:
+        """The batch with masks, drawn here unless it has them, without a wait. Counts the tokens beyond the capacity."""
+        if batch.sample_ids is None:
+            return batch
+        assert self.capacity is not None
+        masked = self.masking.draw(batch.tokens, batch.sample_ids)
+        if not self.objective.mask_task:
+            return batch._replace(masked=masked.tokens, sample_ids=None)
+        count = masked.counts.sum()
+        over = (count - self.capacity).clamp_(min=0)
+        self.beyond += torch.stack([over.sign(), over])
+        return fill_rows(batch.tokens, masked, self.capacity, count - over)
 
 
 class _WithAbsentGradients(torch.autograd.Function):
