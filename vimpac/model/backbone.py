@@ -117,10 +117,10 @@ class Backbone(nn.Module):
 
     def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> Tensor:
         """Eq. 7 for tokens and [CLS] [C]: rows [R, C] of the residual stream. seed: of dropout, None = no dropout."""
-        B, count = len(tokens), tokens.numel()
+        B, count = tokens.shape[0], tokens.numel()
         row = torch.arange(count + B, device=tokens.device)
         places = self.positions().flatten(0, 2)  # [T·H·W, C]
-        x = self.embedding(F.pad(tokens.flatten(), (0, B))) + places[row % len(places)]
+        x = self.embedding(F.pad(tokens.flatten(), (0, B))) + places[row % places.shape[0]]
         x = torch.where((row < count)[:, None], x, cls)  # not torch.cat: compiled, it would write what the norm reads
         x = residual_stream(self.embedding_norm(x))
         return x if seed is None else dropout(x, self.config.dropout, seed)
@@ -165,7 +165,8 @@ class Layer(nn.Module):
 def residual_stream(x: Tensor) -> Tensor:
     """The states in the dtype in which layers pass them on: autocast's, so that one narrow tensor is read and written."""
     device = x.device.type
-    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+    mixed = device != "meta" and torch.is_autocast_enabled(device)  # asking about meta raises: it has no autocast
+    return x.to(torch.get_autocast_dtype(device)) if mixed else x
 
 
 class Block(nn.Module):

@@ -151,7 +151,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _fake_forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum):
-    statistics = x.new_empty(2, len(x), dtype=_statistics_dtype(x))
+    statistics = x.new_empty(2, x.shape[0], dtype=_statistics_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape if writes_sum else (0,)), statistics
 
 
