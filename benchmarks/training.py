@@ -131,7 +131,7 @@ class Ours(Trained):
         with step.mixed():
             cls, hidden = model.backbone(batch.masked, False)
             losses = (
-                mask_loss(model, hidden, batch.rows, batch.targets)[0],
+                mask_loss(model, hidden.flatten(0, 3)[batch.rows], batch.targets)[0],
                 contrastive_loss(model, cls, step.objective.temperature),
             )
         return [cls, hidden, *losses]

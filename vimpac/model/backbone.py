@@ -50,7 +50,7 @@ class Backbone(nn.Module):
         self.embedding_norm = nn.Identity() if pre else nn.LayerNorm(config.width, eps=NORM_EPS)
         self.layers = nn.ModuleList(Layer(config) for _ in range(config.layers))
         self.final_norm = nn.LayerNorm(config.width, eps=NORM_EPS) if pre else nn.Identity()
-        self.activation_checkpointing = "none"
+        self.activation_checkpointing, self.residual = "none", "auto"
         self.reset_parameters()
 
     @property
@@ -64,6 +64,18 @@ class Backbone(nn.Module):
         for layer in self.layers:
             assert isinstance(layer, Layer)
             layer.mlp.recompute = mode == "selective"
+
+    @property
+    def residual(self) -> str:
+        """The dtype of the states that layers pass on: "auto", which is autocast's, or "fp32"."""
+        return self._residual
+
+    @residual.setter
+    def residual(self, choice: str) -> None:
+        self._residual = choice
+        for layer in self.layers:
+            assert isinstance(layer, Layer)
+            layer.residual = choice
 
     def reset_parameters(self) -> None:
         self.apply(init_weights)
@@ -122,7 +134,7 @@ class Backbone(nn.Module):
         places = self.positions().flatten(0, 2)  # [T·H·W, C]
         x = self.embedding(F.pad(tokens.flatten(), (0, B))) + places[row % places.shape[0]]
         x = torch.where((row < count)[:, None], x, cls)  # not torch.cat: compiled, it would write what the norm reads
-        x = residual_stream(self.embedding_norm(x))
+        x = residual_stream(self.embedding_norm(x), self.residual)
         return x if seed is None else dropout(x, self.config.dropout, seed)
 
 
@@ -137,12 +149,12 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         blocks = parse_layout(config.layout, config.heads)
-        self.norm = config.norm
+        self.norm, self.residual = config.norm, "auto"
         self.attention = nn.ModuleList(AttentionBlock(config, axes) for axes in blocks)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
-        return self.blocks(residual_stream(x), pad, seeds)
+        return self.blocks(residual_stream(x, self.residual), pad, seeds)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks. Between layers the states have the stream's dtype, so that the cast is no part of them."""
@@ -162,10 +174,10 @@ class Layer(nn.Module):
         return self.mlp.sum(x, self.mlp(y, given[-1], pad), given[-1])
 
 
-def residual_stream(x: Tensor) -> Tensor:
-    """The states in the dtype in which layers pass them on: autocast's, so that one narrow tensor is read and written."""
+def residual_stream(x: Tensor, choice: str) -> Tensor:
+    """The states in the dtype in which layers pass them on: autocast's, so that narrow tensors are read and written, or fp32."""
     device = x.device.type
-    mixed = device != "meta" and torch.is_autocast_enabled(device)  # asking about meta raises: it has no autocast
+    mixed = choice == "auto" and device != "meta" and torch.is_autocast_enabled(device)  # asking about meta raises: it has no autocast
     return x.to(torch.get_autocast_dtype(device)) if mixed else x
 
 

@@ -44,16 +44,16 @@ class Objective:
 
 
 def mask_loss(
-    model: PretrainModel, hidden: Tensor, rows: Tensor, targets: Tensor, share: Tensor | float = 1.0
+    model: PretrainModel, states: Tensor, targets: Tensor, share: Tensor | float = 1.0
 ) -> tuple[Tensor, Tensor]:
     """Eq. 1 and the accuracy on masked tokens.
 
-    hidden [B, T, H, W, C]: last hidden states of the masked clips. rows [M] int64: raster indices of the masked positions.
-    targets [M] int64: their ids before masking; a negative one marks a filler row, which does not count.
+    states [M, C]: last hidden states at the masked positions.
+    targets [M] int64: the ids there before masking; a negative one marks a filler row, which does not count.
     share: factor that turns the mean over these rows into their part of the mean over a larger batch.
     """
     head = model.token_head
-    loss, accuracy = masked_cross_entropy(head.transform(hidden.flatten(0, 3)[rows]), head.decoder, head.bias, targets)
+    loss, accuracy = masked_cross_entropy(head.transform(states), head.decoder, head.bias, targets)
     return loss * share, accuracy * share
 
 

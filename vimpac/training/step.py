@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from vimpac.model import PretrainModel
 from vimpac.model.losses import Objective, contrastive_loss, mask_loss
 from vimpac.model.masking import Masking
+from vimpac.model.selection import select_rows
 from vimpac.ops.dispatch import ANY
 from vimpac.training.batch import ROWS, Batch, fill_rows, pack
 
@@ -60,12 +61,16 @@ class PretrainStep(nn.Module):
             if objective.contrasts and not objective.contrastive_masked:
                 cls = self.contrasted_states(batch)
             if objective.reads_masked_clips:
-                masked_cls, hidden = model.backbone(batch.masked, self.padded)
-                cls = masked_cls if objective.contrastive_masked else cls
+                assert batch.masked is not None
+                states, clips = model.backbone.rows(batch.masked, self.padded), batch.masked.shape[0]
                 if objective.mask_task:
                     assert batch.rows is not None and batch.targets is not None and batch.share is not None
-                    out["mask_loss"], out["mask_accuracy"] = mask_loss(model, hidden, batch.rows, batch.targets, batch.share)
+                    states, masked_cls = select_rows(states, batch.rows, batch.targets, clips)
+                    out["mask_loss"], out["mask_accuracy"] = mask_loss(model, states, batch.targets, batch.share)
                     loss = loss + out["mask_loss"]
+                else:
+                    masked_cls = states[-clips:]
+                cls = masked_cls if objective.contrastive_masked else cls
             if objective.contrasts and not cached:
                 assert cls is not None
                 out["contrastive_loss"] = self.contrast(cls)
