@@ -66,7 +66,9 @@ def residual_norm(
         case "reference":
             return residual_norm_reference(*call)[1]
         case name:
-            return _ResidualNorm.apply(name, keeps, *call)[0]
+            given = [x, y] if bias is None else [x, y, bias]  # "output" saves what depends on them
+            parts = anchors(*given) if keeps == "sum" and torch.is_grad_enabled() else []
+            return _ResidualNorm.apply(name, keeps, *call, *parts)[0]
 
 
 @full_precision
@@ -151,7 +153,7 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
 
 
 def _fake_forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum):
-    statistics = x.new_empty(2, len(x), dtype=_statistics_dtype(x))
+    statistics = x.new_empty(2, x.shape[0], dtype=_statistics_dtype(x))
     return x.new_empty(x.shape), x.new_empty(x.shape if writes_sum else (0,)), statistics
 
 
@@ -216,13 +218,12 @@ class _ResidualNorm(torch.autograd.Function):
     """A backend's kernels, differentiable. Saves one tensor [R, C] and two numbers a row. Backward draws the mask again."""
 
     @staticmethod
-    def forward(ctx, backend, keeps, x, y, bias, weight, norm_bias, p, seed, eps):
+    def forward(ctx, backend, keeps, x, y, bias, weight, norm_bias, p, seed, eps, *anchors):
         writes_sum = keeps != "output"
         vectors = (_vector(v, x) for v in (bias, weight, norm_bias))
         call = (x.contiguous(), y.contiguous(), *vectors, p, seed, eps, writes_sum)
         out, total, statistics = dispatch.overload("residual_norm", backend)(*call)
-        given = (x, y) if bias is None else (x, y, bias)
-        ctx.save_for_backward(total if writes_sum else out, statistics, weight, norm_bias, seed, *anchors(*given))
+        ctx.save_for_backward(total if writes_sum else out, statistics, weight, norm_bias, seed, *anchors)
         ctx.options = backend, p, writes_sum, y.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return out, total if keeps == "both" else None
@@ -233,7 +234,7 @@ class _ResidualNorm(torch.autograd.Function):
         kept, statistics, weight, norm_bias, seed = saved[:5]
         backend, p, from_sum, dtype, bias_dtype = ctx.options
         if grad is None and grad_sum is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
         grad_sum = None if grad_sum is None else grad_sum.contiguous()
         vectors = _vector(weight, kept), _vector(norm_bias, kept)
@@ -242,4 +243,5 @@ class _ResidualNorm(torch.autograd.Function):
         of_weight, of_norm_bias, of_bias = columns.unbind()
         of_y = of_x if p == 0 and dtype == kept.dtype else of_y
         of_bias = None if bias_dtype is None else of_bias.to(bias_dtype)
-        return None, None, of_x, of_y, of_bias, of_weight.to(weight.dtype), of_norm_bias.to(norm_bias.dtype), None, None, None
+        of_vectors = of_bias, of_weight.to(weight.dtype), of_norm_bias.to(norm_bias.dtype)
+        return None, None, of_x, of_y, *of_vectors, *[None] * (len(ctx.needs_input_grad) - 7)
