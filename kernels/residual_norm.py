@@ -178,5 +178,5 @@ def constants(C, p, BIAS=False, SUM=False, MORE=False, SAME=False):
 
 
 def shape(const):
-    """8 elements a thread of each tensor, up to rows of 2048."""
+    """8 elements a thread of each tensor, and 16 in rows of more than 2048: what a program holds fits its registers."""
     return {"num_warps": min(8, max(1, const.ROWS * const.BC // 256))}

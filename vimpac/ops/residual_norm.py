@@ -31,7 +31,7 @@ from vimpac.ops.philox import seed_tensor
 
 BACKENDS = {"cuda": ("triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 EPS = 1e-12
-WIDEST = 8192  # columns of a row that the Triton kernels hold in registers
+WIDEST = 4096  # columns of a row that the Triton kernels hold in registers
 
 
 @full_precision
