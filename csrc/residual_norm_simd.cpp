@@ -144,7 +144,10 @@ template <class X, class Y, class A>
 void backward(const Call& call, int64_t begin, int64_t end, void* memory) {
   const Scratch<A> scratch(call, memory);
   const A* weight = static_cast<const A*>(call.weight);
-  for (int64_t d = 0; d < call.columns; ++d) scratch.inverse_weight[d] = weight[d] == 0 ? A(0) : A(1) / weight[d];
+  for (int64_t d = 0; d < call.columns; ++d) {
+    const A inverse = A(1) / weight[d];
+    scratch.inverse_weight[d] = __builtin_isfinite(inverse) ? inverse : A(0);
+  }
   for (int64_t chunk = begin; chunk < end; ++chunk) {
     A* parts = static_cast<A*>(call.parts) + chunk * 3 * call.columns;
     for (int64_t i = 0; i < 3 * call.columns; ++i) parts[i] = 0;

@@ -1,8 +1,8 @@
 """The residual connection with its dropout and norm; vimpac/ops/residual_norm.py has the definition.
 
-Forward: a program takes a few whole rows, so that sums over a row stay in registers. Backward: a program walks over its share of
-the rows and adds up the column sums (gradients of weight, norm_bias and bias) in registers. It writes one part, and a second
-kernel adds the parts in a fixed order, without atomics. The shares depend on the number of rows alone, not on the GPU.
+Forward: a program takes a few whole rows, so that sums over a row stay in registers. Backward: a program walks over its share
+of the rows and adds up the column sums (gradients of weight, norm_bias and bias) in registers. It writes one part, and a second
+kernel adds the parts in a fixed order, without atomics. The shares depend on the shape alone, not on the GPU.
 
 Bytes moved: x, y and out forward, the sum too if it is asked for; backward the gradient, one kept tensor and two gradients, and
 parts of 24 bytes a column, which are 1 % of that.
@@ -22,6 +22,7 @@ from vimpac.kernels.parts import add_parts
 from vimpac.kernels.philox import philox
 
 TILE = 1024  # elements that a program holds of each tensor, unless a row has more: 8 a thread. Not measured on a GPU yet
+LEAST = tl.constexpr(2.0**-126)  # a weight whose inverse float32 holds, with subnormal numbers or without
 SHARES = 512  # programs of backward, at most: some four a multiprocessor of an H100
 
 
@@ -71,7 +72,7 @@ def _forward(x, y, bias, weight, norm_bias, seed, out, total, statistics, rows, 
     if CONST.BIAS:
         s += tl.load(bias + column, mask=m_column, other=0.0)[None, :]
     if CONST.THRESHOLD > 0:
-        s = tl.where(_keep(row, column, tl.load(seed), CONST), s * CONST.SCALE, 0.0)
+        s *= tl.where(_keep(row, column, tl.load(seed), CONST), CONST.SCALE, 0.0)  # NaN stays, in what is dropped as well
     s += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     s = tl.where(mask, s, 0.0)  # the bias stands in columns of rows that are not there
     if CONST.SUM:
@@ -97,7 +98,8 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
     m_column = column < C
     w = tl.load(weight + column, mask=m_column, other=0.0)[None, :]
     b = tl.load(norm_bias + column, mask=m_column, other=0.0)[None, :]
-    inverse = tl.where(w == 0.0, 0.0, 1.0 / tl.where(w == 0.0, 1.0, w))
+    usable = tl.abs(w) >= LEAST
+    inverse = tl.where(usable, 1.0 / tl.where(usable, w, 1.0), 0.0)
     of_weight = tl.zeros((ROWS, BC), tl.float32)
     of_norm_bias = tl.zeros((ROWS, BC), tl.float32)
     of_bias = tl.zeros((ROWS, BC), tl.float32)
@@ -112,7 +114,8 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
         n = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(statistics + rows + row, mask=m_row, other=0.0)
         if CONST.SUM:
-            n = (n - tl.load(statistics + row, mask=m_row, other=0.0)[:, None]) * rstd[:, None]
+            mean = tl.load(statistics + row, mask=m_row, other=0.0)
+            n = (n - mean[:, None]) * rstd[:, None]
         else:
             n = (n - b) * inverse
         n = tl.where(mask, n, 0.0)
@@ -126,7 +129,7 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
         ds = tl.where(mask, ds, 0.0)
         tl.store(of_x + offset, ds.to(of_x.dtype.element_ty), mask=mask)
         if CONST.THRESHOLD > 0:
-            ds = tl.where(_keep(row, column, tl.load(seed), CONST), ds * CONST.SCALE, 0.0)
+            ds *= tl.where(_keep(row, column, tl.load(seed), CONST), CONST.SCALE, 0.0)
         if not CONST.SAME:
             tl.store(of_y + offset, ds.to(of_y.dtype.element_ty), mask=mask)
         of_bias += ds
@@ -175,5 +178,5 @@ def constants(C, p, BIAS=False, SUM=False, MORE=False, SAME=False):
 
 
 def shape(const):
-    """8 elements a thread of each tensor, up to rows of 2048."""
+    """8 elements a thread of each tensor, and 16 in rows of more than 2048: what a program holds fits its registers."""
     return {"num_warps": min(8, max(1, const.ROWS * const.BC // 256))}

@@ -129,7 +129,7 @@ def axial_attention_packed(
     gradient here, the sum over rows of that of qkv, from the kernel that has the rows at hand. That of the keys is exactly 0:
     a constant added to all keys changes no softmax.
     """
-    dispatch.check_tensors(qkv=qkv)
+    dispatch.check_tensors(qkv=qkv, **({} if bias is None else {"bias": bias}))
     if len(grid) != 3:
         raise ValueError(f"grid must be (T, H, W), got {grid!r}")
     dispatch.check_numbers(T=grid[0], H=grid[1], W=grid[2])

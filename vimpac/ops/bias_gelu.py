@@ -2,9 +2,10 @@
 
     h [R, F], bias [F] → out = gelu(h + bias),   gelu(z) = z · Φ(z),   Φ(z) = (1 + erf(z / √2)) / 2
 
-Forward and backward are one pass each. Backward saves h alone. From h and the upstream gradient g it makes the gradient of h,
-`g · (Φ(z) + z · φ(z))` with φ the normal density, its column sums, which are the gradient of bias, and `out` again where the next
-linear layer needs it for the gradient of its weight (`gelu_linear`). Arithmetic is float32, whatever the dtype.
+Forward and backward are one pass each. h alone is saved. From h and the upstream gradient g, backward makes the gradient of h,
+`g · (Φ(z) + z · φ(z))` with φ the normal density, and its column sums, which are the gradient of bias. Where the next linear
+layer needs `out` for the gradient of its weight (`gelu_linear`), backward makes it again. Arithmetic is float32, or float64 if
+h is.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def choose(h: Tensor, bias: Tensor, backend: str | None) -> str:
     """The backend of a call. Raises ValueError or TypeError for a call that no backend could run. Reads no device memory."""
     dispatch.check_tensors(h=h, bias=bias)
     if h.ndim != 2 or h.shape[1] == 0 or tuple(bias.shape) != (h.shape[1],):
-        raise ValueError(f"h must be [R, F] and bias [F], got {tuple(h.shape)} and {tuple(bias.shape)}")
+        raise ValueError(f"h must be [R, F], F at least 1, and bias [F], got {tuple(h.shape)} and {tuple(bias.shape)}")
     if not h.is_floating_point() or not bias.is_floating_point():
         raise ValueError(f"h and bias must be floating, got {h.dtype} and {bias.dtype}")
     if bias.device != h.device:
@@ -175,5 +176,6 @@ class _GeluLinear(torch.autograd.Function):
         h, bias, weight, out = saved
         backend, product = ctx.options
         grad = grad.contiguous()
-        of_h, again, of_bias = _backward(backend, product(grad, weight.t()), h, bias, out is None)
-        return None, None, None, of_h, of_bias, grad.t() @ (again if out is None else out)
+        of_out = full_precision(product)(grad, weight.t())
+        of_h, again, of_bias = _backward(backend, of_out, h, bias, out is None)
+        return None, None, None, of_h, of_bias, full_precision(torch.mm)(grad.t(), again if out is None else out)

@@ -3,7 +3,7 @@
     x [R, C], y [R, C], bias [C] → s = x + dropout(y + bias),   out = (s - mean(s)) · rstd(s) · weight + norm_bias
 
 mean and rstd = 1 / √(variance + eps) are of each row. `residual_norm` (post-norm) returns out. `residual_sum_norm` (pre-norm)
-returns s too, and normalises s as returned, rounded to x's dtype. Sums, statistics and the norm are float32, whatever the dtype.
+returns s too, and normalises s as returned, rounded to x's dtype. Arithmetic is float32, or float64 if x is.
 
 The dropout mask is that of `dropout_add`: a function of (seed, element), drawn again in backward.
 
@@ -13,8 +13,8 @@ Backward, with g the gradient of out, h that of s (pre-norm), x̂ = (s - mean) �
     of weight: Σ g · x̂          of norm_bias: Σ g          of bias: Σ dropout(ds)          (sums over rows, in a fixed order)
 
 For x̂ backward needs s, or out: x̂ = (out - norm_bias) / weight. A transformer keeps `out` anyway, as the input of the next
-product. So `keeps="output"` saves the memory of s, and writing it, but weights that are small beside norm_bias magnify the
-rounding of out, and a weight of 0 makes its column's x̂ count as 0.
+product. So `keeps="output"` saves the memory of s, and writing it. But weights that are small beside norm_bias magnify the
+rounding of out. Where a weight is 0, or so small that 1 / weight overflows, its column's x̂ counts as 0.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from vimpac.ops.philox import seed_tensor
 
 BACKENDS = {"cuda": ("triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 EPS = 1e-12
-WIDEST = 8192  # columns of a row that the Triton kernels hold in registers
+WIDEST = 4096  # columns of a row that the Triton kernels hold in registers
 
 
 @full_precision
@@ -66,7 +66,9 @@ def residual_norm(
         case "reference":
             return residual_norm_reference(*call)[1]
         case name:
-            return _ResidualNorm.apply(name, keeps, *call)[0]
+            given = [x, y] if bias is None else [x, y, bias]  # "output" saves what depends on them
+            parts = anchors(*given) if keeps == "sum" and torch.is_grad_enabled() else []
+            return _ResidualNorm.apply(name, keeps, *call, *parts)[0]
 
 
 @full_precision
@@ -116,7 +118,7 @@ def _checked(x, y, bias, weight, norm_bias, p, seed, eps) -> tuple:
     given = {"weight": weight, "norm_bias": norm_bias} | ({} if bias is None else {"bias": bias})
     dispatch.check_tensors(x=x, y=y, **given)
     if x.ndim != 2 or x.shape != y.shape or x.shape[1] == 0:
-        raise ValueError(f"x and y must be [R, C] of one shape, got {tuple(x.shape)} and {tuple(y.shape)}")
+        raise ValueError(f"x and y must be [R, C] of one shape, C at least 1, got {tuple(x.shape)} and {tuple(y.shape)}")
     for name, v in given.items():
         if tuple(v.shape) != (x.shape[1],):
             raise ValueError(f"{name} must be [C] = [{x.shape[1]}], got shape {tuple(v.shape)}")
@@ -170,8 +172,8 @@ SCHEMAS = {
         _fake_forward,
     ),
     "residual_norm_backward": (
-        "(Tensor grad, Tensor? grad_sum, Tensor kept, Tensor statistics, Tensor weight, Tensor norm_bias, float p, Tensor? seed,"
-        " bool from_sum, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+        "(Tensor grad, Tensor? grad_sum, Tensor kept, Tensor statistics, Tensor weight, Tensor norm_bias, float p,"
+        " Tensor? seed, bool from_sum, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
         _fake_backward,
     ),
 }
@@ -213,15 +215,15 @@ def _vector(v: Tensor | None, x: Tensor) -> Tensor | None:
 
 
 class _ResidualNorm(torch.autograd.Function):
-    """A backend's kernels, differentiable. Saves one tensor [R, C] and two numbers a row; the mask is drawn again in backward."""
+    """A backend's kernels, differentiable. Saves one tensor [R, C] and two numbers a row. Backward draws the mask again."""
 
     @staticmethod
-    def forward(ctx, backend, keeps, x, y, bias, weight, norm_bias, p, seed, eps):
+    def forward(ctx, backend, keeps, x, y, bias, weight, norm_bias, p, seed, eps, *anchors):
         writes_sum = keeps != "output"
         vectors = (_vector(v, x) for v in (bias, weight, norm_bias))
         call = (x.contiguous(), y.contiguous(), *vectors, p, seed, eps, writes_sum)
         out, total, statistics = dispatch.overload("residual_norm", backend)(*call)
-        ctx.save_for_backward(total if writes_sum else out, statistics, weight, norm_bias, seed, *anchors(x, y))
+        ctx.save_for_backward(total if writes_sum else out, statistics, weight, norm_bias, seed, *anchors)
         ctx.options = backend, p, writes_sum, y.dtype, None if bias is None else bias.dtype
         ctx.set_materialize_grads(False)
         return out, total if keeps == "both" else None
@@ -232,7 +234,7 @@ class _ResidualNorm(torch.autograd.Function):
         kept, statistics, weight, norm_bias, seed = saved[:5]
         backend, p, from_sum, dtype, bias_dtype = ctx.options
         if grad is None and grad_sum is None:
-            return (None,) * 10
+            return (None,) * len(ctx.needs_input_grad)
         grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
         grad_sum = None if grad_sum is None else grad_sum.contiguous()
         vectors = _vector(weight, kept), _vector(norm_bias, kept)
@@ -241,4 +243,5 @@ class _ResidualNorm(torch.autograd.Function):
         of_weight, of_norm_bias, of_bias = columns.unbind()
         of_y = of_x if p == 0 and dtype == kept.dtype else of_y
         of_bias = None if bias_dtype is None else of_bias.to(bias_dtype)
-        return None, None, of_x, of_y, of_bias, of_weight.to(weight.dtype), of_norm_bias.to(norm_bias.dtype), None, None, None
+        of_vectors = of_bias, of_weight.to(weight.dtype), of_norm_bias.to(norm_bias.dtype)
+        return None, None, of_x, of_y, *of_vectors, *[None] * (len(ctx.needs_input_grad) - 7)
