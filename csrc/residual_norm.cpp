@@ -59,6 +59,16 @@ void check_like(const Tensor& one, const Tensor& x, ScalarType type, const char*
                   "residual_norm.cpu takes ", name, " contiguous, of x's shape and dtype");
 }
 
+// Where the last rows are kept unrounded; sets how many.
+const void* exact_of(Call& call, const std::optional<Tensor>& exact, const Tensor& x) {
+  if (!exact) return nullptr;
+  STD_TORCH_CHECK(exact->dim() == 2 && exact->size(0) <= call.rows && exact->size(1) == call.columns && exact->is_contiguous() &&
+                      exact->scalar_type() == arithmetic(x.scalar_type()),
+                  "residual_norm.cpu takes exact contiguous [B, C], B at most R, float32 (of a float64 x: float64)");
+  call.exact_rows = exact->size(0);
+  return exact->const_data_ptr();
+}
+
 template <class Work>
 void in_parallel(const Call& call, const RowKernels& kernels, int64_t items, int64_t grain, const Work& work) {
   const size_t bytes = kernels.scratch(call);
@@ -71,9 +81,10 @@ void in_parallel(const Call& call, const RowKernels& kernels, int64_t items, int
   STD_TORCH_CHECK(!failed, "residual_norm.cpu: no memory for ", bytes, " bytes a thread");
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const std::optional<Tensor>& bias,
-                                           const Tensor& weight, const Tensor& norm_bias, double p,
-                                           const std::optional<Tensor>& seed, double eps, bool writes_sum) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, const std::optional<Tensor>& bias,
+                                                   const Tensor& weight, const Tensor& norm_bias, double p,
+                                                   const std::optional<Tensor>& seed, double eps, bool writes_sum,
+                                                   const std::optional<Tensor>& exact) {
   Call call = call_of(x, weight, norm_bias, p, seed);
   const RowKernels& kernels = kernels_of(x.scalar_type(), y.scalar_type());
   check_like(y, x, y.scalar_type(), "y");
@@ -85,16 +96,20 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& x, const Tensor& y, con
   call.out = out.mutable_data_ptr(), call.sum = writes_sum ? sum.mutable_data_ptr() : nullptr;
   call.statistics = statistics.mutable_data_ptr();
   call.eps = eps;
+  call.exact = exact_of(call, exact, x);
+  Tensor out_exact = torch::stable::new_empty(x, {call.exact_rows, call.columns}, arithmetic(x.scalar_type()));
+  call.out_exact = exact ? out_exact.mutable_data_ptr() : nullptr;
   call.streams = suits_streams(out);
   if (writes_sum) prefer_huge_pages(call.sum, sum.numel() * sum.element_size());
   in_parallel(call, kernels, call.rows, GRAIN,
               [&](int64_t begin, int64_t end, void* scratch) { kernels.forward(call, begin, end, scratch); });
-  return {out, sum, statistics};
+  return {out, sum, statistics, out_exact};
 }
 
-std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum, const Tensor& kept,
-                                            const Tensor& statistics, const Tensor& weight, const Tensor& norm_bias, double p,
-                                            const std::optional<Tensor>& seed, bool from_sum, ScalarType dtype) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optional<Tensor>& grad_sum,
+                                                    const Tensor& kept, const Tensor& statistics, const Tensor& weight,
+                                                    const Tensor& norm_bias, double p, const std::optional<Tensor>& seed,
+                                                    bool from_sum, ScalarType dtype, const std::optional<Tensor>& grad_exact) {
   Call call = call_of(kept, weight, norm_bias, p, seed);
   const ScalarType type = kept.scalar_type(), sums = arithmetic(type);
   const RowKernels& kernels = kernels_of(type, dtype);
@@ -102,7 +117,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optio
   if (grad_sum) check_like(*grad_sum, kept, type, "grad_sum");
   STD_TORCH_CHECK(statistics.is_contiguous() && statistics.numel() == 2 * call.rows && statistics.scalar_type() == sums,
                   "residual_norm_backward.cpu takes statistics as forward returns them");
-  const bool same = p == 0 && dtype == type;
+  const bool same = p == 0 && dtype == type && !grad_exact;
   Tensor of_x = torch::stable::new_empty(kept, kept.sizes());
   Tensor of_y = same ? torch::stable::new_empty(kept, {0}) : torch::stable::new_empty(kept, kept.sizes(), dtype);
   Tensor columns = torch::stable::new_empty(kept, {3, call.columns}, sums);
@@ -110,6 +125,9 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optio
   call.grad = grad.const_data_ptr(), call.grad_sum = grad_sum ? grad_sum->const_data_ptr() : nullptr;
   call.kept = kept.const_data_ptr(), call.statistics = const_cast<void*>(statistics.const_data_ptr());
   call.from_sum = from_sum;
+  call.grad_exact = exact_of(call, grad_exact, kept);
+  Tensor of_exact = torch::stable::new_empty(kept, {call.exact_rows, call.columns}, sums);
+  call.of_exact = grad_exact ? of_exact.mutable_data_ptr() : nullptr;
   call.of_x = of_x.mutable_data_ptr(), call.of_y = same ? nullptr : of_y.mutable_data_ptr();
   call.parts = parts.get();
   call.streams = suits_streams(of_x);
@@ -117,7 +135,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const std::optio
   in_parallel(call, kernels, call.chunks(), 1,
               [&](int64_t begin, int64_t end, void* scratch) { kernels.backward(call, begin, end, scratch); });
   kernels.add_parts(call, columns.mutable_data_ptr());
-  return {of_x, of_y, columns};
+  return {of_x, of_y, columns, of_exact};
 }
 
 }  // namespace

@@ -18,6 +18,9 @@ struct Call {
   void* statistics;                            // A [2, rows]: means, then 1 / standard deviations; forward writes it
   void *out, *sum;                             // X [rows, columns]; forward
   void *of_x, *of_y;                           // X, Y [rows, columns]; backward
+  int64_t exact_rows;                          // the last rows, whose x is in `exact` instead
+  const void *exact, *grad_exact;              // A [exact_rows, columns]; forward, backward
+  void *out_exact, *of_exact;                  // A [exact_rows, columns]; forward, backward
   void* parts;                                 // A [chunks, 3, columns]: sums over a chunk's rows of the gradients of vectors
   double eps;
   bool from_sum;       // kept is the sum, not the output

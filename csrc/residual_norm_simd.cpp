@@ -56,6 +56,13 @@ A inverse_root(A x) {
 
 // --- forward -------------------------------------------------------------------------------------------------------------
 
+// Of a row that is kept unrounded, its place in these; else null.
+template <class T, class Pointer>
+T* exact_row(const Call& call, Pointer of, int64_t r) {
+  const int64_t first = call.rows - call.exact_rows;
+  return of && r >= first ? static_cast<T*>(of) + (r - first) * call.columns : nullptr;
+}
+
 template <class X, class Y, class A, bool DROPS>
 void forward_row(const Call& call, int64_t r, const Scratch<A>& scratch) {
   using V = Vector<A, WIDTH<A>>;
@@ -65,17 +72,18 @@ void forward_row(const Call& call, int64_t r, const Scratch<A>& scratch) {
   const A *bias = static_cast<const A*>(call.bias), *weight = static_cast<const A*>(call.weight);
   const A* norm_bias = static_cast<const A*>(call.norm_bias);
   X *out = static_cast<X*>(call.out) + r * C, *sum = call.sum ? static_cast<X*>(call.sum) + r * C : nullptr;
-  A* row = scratch.row;
+  const A* exact = exact_row<const A>(call, call.exact, r);
+  A *out_exact = exact_row<A>(call, call.out_exact, r), *row = scratch.row;
   const A* factors = DROPS ? draw(call, r, scratch.factors) : nullptr;
   V total{}, squares{};
   for_pieces<A>(C, [&](auto piece) {
     V added = piece.read(y);
     if (bias) added += piece.read(bias);
     if constexpr (DROPS) added *= piece.read(factors);
-    V s = piece.read(x) + added;
+    V s = (exact ? piece.read(exact) : piece.read(x)) + added;
     if (sum) {
       piece.write(sum, s);
-      s = piece.read(sum);
+      if (!exact) s = piece.read(sum);
     }
     piece.write(row, s);
     total += piece.columns_of(s);
@@ -87,7 +95,9 @@ void forward_row(const Call& call, int64_t r, const Scratch<A>& scratch) {
   });
   const A rstd = inverse_root(Lanes::sum(squares) / C + static_cast<A>(call.eps));
   for_pieces<A>(C, [&](auto piece) {
-    piece.write_result(out, (piece.read(row) - mean) * rstd * piece.read(weight) + piece.read(norm_bias), call.streams);
+    V result = (piece.read(row) - mean) * rstd * piece.read(weight) + piece.read(norm_bias);
+    piece.write_result(out, result, call.streams);
+    if (out_exact) piece.write(out_exact, result);
   });
   A* statistics = static_cast<A*>(call.statistics);
   statistics[r] = mean, statistics[call.rows + r] = rstd;
@@ -117,9 +127,12 @@ void backward_row(const Call& call, int64_t r, const Scratch<A>& scratch, A* of_
   const A mean = statistics[r], rstd = statistics[call.rows + r];
   A *normalised = scratch.row, *products = scratch.products;
   const A* factors = DROPS ? draw(call, r, scratch.factors) : nullptr;
+  const A* grad_exact = exact_row<const A>(call, call.grad_exact, r);
+  A* of_exact = exact_row<A>(call, call.of_exact, r);
   V total{}, dot{};
   for_pieces<A>(C, [&](auto piece) {
     V g = piece.read(grad), k = piece.read(kept);
+    if (grad_exact) g += piece.read(grad_exact);
     V n = call.from_sum ? (k - mean) * rstd : (k - piece.read(norm_bias)) * piece.read(scratch.inverse_weight);
     V a = g * piece.read(weight);
     piece.write(normalised, n);
@@ -133,7 +146,8 @@ void backward_row(const Call& call, int64_t r, const Scratch<A>& scratch, A* of_
   for_pieces<A>(C, [&](auto piece) {
     V ds = (piece.read(products) - mean_product - piece.read(normalised) * mean_dot) * rstd;
     if (grad_sum) ds += piece.read(grad_sum);
-    piece.write_result(of_x, ds, call.streams);
+    piece.write_result(of_x, of_exact ? V{} : ds, call.streams);
+    if (of_exact) piece.write(of_exact, ds);
     if constexpr (DROPS) ds *= piece.read(factors);
     if (of_y) piece.write_result(of_y, ds, call.streams);
     piece.add(of_bias, ds);

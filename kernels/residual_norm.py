@@ -38,6 +38,7 @@ class Constants(NamedTuple):
     SUM: bool  # forward: whether the sum is written, and rounded before the norm; backward: whether it is what was kept
     MORE: bool  # backward: whether the sum has a gradient of its own
     SAME: bool  # backward: the gradients of x and y are one tensor
+    EXACT: bool  # whether the last rows of x, of out and of their gradients are also in float32
 
 
 @triton.jit
@@ -60,8 +61,10 @@ def _keep(row, column, seed, CONST: tl.constexpr):
         return tl.where(word == 0, w0, tl.where(word == 1, w1, tl.where(word == 2, w2, w3))) >= THRESHOLD
 
 
-@triton.jit(do_not_specialize=["rows"], do_not_specialize_on_alignment=["seed"])
-def _forward(x, y, bias, weight, norm_bias, seed, out, total, statistics, rows, eps, CONST: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "first_exact"], do_not_specialize_on_alignment=["seed"])
+def _forward(
+    x, y, bias, weight, norm_bias, seed, exact, out, total, statistics, out_exact, rows, first_exact, eps, CONST: tl.constexpr
+):
     C: tl.constexpr = CONST.C
     row = tl.program_id(0).to(tl.int64) * CONST.ROWS + tl.arange(0, CONST.ROWS)
     column = tl.arange(0, CONST.BC)
@@ -73,24 +76,50 @@ def _forward(x, y, bias, weight, norm_bias, seed, out, total, statistics, rows, 
         s += tl.load(bias + column, mask=m_column, other=0.0)[None, :]
     if CONST.THRESHOLD > 0:
         s *= tl.where(_keep(row, column, tl.load(seed), CONST), CONST.SCALE, 0.0)  # NaN stays, in what is dropped as well
-    s += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
+    if CONST.EXACT:
+        unrounded = mask & (row >= first_exact)[:, None]
+        at = (row - first_exact)[:, None] * C + column[None, :]
+        s += tl.load(exact + at, mask=unrounded, other=0.0)
+        s += tl.load(x + offset, mask=mask & (row < first_exact)[:, None], other=0.0).to(tl.float32)
+    else:
+        s += tl.load(x + offset, mask=mask, other=0.0).to(tl.float32)
     s = tl.where(mask, s, 0.0)  # the bias stands in columns of rows that are not there
     if CONST.SUM:
         rounded = s.to(total.dtype.element_ty)
         tl.store(total + offset, rounded, mask=mask)
-        s = rounded.to(tl.float32)
+        s = tl.where(unrounded, s, rounded.to(tl.float32)) if CONST.EXACT else rounded.to(tl.float32)
     mean = tl.sum(s, 1) / C
-    centred = tl.where(mask, s - mean[:, None], 0.0)
-    rstd = 1.0 / tl.sqrt_rn(tl.sum(centred * centred, 1) / C + eps)
+    centred = s - mean[:, None]
+    rstd = 1.0 / tl.sqrt_rn(tl.sum(tl.where(mask, centred * centred, 0.0), 1) / C + eps)  # no product but for `where` is added
     w = tl.load(weight + column, mask=m_column, other=0.0)[None, :]
     b = tl.load(norm_bias + column, mask=m_column, other=0.0)[None, :]
-    tl.store(out + offset, (centred * rstd[:, None] * w + b).to(out.dtype.element_ty), mask=mask)
+    result = centred * rstd[:, None] * w + b
+    tl.store(out + offset, result.to(out.dtype.element_ty), mask=mask)
+    if CONST.EXACT:
+        tl.store(out_exact + at, result, mask=unrounded)
     tl.store(statistics + row, mean, mask=m_row)
     tl.store(statistics + rows + row, rstd, mask=m_row)
 
 
-@triton.jit(do_not_specialize=["rows", "share"], do_not_specialize_on_alignment=["seed"])
-def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, of_y, parts, rows, share, CONST: tl.constexpr):
+@triton.jit(do_not_specialize=["rows", "share", "first_exact"], do_not_specialize_on_alignment=["seed"])
+def _backward(
+    grad,
+    grad_sum,
+    grad_exact,
+    kept,
+    statistics,
+    weight,
+    norm_bias,
+    seed,
+    of_x,
+    of_y,
+    of_exact,
+    parts,
+    rows,
+    first_exact,
+    share,
+    CONST: tl.constexpr,
+):
     C: tl.constexpr = CONST.C
     BC: tl.constexpr = CONST.BC
     ROWS: tl.constexpr = CONST.ROWS
@@ -111,6 +140,10 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
         offset = row[:, None] * C + column[None, :]
         mask = m_row[:, None] & m_column[None, :]
         g = tl.load(grad + offset, mask=mask, other=0.0).to(tl.float32)
+        if CONST.EXACT:
+            unrounded = mask & (row >= first_exact)[:, None]
+            at = (row - first_exact)[:, None] * C + column[None, :]
+            g += tl.load(grad_exact + at, mask=unrounded, other=0.0)
         n = tl.load(kept + offset, mask=mask, other=0.0).to(tl.float32)
         rstd = tl.load(statistics + rows + row, mask=m_row, other=0.0)
         if CONST.SUM:
@@ -118,16 +151,19 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
             n = (n - mean[:, None]) * rstd[:, None]
         else:
             n = (n - b) * inverse
-        n = tl.where(mask, n, 0.0)
         of_weight += g * n
         of_norm_bias += g
         a = g * w
-        ds = a - (tl.sum(a, 1) / C)[:, None] - n * (tl.sum(a * n, 1) / C)[:, None]
+        ds = a - (tl.sum(tl.where(mask, a, 0.0), 1) / C)[:, None] - n * (tl.sum(tl.where(mask, a * n, 0.0), 1) / C)[:, None]
         ds *= rstd[:, None]
         if CONST.MORE:
             ds += tl.load(grad_sum + offset, mask=mask, other=0.0).to(tl.float32)
         ds = tl.where(mask, ds, 0.0)
-        tl.store(of_x + offset, ds.to(of_x.dtype.element_ty), mask=mask)
+        of_stream = ds
+        if CONST.EXACT:
+            tl.store(of_exact + at, ds, mask=unrounded)
+            of_stream = tl.where(unrounded, 0.0, ds)
+        tl.store(of_x + offset, of_stream.to(of_x.dtype.element_ty), mask=mask)
         if CONST.THRESHOLD > 0:
             ds *= tl.where(_keep(row, column, tl.load(seed), CONST), CONST.SCALE, 0.0)
         if not CONST.SAME:
@@ -139,42 +175,47 @@ def _backward(grad, grad_sum, kept, statistics, weight, norm_bias, seed, of_x, o
     tl.store(part + 2 * C, tl.sum(of_bias, 0), mask=m_column)
 
 
-def forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum):
+def forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum, exact=None):
     """The op vimpac::residual_norm.triton."""
     rows, C = x.shape
     out = torch.empty_like(x)
     total = torch.empty_like(x) if writes_sum else x.new_empty(0)
     statistics = x.new_empty(2, rows, dtype=torch.float32)
+    out_exact = x.new_empty(0 if exact is None else len(exact), C, dtype=torch.float32)
     if rows > 0:
-        const = constants(C, p, BIAS=bias is not None, SUM=writes_sum)
-        pointers = x, y, x if bias is None else bias, weight, norm_bias, x if seed is None else seed
+        const = constants(C, p, BIAS=bias is not None, SUM=writes_sum, EXACT=exact is not None)
+        given = x, y, x if bias is None else bias, weight, norm_bias, x if seed is None else seed, x if exact is None else exact
+        results = out, total if writes_sum else out, statistics, out_exact
         grid = (triton.cdiv(rows, const.ROWS),)
-        _forward[grid](*pointers, out, total if writes_sum else out, statistics, rows, eps, const, **shape(const), **FUSED)
-    return out, total, statistics
+        _forward[grid](*given, *results, rows, rows - len(out_exact), eps, const, **shape(const), **FUSED)
+    return out, total, statistics, out_exact
 
 
-def backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed, from_sum, dtype):
+def backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed, from_sum, dtype, grad_exact=None):
     """The op vimpac::residual_norm_backward.triton."""
     rows, C = kept.shape
-    same = p == 0 and dtype == kept.dtype
+    same = p == 0 and dtype == kept.dtype and grad_exact is None
     of_x = torch.empty_like(kept)
     of_y = kept.new_empty(0) if same else torch.empty_like(kept, dtype=dtype)
+    of_exact = kept.new_empty(0 if grad_exact is None else len(grad_exact), C, dtype=torch.float32)
     if rows == 0:
-        return of_x, of_y, torch.zeros(3, C, dtype=torch.float32, device=kept.device)
-    const = constants(C, p, SUM=from_sum, MORE=grad_sum is not None, SAME=same)
+        return of_x, of_y, torch.zeros(3, C, dtype=torch.float32, device=kept.device), of_exact
+    const = constants(C, p, SUM=from_sum, MORE=grad_sum is not None, SAME=same, EXACT=grad_exact is not None)
     share = const.ROWS * triton.cdiv(rows, const.ROWS * SHARES)
     parts = kept.new_empty(triton.cdiv(rows, share), 3, C, dtype=torch.float32)
-    given = grad, grad if grad_sum is None else grad_sum, kept, statistics, weight, norm_bias, kept if seed is None else seed
-    results = of_x, of_x if same else of_y, parts
-    _backward[(len(parts),)](*given, *results, rows, share, const, **shape(const), **FUSED)
-    return of_x, of_y, add_parts(parts)
+    gradients = grad, grad if grad_sum is None else grad_sum, grad if grad_exact is None else grad_exact
+    given = kept, statistics, weight, norm_bias, kept if seed is None else seed
+    results = of_x, of_x if same else of_y, of_exact, parts
+    sizes = rows, rows - len(of_exact), share
+    _backward[(len(parts),)](*gradients, *given, *results, *sizes, const, **shape(const), **FUSED)
+    return of_x, of_y, add_parts(parts), of_exact
 
 
-def constants(C, p, BIAS=False, SUM=False, MORE=False, SAME=False):
+def constants(C, p, BIAS=False, SUM=False, MORE=False, SAME=False, EXACT=False):
     """What the kernels are compiled for."""
     BC = max(16, triton.next_power_of_2(C))
     rate = dropout_threshold(p, 32), dropout_scale(p, 32)
-    return Constants(C, BC, max(1, TILE // BC), *rate, BIAS, SUM, MORE, SAME)
+    return Constants(C, BC, max(1, TILE // BC), *rate, BIAS, SUM, MORE, SAME, EXACT)
 
 
 def shape(const):

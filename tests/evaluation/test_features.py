@@ -72,9 +72,9 @@ def test_layers_are_what_hooks_see(norm, wide):
         backbone(tokens)
         for layers in (0, 1, 2, 3, None):
             rows = seen[0][0] if layers == 0 else seen[2 if layers is None else layers - 1][1]
-            assert torch.equal(backbone.rows(tokens, layers=layers), backbone.final_norm(rows))
+            assert torch.equal(backbone.rows(tokens, layers=layers)[0], backbone.final_norm(rows))
             cls, hidden = backbone(tokens, layers=layers)
-            assert torch.equal(torch.cat([hidden.flatten(0, 3), cls]), backbone.rows(tokens, layers=layers))
+            assert torch.equal(torch.cat([hidden.flatten(0, 3), cls]), backbone.rows(tokens, layers=layers)[0])
 
 
 def test_vectors_of_a_clip(model):

@@ -18,6 +18,7 @@ from test_residual_norm import (
     is_exact,
     outputs_and_gradients,
 )
+from test_residual_norm_exact import check_exact
 from torch.testing import assert_close
 
 from kernel_checks import (
@@ -53,6 +54,13 @@ def test_in_the_interpreter():
 @pytest.fixture(autouse=True)
 def poison(monkeypatch):
     poison_new_tensors(monkeypatch)
+
+
+@runs_kernels
+@pytest.mark.parametrize("keeps", ["sum", "output"])
+@pytest.mark.parametrize("p", [0.0, 0.2])
+def test_exact_rows(p, keeps):
+    check_exact("triton", p, keeps, DEVICE, HALF)
 
 
 @runs_kernels
@@ -226,6 +234,8 @@ def test_says_what_it_needs():
 # --- machine code -----------------------------------------------------------------------------------------------------
 
 TYPES = {name: "*fp32" for name in ("bias", "weight", "norm_bias", "statistics", "parts")} | {
+    **{name: "*fp32" for name in ("exact", "out_exact", "grad_exact", "of_exact")},
+    "first_exact": "i32",
     "seed": "*i64",
     "rows": "i32",
     "share": "i32",
@@ -248,6 +258,8 @@ def has_no_spills(architecture, columns, states, added):
         ("_forward", {"BIAS": True, "SUM": True}),
         ("_backward", {"SUM": True, "MORE": True}),
         ("_backward", {}),
+        ("_forward", {"BIAS": True, "EXACT": True}),
+        ("_backward", {"EXACT": True}),
     ):
         binary = compiled(architecture, function, columns, states, added, **options)
         check_binary(binary, architecture, matrix=False, wide_loads=wide)

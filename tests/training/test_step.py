@@ -75,7 +75,7 @@ def test_without_the_mask_task(contrastive_masked):
     """No token head, and with intact clips no mask either (Table 12)."""
     step = make_step(mask_task=False, contrastive_masked=contrastive_masked)
     seen = []
-    step.model.backbone.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    step.model.backbone.embedding.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     out, gradients = backward(step, *batch())
     assert out.keys() == {"loss", "contrastive_loss"}
     assert out["loss"] == pytest.approx(0.2 * out["contrastive_loss"], rel=1e-6)  # float32

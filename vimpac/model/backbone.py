@@ -67,15 +67,16 @@ class Backbone(nn.Module):
 
     @property
     def residual(self) -> str:
-        """The dtype of the states that layers pass on: "auto", which is autocast's, or "fp32"."""
+        """The dtype of the states that layers pass on: "auto", which is autocast's, or "fp32". With pre-norm it is always fp32:
+        states are sums over all layers, and [CLS]'s are only compared after the last norm."""
         return self._residual
 
     @residual.setter
     def residual(self, choice: str) -> None:
-        self._residual = choice
+        self._residual = choice if self.config.norm == "post" else "fp32"
         for layer in self.layers:
             assert isinstance(layer, Layer)
-            layer.residual = choice
+            layer.residual = self._residual
 
     def reset_parameters(self) -> None:
         self.apply(init_weights)
@@ -93,11 +94,17 @@ class Backbone(nn.Module):
         layers: run only the first `layers` layers (0 = the embedding alone), with pre-norm the final norm too; None = all.
         Raises ValueError when the grid is not the configured one, or for ids that are not integers.
         """
-        hidden, cls = unpack(self.rows(tokens, padded, layers), tokens.shape)
-        return cls, hidden
+        x, exact = self.rows(tokens, padded, layers)
+        hidden, cls = unpack(x, tokens.shape)
+        return cls if exact is None else exact, hidden
 
-    def rows(self, tokens: Tensor, padded: bool = True, layers: int | None = None) -> Tensor:
-        """The states of `forward` as one matrix [B·T·H·W + B, C], tokens first."""
+    def rows(self, tokens: Tensor, padded: bool = True, layers: int | None = None) -> tuple[Tensor, Tensor | None]:
+        """The states of `forward` as one matrix [B·T·H·W + B, C], tokens first; and those of [CLS] [B, C] in float32 if the
+        matrix holds them rounded.
+
+        States of [CLS] differ little from clip to clip. What half precision leaves of the differences would be noise for the
+        contrastive head, so from layer to layer they are also passed on unrounded.
+        """
         if tuple(tokens.shape[1:]) != self.config.grid:
             raise ValueError(
                 f"tokens must be [B, T, H, W] with T, H, W = {self.config.grid}, got shape {tuple(tokens.shape)}; "
@@ -110,16 +117,17 @@ class Backbone(nn.Module):
         seeds = dropout_seeds(tokens.device, self) if self.training and self.config.dropout > 0 else None
         # Not in the compiled part: there both terms would share one gradient tensor, and accumulation would add to it twice.
         cls = self.cls + self.positions.cls
-        x = self.embed(tokens, cls, None if seeds is None else seeds[-1, 0])
+        x, exact = self.embed(tokens, cls, None if seeds is None else seeds[-1, 0])
         full = self.activation_checkpointing == "full" and torch.is_grad_enabled()
         with recomputing(self.activation_checkpointing == "selective"):
             for i, layer in enumerate(islice(self.layers, layers)):
-                arguments = (x, pad, None if seeds is None else seeds[i])
+                arguments = (x, pad, None if seeds is None else seeds[i], exact)
                 if full:  # saves the generator's state only if dropout draws from it, since a CUDA graph does not allow that
-                    x = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=seeds is not None)
+                    given = checkpoint(layer, *arguments, use_reentrant=False, preserve_rng_state=seeds is not None)
                 else:
-                    x = layer(*arguments)
-        return self.final_norm(x)
+                    given = layer(*arguments)
+                x, exact = (given, None) if exact is None else given
+        return self.final_norm(x), exact
 
     def compile_parts(self) -> None:
         """Compile the embedding and each layer."""
@@ -127,15 +135,17 @@ class Backbone(nn.Module):
         for layer in self.layers:
             layer.compile(dynamic=False)
 
-    def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> Tensor:
-        """Eq. 7 for tokens and [CLS] [C]: rows [R, C] of the residual stream. seed: of dropout, None = no dropout."""
+    def embed(self, tokens: Tensor, cls: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Eq. 7 for tokens and [CLS] [C]: rows [R, C] of the residual stream, and [CLS]'s [B, C] in float32 if the stream is
+        narrower. seed: of dropout, None = no dropout."""
         B, count = tokens.shape[0], tokens.numel()
         row = torch.arange(count + B, device=tokens.device)
         places = self.positions().flatten(0, 2)  # [T·H·W, C]
         x = self.embedding(F.pad(tokens.flatten(), (0, B))) + places[row % places.shape[0]]
         x = torch.where((row < count)[:, None], x, cls)  # not torch.cat: compiled, it would write what the norm reads
         x = residual_stream(self.embedding_norm(x), self.residual)
-        return x if seed is None else dropout(x, self.config.dropout, seed)
+        x = x if seed is None else dropout(x, self.config.dropout, seed)
+        return x, None if x.dtype.itemsize > 2 else x[count:].float()
 
 
 class Layer(nn.Module):
@@ -153,20 +163,25 @@ class Layer(nn.Module):
         self.attention = nn.ModuleList(AttentionBlock(config, axes) for axes in blocks)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
-        return self.blocks(residual_stream(x, self.residual), pad, seeds)
+    def forward(
+        self, x: Tensor, pad: Tensor | None, seeds: Tensor | None, exact: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """States [R, C] → states [R, C]. With `exact`, [CLS]'s [B, C] in float32 (post-norm), also those."""
+        return self.blocks(residual_stream(x, self.residual), pad, seeds, exact)
 
     def compile(self, *args: Any, **kwargs: Any) -> None:
         """Compile the blocks. Between layers the states have the stream's dtype, so that the cast is no part of them."""
         self.blocks = torch.compile(self.blocks, *args, **kwargs)
 
-    def blocks(self, x: Tensor, pad: Tensor | None, seeds: Tensor | None) -> Tensor:
+    def blocks(
+        self, x: Tensor, pad: Tensor | None, seeds: Tensor | None, exact: Tensor | None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         blocks = [*self.attention, self.mlp]
         given = [None] * len(blocks) if seeds is None else seeds.unbind()
         if self.norm == "post":
             for block, seed in zip(blocks, given, strict=True):
-                x = block.norm_of_sum(x, block(x, seed, pad), seed, block.norm)
-            return x
+                x, exact = block.norm_of_sum(x, block(x, seed, pad), seed, exact)
+            return x if exact is None else (x, exact)
         y = block_norm(x, blocks[0].norm)
         for block, following, seed in zip(blocks, blocks[1:], given, strict=False):
             x = y if self.norm == "pre" else x  # what attention adds to
@@ -197,9 +212,11 @@ class Block(nn.Module):
         """f(x) [R, C] without the bias of `project` and the dropout of the output."""
         raise NotImplementedError
 
-    def norm_of_sum(self, x: Tensor, y: Tensor, seed: Tensor | None, norm: nn.LayerNorm) -> Tensor:
-        keeps = "output" if self.keeps_output or not torch.is_grad_enabled() else "sum"
-        return residual_norm(x, y, self.project.bias, norm.weight, norm.bias, self.dropout_p, seed, norm.eps, keeps)
+    def norm_of_sum(self, x: Tensor, y: Tensor, seed: Tensor | None, exact: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        keeps, norm = "output" if self.keeps_output or not torch.is_grad_enabled() else "sum", self.norm
+        options = self.dropout_p, seed, norm.eps, keeps, None, exact
+        out = residual_norm(x, y, self.project.bias, norm.weight, norm.bias, *options)
+        return out if isinstance(out, tuple) else (out, None)
 
     def sum_and_norm(self, x: Tensor, y: Tensor, seed: Tensor | None, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
         return residual_sum_norm(x, y, self.project.bias, norm.weight, norm.bias, self.dropout_p, seed, norm.eps)

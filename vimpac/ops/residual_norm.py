@@ -46,7 +46,8 @@ def residual_norm(
     eps: float = EPS,
     keeps: str = "sum",
     backend: str | None = None,
-) -> Tensor:
+    exact: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """norm(x + dropout(y + bias)), the residual connection of post-norm (Eq. 10).
 
     x [R, C]: the residual stream, floating. y [R, C]: what is added to it, of x's dtype or a narrower one.
@@ -56,19 +57,28 @@ def residual_norm(
     keeps: what is saved for backward, "sum" or "output". "output" saves a tensor if the caller keeps the result anyway, and is
     inexact where weights are small beside norm_bias.
     backend: "reference", "triton" (CUDA), "cpu" or None (chooses).
+    exact [B, C], of the dtype of sums (float32): the last B rows of x before they were rounded. x's own are not read then. For
+    rows that differ little, such as [CLS] of different clips, whose differences half precision would round away.
 
-    Returns [R, C] in x's dtype. Raises TypeError for what is not a tensor or a number, ValueError for anything else.
+    Returns [R, C] in x's dtype; with `exact` also its last B rows before they are rounded, which are to be the next call's.
+    Raises TypeError for what is not a tensor or a number, ValueError for anything else.
     """
     if keeps not in ("sum", "output"):
         raise ValueError(f"keeps must be 'sum' or 'output', got {keeps!r}")
     call = _checked(x, y, bias, weight, norm_bias, p, seed, eps)
+    _check_exact(exact, x)
     match dispatch.choose("residual_norm", backend, dispatch.order(BACKENDS, x.device), *call):
-        case "reference":
+        case "reference" if exact is None:
             return residual_norm_reference(*call)[1]
+        case "reference":
+            wide = torch.cat([x[: len(x) - len(exact)].to(exact.dtype), exact])
+            out = residual_norm_reference(wide, *call[1:])[1]
+            return out.to(x.dtype), out[len(x) - len(exact) :]
         case name:
-            given = [x, y] if bias is None else [x, y, bias]  # "output" saves what depends on them
+            given = [v for v in (x, y, bias, exact) if v is not None]  # "output" saves what depends on them
             parts = anchors(*given) if keeps == "sum" and torch.is_grad_enabled() else []
-            return _ResidualNorm.apply(name, keeps, *call, *parts)[0]
+            out, _, out_exact = _ResidualNorm.apply(name, keeps, exact, *call, *parts)
+            return out if exact is None else (out, out_exact)
 
 
 @full_precision
@@ -92,7 +102,7 @@ def residual_sum_norm(
         case "reference":
             return residual_norm_reference(*call, rounds_sum=True)
         case name:
-            out, total = _ResidualNorm.apply(name, "both", *call)
+            out, total, _ = _ResidualNorm.apply(name, "both", None, *call)
             return total, out
 
 
@@ -139,6 +149,19 @@ def _checked(x, y, bias, weight, norm_bias, p, seed, eps) -> tuple:
     return x, y, bias, weight, norm_bias, p, seed_tensor(seed, x.device) if p > 0 else None, eps
 
 
+def _check_exact(exact: Tensor | None, x: Tensor) -> None:
+    if exact is None:
+        return
+    dispatch.check_tensors(exact=exact)
+    dtype = _statistics_dtype(x)
+    fits = exact.ndim == 2 and exact.shape[1] == x.shape[1] and exact.shape[0] <= x.shape[0]
+    if not fits or exact.dtype != dtype or exact.device != x.device:
+        raise ValueError(
+            f"exact must be {dtype} [B, C] with B at most {x.shape[0]} and C = {x.shape[1]} on {x.device}, "
+            f"got {exact.dtype} of shape {tuple(exact.shape)} on {exact.device}"
+        )
+
+
 def sample_call(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> dispatch.Call:
     """What a model calls in training, for a row: tensors that hold nothing."""
     y = torch.empty(1, config.width, dtype=dtype, device=device)
@@ -152,28 +175,31 @@ def _statistics_dtype(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _fake_forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum):
+def _fake_forward(x, y, bias, weight, norm_bias, p, seed, eps, writes_sum, exact=None):
     statistics = x.new_empty(2, x.shape[0], dtype=_statistics_dtype(x))
-    return x.new_empty(x.shape), x.new_empty(x.shape if writes_sum else (0,)), statistics
+    out_exact = x.new_empty(0 if exact is None else exact.shape[0], x.shape[1], dtype=_statistics_dtype(x))
+    return x.new_empty(x.shape), x.new_empty(x.shape if writes_sum else (0,)), statistics, out_exact
 
 
-def _fake_backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed, from_sum, dtype):
-    same = p == 0 and dtype == kept.dtype
+def _fake_backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed, from_sum, dtype, grad_exact=None):
+    same = p == 0 and dtype == kept.dtype and grad_exact is None
     columns = kept.new_empty(3, kept.shape[1], dtype=_statistics_dtype(kept))
-    return kept.new_empty(kept.shape), kept.new_empty((0,) if same else kept.shape, dtype=dtype), columns
+    of_exact = columns.new_empty(0 if grad_exact is None else grad_exact.shape[0], kept.shape[1])
+    return kept.new_empty(kept.shape), kept.new_empty((0,) if same else kept.shape, dtype=dtype), columns, of_exact
 
 
-# Forward: out, the sum (empty unless writes_sum), mean and rstd [2, R]. The sum is rounded before the norm if it is written.
-# Backward: the gradients of x and y (empty where it is that of x), and those of weight, norm_bias and bias [3, C].
+# Forward: out, the sum (empty unless writes_sum), mean and rstd [2, R], out's exact rows. The sum is rounded before the norm if it is written.
+# Backward: the gradients of x and y (empty where it is that of x), those of weight, norm_bias and bias [3, C],
+# and of the exact rows, which are zeros in that of x.
 SCHEMAS = {
     "residual_norm": (
-        "(Tensor x, Tensor y, Tensor? bias, Tensor weight, Tensor norm_bias, float p, Tensor? seed, float eps, bool writes_sum)"
-        " -> (Tensor, Tensor, Tensor)",
+        "(Tensor x, Tensor y, Tensor? bias, Tensor weight, Tensor norm_bias, float p, Tensor? seed, float eps, bool writes_sum,"
+        " Tensor? exact=None) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_forward,
     ),
     "residual_norm_backward": (
         "(Tensor grad, Tensor? grad_sum, Tensor kept, Tensor statistics, Tensor weight, Tensor norm_bias, float p,"
-        " Tensor? seed, bool from_sum, ScalarType dtype) -> (Tensor, Tensor, Tensor)",
+        " Tensor? seed, bool from_sum, ScalarType dtype, Tensor? grad_exact=None) -> (Tensor, Tensor, Tensor, Tensor)",
         _fake_backward,
     ),
 }
@@ -218,30 +244,36 @@ class _ResidualNorm(torch.autograd.Function):
     """A backend's kernels, differentiable. Saves one tensor [R, C] and two numbers a row. Backward draws the mask again."""
 
     @staticmethod
-    def forward(ctx, backend, keeps, x, y, bias, weight, norm_bias, p, seed, eps, *anchors):
+    def forward(ctx, backend, keeps, exact, x, y, bias, weight, norm_bias, p, seed, eps, *anchors):
         writes_sum = keeps != "output"
         vectors = (_vector(v, x) for v in (bias, weight, norm_bias))
-        call = (x.contiguous(), y.contiguous(), *vectors, p, seed, eps, writes_sum)
-        out, total, statistics = dispatch.overload("residual_norm", backend)(*call)
+        given = None if exact is None else exact.contiguous()
+        call = (x.contiguous(), y.contiguous(), *vectors, p, seed, eps, writes_sum, given)
+        out, total, statistics, out_exact = dispatch.overload("residual_norm", backend)(*call)
         ctx.save_for_backward(total if writes_sum else out, statistics, weight, norm_bias, seed, *anchors)
         ctx.options = backend, p, writes_sum, y.dtype, None if bias is None else bias.dtype
+        ctx.exact = None if exact is None else exact.shape[0]
         ctx.set_materialize_grads(False)
-        return out, total if keeps == "both" else None
+        return out, total if keeps == "both" else None, None if exact is None else out_exact
 
     @staticmethod
     @once_differentiable("residual_norm")
-    def backward(ctx, saved, grad, grad_sum):
+    def backward(ctx, saved, grad, grad_sum, grad_exact):
         kept, statistics, weight, norm_bias, seed = saved[:5]
         backend, p, from_sum, dtype, bias_dtype = ctx.options
-        if grad is None and grad_sum is None:
+        if grad is None and grad_sum is None and grad_exact is None:
             return (None,) * len(ctx.needs_input_grad)
         grad = torch.zeros_like(kept) if grad is None else grad.contiguous()
         grad_sum = None if grad_sum is None else grad_sum.contiguous()
+        if ctx.exact is not None:
+            size = ctx.exact, kept.shape[1]
+            grad_exact = statistics.new_zeros(size) if grad_exact is None else grad_exact.contiguous()
         vectors = _vector(weight, kept), _vector(norm_bias, kept)
-        call = (grad, grad_sum, kept, statistics, *vectors, p, seed, from_sum, dtype)
-        of_x, of_y, columns = dispatch.overload("residual_norm_backward", backend)(*call)
+        call = (grad, grad_sum, kept, statistics, *vectors, p, seed, from_sum, dtype, grad_exact)
+        of_x, of_y, columns, of_exact = dispatch.overload("residual_norm_backward", backend)(*call)
         of_weight, of_norm_bias, of_bias = columns.unbind()
-        of_y = of_x if p == 0 and dtype == kept.dtype else of_y
+        of_y = of_x if p == 0 and dtype == kept.dtype and ctx.exact is None else of_y
         of_bias = None if bias_dtype is None else of_bias.to(bias_dtype)
         of_vectors = of_bias, of_weight.to(weight.dtype), of_norm_bias.to(norm_bias.dtype)
-        return None, None, of_x, of_y, *of_vectors, *[None] * (len(ctx.needs_input_grad) - 7)
+        of_exact = None if ctx.exact is None else of_exact
+        return None, None, of_exact, of_x, of_y, *of_vectors, *[None] * (len(ctx.needs_input_grad) - 8)

@@ -101,6 +101,7 @@ def finetuning_loop(
     """The loop of a fine-tuning run on `clips`, from the model's weights or a checkpoint of the run."""
     model = model.to(world.device)
     model.backbone.activation_checkpointing = config.activation_checkpointing
+    model.backbone.residual = config.residual
     autocast = autocast_dtype(config.precision, world.device)
     balance = None
     if config.class_weights == "balanced":

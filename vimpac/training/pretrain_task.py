@@ -145,6 +145,7 @@ def pretraining_loop(
     torch.manual_seed(config.seed)
     model = initial_model(config.model, config.init_from, store.tokenizer.digest).to(world.device)
     model.backbone.activation_checkpointing = config.activation_checkpointing
+    model.backbone.residual = config.residual
     autocast = autocast_dtype(config.precision, world.device)
     objective, masking = Objective.from_config(config), Masking.from_config(config)
     group = distributed.contrastive_group(world, plan.group_ranks)

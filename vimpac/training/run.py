@@ -41,7 +41,7 @@ WRITTEN_LAST = ("model.safetensors", "curves.png", "profile.json")
 MAY_CHANGE = frozenset(
     {
         *("data", "output", "resume", "log_every", "save_every", "keep_checkpoints", "eval_batches", "profile"),
-        *("compile", "graphs", "masks", "activation_checkpointing", "shard_optimizer", "micro_batch"),
+        *("compile", "graphs", "masks", "residual", "activation_checkpointing", "shard_optimizer", "micro_batch"),
         *("labels", "classes", "validation_data"),  # files; fine-tuning compares their contents
         "probe_every",
         *("validate_every", "keep_best", "eval_clips", "eval_views", "compare_scratch"),

@@ -62,13 +62,15 @@ class PretrainStep(nn.Module):
                 cls = self.contrasted_states(batch)
             if objective.reads_masked_clips:
                 assert batch.masked is not None
-                states, clips = model.backbone.rows(batch.masked, self.padded), batch.masked.shape[0]
+                states, exact = model.backbone.rows(batch.masked, self.padded)
+                clips, masked_cls = batch.masked.shape[0], exact
                 if objective.mask_task:
                     assert batch.rows is not None and batch.targets is not None and batch.share is not None
-                    states, masked_cls = select_rows(states, batch.rows, batch.targets, clips)
+                    states, rounded = select_rows(states, batch.rows, batch.targets, clips if exact is None else 0)
+                    masked_cls = rounded if exact is None else exact
                     out["mask_loss"], out["mask_accuracy"] = mask_loss(model, states, batch.targets, batch.share)
                     loss = loss + out["mask_loss"]
-                else:
+                elif exact is None:
                     masked_cls = states[-clips:]
                 cls = masked_cls if objective.contrastive_masked else cls
             if objective.contrasts and not cached:
