@@ -1,12 +1,12 @@
 """Memory traffic of a compiled training step beside its matrix products, counted by the compiler's schedule. Needs no GPU.
 
-A unit is one tensor [R, C] in bfloat16, written or read once: R rows (tokens and [CLS]), C the model's width. For each kernel that
-TorchInductor schedules, forward and backward, other than a matrix product, the sizes of the buffers that it reads and writes
-are added up. Weights' casts and vectors, less than 0.3 units each, are left out. Nothing runs, and tiling aside a GPU gets the
-same schedule (bfloat16 autocast, dropout 0.1). kept: what a layer's forward pass stores for backward.
+A unit is one tensor [R, C] in bfloat16, written or read once: R rows (tokens and [CLS]), C the model's width. For each kernel
+that TorchInductor schedules, forward and backward, other than a matrix product, the sizes of the buffers that it reads and
+writes are added up. Weights' casts and vectors, less than 0.3 units each, are left out. Tiling aside, a GPU gets the same
+schedule (bfloat16 autocast, dropout 0.1). kept: what a layer's forward pass stores for backward.
 
-ours is vimpac.model.backbone.Layer, naive that of naive.py. around: our embedding with its norm and dropout, and the selection of
-the rows that the heads read, in units.
+ours is vimpac.model.backbone.Layer, naive that of naive.py. around: our embedding with its norm and dropout, and the selection
+of the rows that the heads read, in units.
 
 The last columns: the time a video needs at least, two clips, forward and backward, if memory and matrix products reach the
 ceilings below and do not overlap. No GPU has been measured: these are bounds, not speeds.
@@ -18,14 +18,11 @@ Check: the products that are scheduled have the operations that the layer's shap
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import os
-import sys
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass
 
 os.environ |= {"TORCHINDUCTOR_FX_GRAPH_CACHE": "0", "TORCHINDUCTOR_AUTOGRAD_CACHE": "0"}  # a cached graph is not scheduled
 
@@ -34,15 +31,11 @@ import torch._functorch.config as functorch
 import torch._inductor.config as inductor
 import torch._inductor.graph as graph
 import torch._inductor.ir as ir
-from torch import Tensor, nn
+from torch import nn
 
-import harness
 import naive
-import report
 from vimpac.config import ModelConfig
-from vimpac.model import PretrainModel
 from vimpac.model.backbone import Layer
-from vimpac.model.masking import Masking, blocks_for_ratio
 from vimpac.model.recompute import recomputing
 
 CLIPS = 32  # of the counted step: units depend on it by less than 1 %
@@ -125,7 +118,9 @@ def count(call: Callable[[], object], unit: int) -> Count:
     for backward, kernels, _ in found:
         sums[backward] += sum(size for name, size in kernels if not is_product(name) and size >= LEAST * unit) / unit
     (outputs,) = [outputs for backward, _, outputs in found if not backward]
-    kept = {name: size for name, size in outputs if name != outputs[0][0]}  # the first is the result, of the next layer's account
+    kept = {
+        name: size for name, size in outputs if name != outputs[0][0]
+    }  # the first is the result, of the next layer's account
     return Count(sums[False], sums[True], sum(size for size in kept.values() if size >= LEAST * unit) / unit)
 
 

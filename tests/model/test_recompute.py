@@ -40,8 +40,8 @@ def saved_units(backbone, tokens):
 @needs_cpu
 @pytest.mark.parametrize("norm", ["post", "pre", "pre-vit"])
 def test_what_a_layer_keeps(norm):
-    """C a row and layer, counted as a difference of layers. Post-norm: what blocks read, q, k, v and GELU's input, 13; all would
-    add attention's outputs and GELU's, 19. Pre-norm: sums of the residual stream too, 3 more."""
+    """C a row and layer, counted as a difference of layers. Post-norm: what blocks read, q, k, v and GELU's input, 13; all
+    would add attention's outputs and GELU's, 19. Pre-norm: sums of the residual stream too, 3 more."""
     counts = {}
     for mode in ("none", "selective"):
         sizes = []
@@ -58,8 +58,8 @@ def test_what_a_layer_keeps(norm):
 @needs_cpu
 @needs_compiler
 def test_what_a_compiled_layer_keeps():
-    """What blocks read 1 each, q, k, v 3 and the output 1 of an attention, GELU's input 4: 15; without checkpointing GELU's output
-    4 as well."""
+    """What blocks read 1 each, q, k, v 3 and the output 1 of an attention, GELU's input 4: 15; without checkpointing GELU's
+    output 4 as well."""
     counts, gradients = {}, {}
     for mode in ("none", "selective"):
         sizes = []

@@ -32,8 +32,11 @@ def gradients(model, tokens, residual, autocast):
 
 
 def test_is_as_exact_as_float32_states():
-    """Of the same bfloat16 products: [CLS]'s differences between clips, and all gradients, against float64. The errors are those
-    of the products, and differ by chance: a factor of 1.5. With [CLS] rounded from layer to layer the first is 13 times larger."""
+    """Of the same bfloat16 products: [CLS]'s differences between clips, and all gradients, against float64.
+
+    The errors are those of the products, and differ by chance: a factor of 1.5. With [CLS] rounded from layer to layer the
+    first is 13 times larger.
+    """
     model, tokens = model_of(), torch.randint(100, (16, 3, 4, 4), generator=torch.Generator().manual_seed(1))
     exact_cls, exact = gradients(model.double(), tokens, "auto", False)
     model.float()
@@ -63,7 +66,7 @@ def test_dtype_between_layers(norm, residual, dtype):
 
 
 def test_small_norm_weights_keep_the_sum():
-    """What backward reads is chosen when weights are loaded: a norm's input is found from its output only if no weight is small."""
+    """What backward reads is chosen when weights are loaded: a norm's output, but its input if a weight is small."""
     model = model_of()
     state = {name: x.clone() for name, x in model.state_dict().items()}
     state["backbone.layers.1.mlp.norm.weight"][3] = 0.0

@@ -48,7 +48,9 @@ def check_exact(backend, p, keeps, device, dtype):
     for name, a, b in zip(("x", "y", "bias", "weight", "norm_bias", "exact"), got, found, strict=True):
         # backward reads what was kept rounded: an error of a rounding for each of the terms
         largest = float(b.abs().max())
-        assert_close(a.float(), b, rtol=0, atol=4 * torch.finfo(dtype).eps * largest, msg=lambda text, name=name: f"{name}: {text}")
+        assert_close(
+            a.float(), b, rtol=0, atol=4 * torch.finfo(dtype).eps * largest, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 @pytest.mark.parametrize("backend", ["reference", pytest.param("cpu", marks=needs_cpu)])

@@ -77,8 +77,8 @@ def predict(
                 failed.append(name)
             _print(name, found, trained, config)
     if failed:
-        videos = count(len(files) + len(refused), "video")
-        raise InputError(f"{len(failed)} of {videos} could not be classified, such as {failed[0]}")
+        of_all = count(len(files) + len(refused), "video")
+        raise InputError(f"{len(failed)} of {of_all} could not be classified, such as {failed[0]}")
 
 
 def _files(videos: tuple[Path, ...]) -> tuple[list[str], dict[str, str]]:

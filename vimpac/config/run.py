@@ -50,7 +50,7 @@ class RunConfig:
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast dtype; auto = bf16 on a GPU that has it, else fp32. (A CPU with AMX is also faster in bf16.)"""
     residual: Literal["auto", "fp32"] = "auto"
-    """Dtype of the states that layers pass on; auto = the autocast dtype with post-norm ([CLS] stays fp32), fp32 with pre-norm."""
+    """Dtype of the states between layers; auto = the autocast dtype with post-norm ([CLS] stays fp32), fp32 with pre-norm."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile of embedding, layers and token head; auto = on a CUDA device that can."""
     graphs: bool = False

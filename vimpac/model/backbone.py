@@ -190,9 +190,11 @@ class Layer(nn.Module):
 
 
 def residual_stream(x: Tensor, choice: str) -> Tensor:
-    """The states in the dtype in which layers pass them on: autocast's, so that narrow tensors are read and written, or fp32."""
+    """The states in the dtype in which layers pass them on. "auto" is autocast's: narrow tensors are read and written."""
     device = x.device.type
-    mixed = choice == "auto" and device != "meta" and torch.is_autocast_enabled(device)  # asking about meta raises: it has no autocast
+    mixed = (
+        choice == "auto" and device != "meta" and torch.is_autocast_enabled(device)
+    )  # asking about meta raises: it has no autocast
     return x.to(torch.get_autocast_dtype(device)) if mixed else x
 
 

@@ -43,9 +43,7 @@ class Objective:
         return self.alpha * self.temperature
 
 
-def mask_loss(
-    model: PretrainModel, states: Tensor, targets: Tensor, share: Tensor | float = 1.0
-) -> tuple[Tensor, Tensor]:
+def mask_loss(model: PretrainModel, states: Tensor, targets: Tensor, share: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Eq. 1 and the accuracy on masked tokens.
 
     states [M, C]: last hidden states at the masked positions.

@@ -35,9 +35,10 @@ import torch
 from torch import Tensor
 
 from vimpac.config import ModelConfig
-from vimpac.dropout_rate import dropout_scale, dropout_threshold
+from vimpac.dropout_rate import dropout_scale
 from vimpac.layouts import axis_dimensions
 from vimpac.ops import dispatch
+from vimpac.ops.attention_dropout import DROPOUT_BITS, dropout_keep
 from vimpac.ops.autograd import full_precision, once_differentiable
 from vimpac.ops.lines import (
     from_lines,
@@ -46,18 +47,16 @@ from vimpac.ops.lines import (
     line_qkv,
     longest_line,
     pack,
-    to_lines,
     unpack,
     without_broken_padding,
 )
-from vimpac.ops.philox import philox, seed_tensor, split_words
+from vimpac.ops.philox import seed_tensor
 from vimpac.ops.sdpa import axial_attention_sdpa
 
 BACKENDS = {"cuda": ("cuda", "triton", "reference"), "cpu": ("triton", "cpu", "reference")}
 LONG_LINE_BACKENDS = {"cuda": ("sdpa",), "cpu": ("sdpa",)}  # torch's scaled_dot_product_attention is made for long sequences
 LONGEST_LINE = 64  # tokens of a line that the kernels take
 CPU_AXES, CUDA_AXES = 16, 32  # the most that the libraries take
-DROPOUT_ROUNDS, DROPOUT_BITS = 7, 16
 
 
 class AttentionCall(NamedTuple):
@@ -175,25 +174,6 @@ def axial_attention_reference(qkv, cls_qkv, axes, pad=None, dropout_p=0.0, seed=
         outs.append(from_lines(out[..., :L, :], axis, qkv.shape[:4]))
         cls_outs.append(out[..., L, :].mean(1))
     return torch.cat(outs, 4).to(dtype), torch.cat(cls_outs, 1).to(dtype)
-
-
-def dropout_keep(seed: Tensor, p: float, shape: Sequence[int], heads: slice, axis: str, keys: int) -> Tensor:
-    """Which probabilities dropout keeps, bool [B, S, n, L + 1, keys]."""
-    B, T, H, W, _, N, _ = shape
-    device = seed.device
-    r = torch.arange(B * T * H * W, device=device).view(B, T, H, W, 1) * N + torch.arange(
-        heads.start, heads.stop, device=device
-    )
-    r = to_lines(r, axis).transpose(2, 3)  # [B, S, n, L]
-    r = torch.cat([r, r[..., :1]], -1)[..., None]  # [CLS] is named by its line's first token
-    is_cls = torch.zeros(r.shape[-2], 1, dtype=torch.int64, device=device)
-    is_cls[-1] = 1
-    calls = torch.arange(1 if keys <= 8 else 4 * math.ceil(keys / 32), device=device)
-    words = torch.stack(philox((*split_words(r), calls, is_cls), seed, DROPOUT_ROUNDS), -1)  # [B, S, n, L + 1, calls, 4]
-    bits = torch.stack([words & 0xFFFF, words >> 16], -1)  # [..., calls, word, half]
-    if keys > 8:  # [..., 32-key group, quarter, word, half] → key order
-        bits = bits.unflatten(-3, (-1, 4)).transpose(-3, -2)
-    return bits.flatten(4)[..., :keys] >= dropout_threshold(p, DROPOUT_BITS)
 
 
 # --- arguments, backends ----------------------------------------------------------------------------------------------

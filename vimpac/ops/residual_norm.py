@@ -68,12 +68,13 @@ def residual_norm(
     call = _checked(x, y, bias, weight, norm_bias, p, seed, eps)
     _check_exact(exact, x)
     match dispatch.choose("residual_norm", backend, dispatch.order(BACKENDS, x.device), *call):
-        case "reference" if exact is None:
-            return residual_norm_reference(*call)[1]
         case "reference":
-            wide = torch.cat([x[: len(x) - len(exact)].to(exact.dtype), exact])
+            if exact is None:
+                return residual_norm_reference(*call)[1]
+            first = x.shape[0] - exact.shape[0]
+            wide = torch.cat([x[:first].to(exact.dtype), exact])
             out = residual_norm_reference(wide, *call[1:])[1]
-            return out.to(x.dtype), out[len(x) - len(exact) :]
+            return out.to(x.dtype), out[first:]
         case name:
             given = [v for v in (x, y, bias, exact) if v is not None]  # "output" saves what depends on them
             parts = anchors(*given) if keeps == "sum" and torch.is_grad_enabled() else []
@@ -111,6 +112,7 @@ def residual_norm_reference(x, y, bias, weight, norm_bias, p=0.0, seed=None, eps
     dtype = torch.promote_types(x.dtype, torch.float32)
     s = y.to(dtype) if bias is None else y.to(dtype) + bias.to(dtype)
     if p > 0:
+        assert seed is not None  # checked before
         s = s * (dropout_keep(y.shape, p, seed).to(dtype) * dropout_scale(p, BITS))
     s = x.to(dtype) + s
     rounded = s.to(x.dtype)
@@ -188,9 +190,9 @@ def _fake_backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed,
     return kept.new_empty(kept.shape), kept.new_empty((0,) if same else kept.shape, dtype=dtype), columns, of_exact
 
 
-# Forward: out, the sum (empty unless writes_sum), mean and rstd [2, R], out's exact rows. The sum is rounded before the norm if it is written.
-# Backward: the gradients of x and y (empty where it is that of x), those of weight, norm_bias and bias [3, C],
-# and of the exact rows, which are zeros in that of x.
+# Forward: out, the sum (empty unless writes_sum), mean and rstd [2, R], out's exact rows. A sum that is written is rounded
+# before the norm. Backward: the gradients of x and y (empty where it is that of x), those of weight, norm_bias and bias [3, C], and of
+# the exact rows, which are zeros in that of x.
 SCHEMAS = {
     "residual_norm": (
         "(Tensor x, Tensor y, Tensor? bias, Tensor weight, Tensor norm_bias, float p, Tensor? seed, float eps, bool writes_sum,"
