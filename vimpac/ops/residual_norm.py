@@ -191,8 +191,8 @@ def _fake_backward(grad, grad_sum, kept, statistics, weight, norm_bias, p, seed,
 
 
 # Forward: out, the sum (empty unless writes_sum), mean and rstd [2, R], out's exact rows. A sum that is written is rounded
-# before the norm. Backward: the gradients of x and y (empty where it is that of x), those of weight, norm_bias and bias [3, C], and of
-# the exact rows, which are zeros in that of x.
+# before the norm. Backward: the gradients of x and y (empty where it is that of x), those of weight, norm_bias and bias [3, C],
+# and of the exact rows, which are zeros in that of x.
 SCHEMAS = {
     "residual_norm": (
         "(Tensor x, Tensor y, Tensor? bias, Tensor weight, Tensor norm_bias, float p, Tensor? seed, float eps, bool writes_sum,"
