@@ -130,7 +130,7 @@ def check_not_finite(dtype, backend, device="cpu"):
     call = inputs(len(values), 130, dtype, device)
     call[1].data.zero_()
     clean = output_and_gradients(partial(apply, "gelu", backend=backend), call)
-    call[0].data[:, 77] = torch.tensor(values)
+    call[0].data[:, 77] = torch.tensor(values, dtype=dtype)
     out, of_h, of_bias = output_and_gradients(partial(apply, "gelu", backend=backend), call)
     expected = torch.tensor([math.nan, out[1, 77].item(), math.nan, *values[3:]], dtype=dtype, device=device)
     expected[4::2] = 0  # the negative ones
