@@ -1,8 +1,8 @@
 """GELU with a linear layer's bias, forward and forward+backward: ours against torch's eager and compiled.
 
 The rows of 8 clips of 5×16×16 in Small (2048 wide in the MLP) on a CPU in float32, of 256 on a GPU in bfloat16. All are checked
-against torch's ops in float64. How it is timed: harness.py. GB/s counts h and the output forward; a gradient, h and its gradient
-backward.
+against torch's ops in float64. How it is timed: harness.py. GB/s counts h and the output forward; a gradient, h and its
+gradient backward.
 
     python benchmarks/bias_gelu.py [--quick] [--dtype float32] [--device cpu]
 """
