@@ -34,6 +34,9 @@ TESTS = [  # the slowest first: they run side by side
     "ops/test_block_mask_triton.py",
     "ops/test_block_mask_cuda.py",
     "ops/test_masked_cross_entropy_triton.py",
+    "ops/test_residual_norm_triton.py",
+    "ops/test_bias_gelu_triton.py",
+    "ops/test_axial_attention_bias_triton.py",
     "ops/test_dropout_add_triton.py",
     "training/test_update.py",
     "ops/test_axial_attention.py",
@@ -43,6 +46,7 @@ TESTS = [  # the slowest first: they run side by side
     "ops/test_block_mask.py",
     "ops/test_masked_cross_entropy.py",
     "ops/test_dropout_add.py",
+    "ops/test_residual_norm.py",
     "ops/test_philox.py",
 ]
 SHARDS = {  # by what they compile on one core: some four minutes, and one or more
@@ -56,15 +60,17 @@ SECONDS = 480
 BUILD_SECONDS, TEST_SECONDS, SANITIZER_SECONDS = 60, 120, 60
 BENCHMARKS = {  # name → seconds; what a compiled peer needs at least is in harness.py. The last two leave out what is too much
     "block_mask": 15,
-    "dropout_add": 15,
-    "axial_attention": 45,
-    "info_nce": 25,
+    "dropout_add": 10,
+    "residual_norm": 10,
+    "bias_gelu": 10,
+    "axial_attention": 40,
+    "info_nce": 20,
     "masked_cross_entropy": 25,
     "data": 10,
     "finetune": 10,
     "evaluate": 10,
     "attn_layouts": 25,
-    "train_step": 60,
+    "train_step": 55,
 }
 
 

@@ -19,6 +19,8 @@ SCRIPTS = {  # script → implementations that need not be there
     "axial_attention": {"xformers": "xformers"},
     "block_mask": {},
     "dropout_add": {},
+    "residual_norm": {},
+    "bias_gelu": {},
     "info_nce": {"inf-cl": "inf_cl"},
     "masked_cross_entropy": {"liger-kernel": "liger_kernel", "cut-cross-entropy": "cut_cross_entropy"},
     "attn_layouts": {},

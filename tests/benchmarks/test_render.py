@@ -205,7 +205,9 @@ def test_seeds_are_averaged(root):
         "a copy of the nearest visible token 0.10 (0.10 to 0.10)",
     ]
     assert cells(root, "demo", "motion of 256")[1:] == ["0.40 (0.40 to 0.40)", "from scratch 0.10 (0.10 to 0.10), chance 0.10"]
-    assert lines(root, "demo")[-1].endswith("; `demo` took 200 s, the two models of `finetune-demo` 100 s, the fastest of all seeds.")
+    assert lines(root, "demo")[-1].endswith(
+        "; `demo` took 200 s, the two models of `finetune-demo` 100 s, the fastest of all seeds."
+    )
 
 
 def test_a_row_that_is_not_there(root):
