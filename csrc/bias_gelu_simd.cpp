@@ -8,7 +8,7 @@ namespace vimpac::bias_gelu::VIMPAC_ISA {
 
 namespace {
 
-// Φ, the normal distribution, and φ, its density. In float32 the error of Φ is that of a few roundings, in the tail too:
+// Φ, the normal distribution, and φ, its density. In float32 the relative error of Φ is 5e-7 near 0, and 6e-8 · z² in the left tail:
 //
 //     Φ(-√2 u) = exp(-u²) · erfcx(u) / 2,   erfcx(u) ≈ t · P(t),   t = 1 / (1 + 0.3 u),   u ≥ 0
 //

@@ -23,6 +23,7 @@ from vimpac.kernels.philox import philox
 
 TILE = 1024  # elements that a program holds of each tensor, unless a row has more: 8 a thread. Not measured on a GPU yet
 LEAST = tl.constexpr(2.0**-126)  # a weight whose inverse float32 holds, with subnormal numbers or without
+MOST_ROWS = 8  # of a tile: 16 rows of 48 elements take more registers than there are
 SHARES = 512  # programs of backward, at most: some four a multiprocessor of an H100
 
 
@@ -215,7 +216,7 @@ def constants(C, p, BIAS=False, SUM=False, MORE=False, SAME=False, EXACT=False):
     """What the kernels are compiled for."""
     BC = max(16, triton.next_power_of_2(C))
     rate = dropout_threshold(p, 32), dropout_scale(p, 32)
-    return Constants(C, BC, max(1, TILE // BC), *rate, BIAS, SUM, MORE, SAME, EXACT)
+    return Constants(C, BC, min(MOST_ROWS, max(1, TILE // BC)), *rate, BIAS, SUM, MORE, SAME, EXACT)
 
 
 def shape(const):

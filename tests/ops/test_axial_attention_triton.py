@@ -237,7 +237,7 @@ def test_words_of_rows_past_two_to_the_32():
     import triton.language as tl
 
     from vimpac.kernels.philox import philox as kernel_philox
-    from vimpac.ops.axial_attention import DROPOUT_ROUNDS
+    from vimpac.ops.attention_dropout import DROPOUT_ROUNDS
 
     @triton.jit
     def draw(rows, seed, out):
