@@ -30,7 +30,6 @@ import triton.language as tl
 
 from vimpac.dropout_rate import dropout_scale, dropout_threshold
 from vimpac.kernels.fusion import FUSED
-from vimpac.kernels.parts import add_parts
 from vimpac.kernels.philox import philox
 
 BLOCKS = 16  # of a program: few, so that programs are many; enough that [CLS]'s vectors and parts cost under 1 % of the bytes
@@ -482,13 +481,9 @@ def _backward_axis(
     i = tl.arange(0, LINES.LP)
     same_line = (i[:, None] // L == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
     on_line = (tl.arange(0, Q)[:, None] == i[None, :] // L) & (i[None, :] < LINES.PACK * L)
-    # Rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines. Rows 3, 4: sums of the tokens' gradients of q and v
-    # from the lines' keys and queries.
-    collected = tl.zeros((16, BD), tl.float32)
+    collected = tl.zeros((16, BD), tl.float32)  # rows 0, 1, 2: [CLS]'s gradients of q (times S), k, v from the lines
     ds_itself = tl.zeros((Q,), tl.float32)
     from_itself = tl.zeros((Q,), tl.float32)
-    ds_of_tokens = tl.zeros((LINES.LP,), tl.float32)  # on [CLS]'s key
-    from_tokens = tl.zeros((Q,), tl.float32)  # [CLS]'s probabilities of tokens
     for block in range(split, tl.cdiv(S, LINES.PACK), CONST.SPLITS):
         # load
         line, place, m_row = _rows(block, LINES)
@@ -530,12 +525,9 @@ def _backward_axis(
         dv = _dot(tl.trans(dropped.to(kind)), g)
         dv = _dot(_place(tl.sum(cls_dropped, 0) / S, 3, kind), c, dv)
         tl.store(p_out + 2 * N * D, dv.to(kind), mask=mask)
-        to_values = _place_row(tl.sum(dropped, 1), 4, kind)
         if CONST.CONTEXT:
-            to_values += _place_row(dropped_cls, 2, kind)
+            collected = _dot(_place_row(dropped_cls, 2, kind), g, collected)
             from_itself += cls_dropped_itself
-        collected = _dot(to_values, g, collected)
-        from_tokens += tl.sum(cls_dropped, 1)
 
         # dP and dS; dropout is a factor on both sides: of the probabilities and of their gradients
         dp = _dot(g, tl.trans(v))
@@ -554,12 +546,9 @@ def _backward_axis(
         dk = _dot(tl.trans(ds), q)
         dk = _dot(_place(cls_ds / S, 0, kind), c, dk)
         tl.store(p_out + N * D, dk.to(kind), mask=mask)
-        counted = _zeros_unless(whole, ds) if PAD else ds
-        to_keys = _place_row(cls_ds, 0, kind) + _place_row(tl.sum(counted.to(tl.float32), 0), 3, kind)
-        collected = _dot(to_keys, k, collected)
+        collected = _dot(_place_row(cls_ds, 0, kind), k, collected)
         if CONST.CONTEXT:
             ds_cls = prob_cls * (dp_cls - delta) * CONST.SCALE
-            ds_of_tokens += tl.where(whole, ds_cls, 0.0) if PAD else ds_cls
             dq = _dot(_place(ds_cls, 1, kind), c, dq)
             collected = _dot(_place_row(ds_cls, 1, kind), q, collected)
             ds_itself += cls_prob * (cls_dp_itself - cls_delta)
@@ -572,10 +561,8 @@ def _backward_axis(
     row = o_c[:, None]
     parts = tl.where(row == 0, collected / S + ds * k_cls[None, :], collected + ds * q_cls[None, :])
     parts = tl.where(row == 2, collected + (tl.sum(from_itself, 0) / S) * g_cls[None, :], parts)
-    parts = tl.where(row == 3, collected + tl.sum(ds_of_tokens, 0) * k_cls[None, :], parts)
-    parts = tl.where(row == 4, collected + (tl.sum(from_tokens, 0) / S) * g_cls[None, :], parts)
-    p_part = part + (((b * N + head) * CONST.SPLITS + split) * 5 + row) * D + o_d[None, :]
-    tl.store(p_part, parts, mask=(row < 5) & m_d[None, :])
+    p_part = part + (((b * N + head) * CONST.SPLITS + split) * 3 + row) * D + o_d[None, :]
+    tl.store(p_part, parts, mask=(row < 3) & m_d[None, :])
 
 
 @triton.jit(do_not_specialize=["B"], do_not_specialize_on_alignment=["seed"])  # B = 1 would be a constant, without .to
@@ -608,36 +595,18 @@ def _backward(
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _add_parts(part, out, rows, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
-    """[CLS]'s rows of out from the programs' parts [B, N, SPLITS, D]."""
-    head = tl.program_id(0) % N
-    b = (tl.program_id(0) // N).to(tl.int64)
-    o_d = tl.arange(0, BD)
-    total = tl.zeros((BD,), tl.float32)
-    for split in range(SPLITS):
-        total += tl.load(part + ((b * N + head) * SPLITS + split) * D + o_d, mask=o_d < D, other=0.0)
-    pointer = out + ((rows.to(tl.int64) + b) * N + head) * D + o_d
-    tl.store(pointer, total.to(out.dtype.element_ty), mask=o_d < D)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _add_gradients(part, dqkv, sums, rows, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
-    """[CLS]'s rows of dqkv from the programs' parts [B, N, SPLITS, 5, D], and the sums of each clip's rows [B, 3, N, D]."""
+def _add_parts(part, out, rows, KINDS: tl.constexpr, N: tl.constexpr, D: tl.constexpr, BD: tl.constexpr, SPLITS: tl.constexpr):
+    """[CLS]'s rows of out from the programs' parts [B, N, SPLITS, KINDS, D]."""
     head = tl.program_id(0) % N
     b = (tl.program_id(0) // N).to(tl.int64)
     o_d = tl.arange(0, BD)[None, :]
-    o_k = tl.arange(0, 4)[:, None]
-    mask = (o_k < 3) & (o_d < D)
-    no_keys = o_k != 1  # a constant that is added to all keys changes no softmax
-    total = tl.zeros((4, BD), tl.float32)
-    of_tokens = tl.zeros((4, BD), tl.float32)
+    o_k = tl.arange(0, triton.next_power_of_2(KINDS))[:, None]
+    mask = (o_k < KINDS) & (o_d < D)
+    total = tl.zeros((triton.next_power_of_2(KINDS), BD), tl.float32)
     for split in range(SPLITS):
-        first = ((b * N + head) * SPLITS + split) * 5
-        total += tl.load(part + (first + o_k) * D + o_d, mask=mask, other=0.0)
-        of_tokens += tl.load(part + (first + tl.where(o_k == 0, 3, 4)) * D + o_d, mask=mask & no_keys, other=0.0)
-    pointer = dqkv + (((rows.to(tl.int64) + b) * 3 + o_k) * N + head) * D + o_d
-    tl.store(pointer, total.to(dqkv.dtype.element_ty), mask=mask)
-    tl.store(sums + ((b * 3 + o_k) * N + head) * D + o_d, tl.where(no_keys, total + of_tokens, 0.0), mask=mask)
+        total += tl.load(part + (((b * N + head) * SPLITS + split) * KINDS + o_k) * D + o_d, mask=mask, other=0.0)
+    pointer = out + (((rows.to(tl.int64) + b) * KINDS + o_k) * N + head) * D + o_d
+    tl.store(pointer, total.to(out.dtype.element_ty), mask=mask)
 
 
 def forward(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
@@ -649,16 +618,15 @@ def forward(qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
 
 def backward(grad, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context):
     """grad: contiguous packed rows [B·T·H·W + B, N, D] → gradient of qkv and cls_qkv as packed rows [.., 3, N, D], and its sum
-    over rows [3, N, D]."""
+    over rows [3, N, D], 0 for keys. The sum is another pass: in the kernel it took registers that there are not."""
     out = qkv.new_empty(_rows_of(qkv), *qkv.shape[4:])
-    sums = torch.empty(len(qkv), *qkv.shape[4:], dtype=torch.float32, device=qkv.device)
-    if len(qkv) == 0:
-        return out, sums.sum(0)
-    _launch(_backward, 5, (grad,), (len(qkv),), qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out, sums)
-    return out, add_parts(sums)
+    _launch(_backward, 3, (grad,), (len(qkv),), qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out)
+    sums = out.sum(0, dtype=torch.float32)
+    sums[1].zero_()
+    return out, sums
 
 
-def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out, *sums):
+def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, seed, cls_in_context, out):
     B, N, D = qkv.shape[0], *qkv.shape[5:]
     if B == 0:
         return
@@ -670,8 +638,7 @@ def _launch(kernel, kinds, before, after, qkv, cls_qkv, axes, pad, dropout_p, se
     strides = tuple(qkv.stride()[:6]), tuple(cls_qkv.stride()[:3])
     grid = (B * const.SPLITS * N,)
     kernel[grid](*before, qkv, cls_qkv, *optional, out, part, *after, *strides, const, **shape, **FUSED)
-    add = _add_gradients if sums else _add_parts
-    add[(B * N,)](part, out, *sums, len(out) - B, N, D, const.BD, const.SPLITS, num_warps=1, **FUSED)
+    _add_parts[(B * N,)](part, out, len(out) - B, kinds, N, D, const.BD, const.SPLITS, num_warps=1, **FUSED)
 
 
 def _rows_of(qkv):

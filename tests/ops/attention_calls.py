@@ -169,10 +169,11 @@ def slot_backward(grad, qkv, cls_qkv, *call):
     def recompute():
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (qkv, cls_qkv)]
-            return pack(*torch.autograd.grad(slot_forward(*leaves, *call), leaves, grad))
+            packed = pack(*torch.autograd.grad(slot_forward(*leaves, *call), leaves, grad))
+            return packed, packed.sum(0, dtype=torch.promote_types(packed.dtype, torch.float32))
 
     with ThreadPoolExecutor(1) as pool:  # inside an op autograd may be off: another thread's is not
-        return pool.submit(recompute).result().to(device)
+        return tuple(x.to(device) for x in pool.submit(recompute).result())
 
 
 for (_name, (_schema, _fake)), _function in zip(SCHEMAS.items(), (slot_forward, slot_backward), strict=True):

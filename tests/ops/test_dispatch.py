@@ -121,7 +121,7 @@ def test_every_op_obeys_the_environment(monkeypatch, op, value):
 
 def test_environment_says_which_ops_have_a_backend(registry, monkeypatch):
     monkeypatch.setenv("VIMPAC_BACKEND", "cpu")
-    named = "VIMPAC_BACKEND=axial_attention=cpu,block_mask=cpu,dropout_add=cpu,info_nce=cpu names it for the ops that have it"
+    named = "VIMPAC_BACKEND=axial_attention=cpu,bias_gelu=cpu,block_mask=cpu,dropout_add=cpu,info_nce=cpu,residual_norm=cpu names it for the ops that have it"
     with pytest.raises(ValueError, match=f"^VIMPAC_BACKEND=cpu: add: no backend 'cpu'; it has any, fast, small .{named}"):
         dispatch.choose("add", None, ("any",), 1)
 

@@ -137,9 +137,10 @@ def axial_attention_packed(
         raise ValueError(f"qkv has {qkv.shape[0]} rows, not a multiple of T·H·W + 1 = {rows} for {grid=}")
     batch = (qkv.shape[0] // rows, *grid)
     call = checked_call(*unpack(qkv, batch), axes, pad, dropout_p, seed, cls_in_context)
-    if bias is not None and (bias.shape != (qkv[0].numel(),) or not bias.is_floating_point() or bias.device != qkv.device):
+    width = math.prod(qkv.shape[1:])
+    if bias is not None and (bias.shape != (width,) or not bias.is_floating_point() or bias.device != qkv.device):
         raise ValueError(
-            f"bias must be floating [3·N·D] = [{qkv[0].numel()}] on {qkv.device}, "
+            f"bias must be floating [3·N·D] = [{width}] on {qkv.device}, "
             f"got {bias.dtype} of shape {tuple(bias.shape)} on {bias.device}"
         )
     match dispatch.choose("axial_attention", backend, backends_of(call), call):
