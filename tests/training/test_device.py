@@ -95,12 +95,10 @@ def test_ops_without_kernels_are_said(monkeypatch, tmp_path):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setenv("VIMPAC_LIBRARIES", str(tmp_path))
     said = plain_ops(op_calls_of(tiny_config().model, "fp32", CPU), CPU)
-    assert said.startswith(
-        "axial_attention, bias_gelu, info_nce, residual_norm run as plain PyTorch, several times slower than their kernels: vimpac was"
-    )
+    assert said.startswith("axial_attention, bias_gelu, info_nce, residual_norm run as plain PyTorch, several times slower")
     assert "installed without _ops_cpu.so, which takes a C++ compiler, ninja" in said
     monkeypatch.setenv("VIMPAC_BACKEND", "axial_attention=reference")  # asked for
-    assert plain_ops(op_calls_of(tiny_config().model, "fp32", CPU), CPU).startswith("info_nce run as plain PyTorch")
+    assert plain_ops(op_calls_of(tiny_config().model, "fp32", CPU), CPU).startswith("bias_gelu, info_nce, residual_norm run as")
     monkeypatch.setenv("VIMPAC_BACKEND", "reference")
     assert plain_ops(op_calls_of(tiny_config().model, "fp32", CPU), CPU) is None
 
