@@ -67,8 +67,10 @@ class Backbone(nn.Module):
 
     @property
     def residual(self) -> str:
-        """The dtype of the states that layers pass on: "auto", which is autocast's, or "fp32". With pre-norm it is always fp32:
-        states are sums over all layers, and [CLS]'s are only compared after the last norm."""
+        """The dtype of the states that layers pass on: "auto", which is autocast's, or "fp32".
+
+        With pre-norm it is always "fp32", since states are sums over all layers.
+        """
         return self._residual
 
     @residual.setter
@@ -102,8 +104,8 @@ class Backbone(nn.Module):
         """The states of `forward` as one matrix [B·T·H·W + B, C], tokens first; and those of [CLS] [B, C] in float32 if the
         matrix holds them rounded.
 
-        States of [CLS] differ little from clip to clip. What half precision leaves of the differences would be noise for the
-        contrastive head, so from layer to layer they are also passed on unrounded.
+        [CLS] states differ little from clip to clip. Rounding would drown the differences, which the contrastive head reads. So
+        layers also pass [CLS] on unrounded.
         """
         if tuple(tokens.shape[1:]) != self.config.grid:
             raise ValueError(
@@ -192,10 +194,9 @@ class Layer(nn.Module):
 def residual_stream(x: Tensor, choice: str) -> Tensor:
     """The states in the dtype in which layers pass them on. "auto" is autocast's: narrow tensors are read and written."""
     device = x.device.type
-    mixed = (
-        choice == "auto" and device != "meta" and torch.is_autocast_enabled(device)
-    )  # asking about meta raises: it has no autocast
-    return x.to(torch.get_autocast_dtype(device)) if mixed else x
+    if choice != "auto" or device == "meta" or not torch.is_autocast_enabled(device):  # asking about meta raises
+        return x
+    return x.to(torch.get_autocast_dtype(device))
 
 
 class Block(nn.Module):
